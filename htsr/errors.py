@@ -1,0 +1,48 @@
+"""Errors that a user can act on. Each class carries the exit code of the command line's contract.
+
+A message says what was got, what was expected and what to do about it, in one line.
+"""
+
+from __future__ import annotations
+
+
+class HtsrError(Exception):
+    """A failure while running; the base of everything raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(HtsrError, ValueError):
+    """Wrong usage, configuration or unknown key."""
+
+    exit_code = 2
+
+
+class OutOfMemory(HtsrError, MemoryError):
+    """The device's or the host's memory did not suffice; the message holds the breakdown."""
+
+    exit_code = 3
+
+
+class BadInput(HtsrError, ValueError):
+    """A model, data set or table that exists and cannot be used."""
+
+    exit_code = 4
+
+
+class NotFound(HtsrError, FileNotFoundError):
+    """A path or id that cannot be found, or that would need the network while offline."""
+
+    exit_code = 5
+
+
+class NotFinite(HtsrError, ArithmeticError):
+    """The loss became NaN or infinite."""
+
+    exit_code = 6
+
+
+class Interrupted(HtsrError):
+    """SIGINT or SIGTERM arrived and a clean checkpoint was written."""
+
+    exit_code = 130

@@ -1,0 +1,29 @@
+"""Shared fixtures. The default run needs neither a GPU nor a network nor anything beside this checkout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data beside a developer's checkout; a user has none."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("../shared (real models and data) is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories(shared: Path) -> Path:
+    """stories260K: a tiny pretrained Llama with real fp32 weights."""
+    return shared / "models" / "stories260K"
