@@ -1,0 +1,53 @@
+"""Small files read with suspicion and written in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+from htsr.errors import BadInput, NotFound
+
+MAX_JSON_BYTES = 1_000_000
+
+
+def read_json(path: Path, *, expected: str) -> Any:
+    """The JSON value in `path`; `expected` names the kind of file in the messages.
+
+    NaN and Infinity are refused, and so is a file above 1 MB: the tables and records read here are small.
+
+    Raises:
+        NotFound: there is no such file.
+        BadInput: too big, not UTF-8, not JSON, nested too deeply, or holding NaN or Infinity.
+    """
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise BadInput(f"{path}: got a directory, expected {expected}; name the file in it")
+        if size > MAX_JSON_BYTES:
+            raise BadInput(f"{path}: got {size} bytes, expected {expected} of at most {MAX_JSON_BYTES}")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: not found; expected {expected}") from error
+    except RecursionError as error:
+        raise BadInput(f"{path}: nested too deeply, expected {expected}") from error
+    except BadInput:
+        raise
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
+        raise BadInput(f"{path}: not readable as JSON ({error}), expected {expected}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number JSON allows")
