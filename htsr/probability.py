@@ -48,14 +48,10 @@ def scores_by_rule(rule: str, blocks: Any, direction: str = "heavy") -> Floats:
     check_choice("rule", rule, RULES)
     check_choice("direction", direction, DIRECTIONS)
     if direction == "light" and rule != "alpha":
-        raise UsageError(
-            f"direction: got light with rule {rule}, expected rule alpha: no other rule has a direction"
-        )
+        raise UsageError(f"direction: got light with rule {rule}, expected rule alpha: no other rule has a direction")
     depth = len(blocks["block"])
     if depth == 0:
-        raise BadInput(
-            "the scan has no blocks, expected at least one; scan a model that has a stack of blocks"
-        )
+        raise BadInput("the scan has no blocks, expected at least one; scan a model that has a stack of blocks")
     match rule:
         case "uniform":
             return np.ones(depth)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 # OwLore's metric_cache/llama2_7b_ratio_13.txt (LLaMA-2-7B, tau = 13, percent): the only table its authors shipped.
 LLAMA2_7B_LOD_TAU13 = (
     0.2678090427, 0.2952778278, 0.1274385601, 0.1144503065, 0.0987532225, 0.0883675610, 0.0878427930, 0.0837711473,
