@@ -294,11 +294,7 @@ def _scores(scores: ArrayLike) -> Floats:
 
 
 def _column(blocks: Mapping[str, Any], name: str, rule: str) -> Floats:
-    wanted = {
-        "lod": "scan with a calibration text",
-        "alpha": "choose another rule",
-        "log10_norm": "choose another rule",
-    }
+    hint = "scan with a calibration text" if name == "lod" else "choose another rule"
     if name not in blocks:
         raise BadInput(f"rule {rule}: the scan has no column {name}; {hint}")
     values = np.asarray(blocks[name], dtype=np.float64)
