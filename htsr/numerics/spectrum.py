@@ -1,0 +1,122 @@
+"""Exact spectra: lambda = sigma**2 of a matrix from the Gram matrix of its smaller side, a block at a time.
+
+For W of N x M (N >= M):  G = W^T W = sum_b W_b^T W_b  over row blocks W_b, and lambda = eig(G). A wide matrix is
+read in column blocks instead, so that memory is O(M^2) whatever N is and the whole matrix is never held.
+
+dtype policy: everything is computed in float64 unless float32 is asked for; the result is always float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from htsr.errors import BadInput
+
+BLOCK_ELEMENTS = 1 << 20  # 8 MiB of float64: large enough for BLAS, small enough for a cache and for many workers
+BLOCK_MULTIPLE = 256  # column blocks start at multiples of the quantisation blocks of every GGUF type
+IN_PLACE_SIDE = 1024  # from here on the Gram matrix is large enough that copies of it count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Rows (`axis` 0) or columns (`axis` 1) `start` to `stop` of a matrix."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+def plan_blocks(rows: int, cols: int) -> list[Block]:
+    """Cut a rows x cols matrix along its longer side; a function of the shape alone, so every source agrees bitwise."""
+    longer, side = max(rows, cols), min(rows, cols)
+    axis = 0 if rows >= cols else 1
+    budget = max(BLOCK_ELEMENTS, side * side // 4)
+    if rows * cols <= budget:
+        return [Block(axis=0, start=0, stop=rows)]
+    step = max(budget // max(side, 1) // BLOCK_MULTIPLE, 1) * BLOCK_MULTIPLE
+    return [Block(axis=axis, start=i, stop=min(i + step, longer)) for i in range(0, longer, step)]
+
+
+def as_array(block: Any, dtype: type = np.float64) -> np.ndarray:
+    """A NumPy array of the wanted float type from an array or a torch tensor (bfloat16 too), without importing torch."""
+    if hasattr(block, "detach"):
+        block = block.detach().cpu()
+        block = (block.double() if dtype is np.float64 else block.float()).numpy()
+    return np.asarray(block, dtype=dtype)
+
+
+def gram(slices: Iterable[Any], side: int, dtype: type = np.float64) -> np.ndarray:
+    """G = sum_b S_b^T S_b over slices of any height and `side` columns.
+
+    Returns a symmetric (side, side) array of `dtype`. Values that are NaN or infinite in a slice are so in G.
+    """
+    if side >= IN_PLACE_SIDE:
+        return _gram_in_place(slices, side, dtype)
+    G = np.zeros((side, side), dtype)
+    for block in slices:
+        S = as_array(block, dtype)
+        G += S.T @ S  # numpy recognises S^T S and computes one triangle (syrk)
+    return G
+
+
+def _gram_in_place(slices: Iterable[Any], side: int, dtype: type) -> np.ndarray:
+    """The same sum accumulated inside BLAS: no second array of G's size."""
+    from scipy.linalg.blas import dsyrk, ssyrk
+
+    syrk = dsyrk if dtype is np.float64 else ssyrk
+    G = np.zeros((side, side), dtype, order="F")
+    for block in slices:
+        S = as_array(block, dtype)
+        if S.flags.f_contiguous:
+            G = syrk(1.0, S, trans=1, beta=1.0, c=G, lower=1, overwrite_c=1)
+        else:
+            G = syrk(1.0, S.T, trans=0, beta=1.0, c=G, lower=1, overwrite_c=1)
+    for i in range(0, side, BLOCK_MULTIPLE):  # mirror the lower triangle
+        j = min(i + BLOCK_MULTIPLE, side)
+        G[i:j, j:] = G[j:, i:j].T
+        G[i:j, i:j] = np.tril(G[i:j, i:j]) + np.tril(G[i:j, i:j], -1).T
+    return G
+
+
+def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
+    """Ascending eigenvalues of a Gram matrix, float64; G may be overwritten.
+
+    What lies below side * eps * lambda_max is rounding noise of G and is returned as 0: a rank-deficient matrix has
+    zeros there, not noise. (A singular value below about 1e-7 of the largest cannot be seen in a float64 Gram matrix.)
+    Raises BadInput when G holds a NaN or an infinity.
+    """
+    side = len(G)
+    if not np.isfinite(G).all():
+        raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
+    if side >= IN_PLACE_SIDE:
+        from scipy.linalg import eigvalsh
+
+        values = eigvalsh(G, lower=True, overwrite_a=True, check_finite=False, driver="ev")
+    else:
+        values = np.linalg.eigvalsh(G)
+    noise = side * np.finfo(G.dtype).eps * values[-1]
+    return np.where(values > noise, values, 0.0).astype(np.float64)
+
+
+def matrix_slices(W: Any) -> Iterable[Any]:
+    """The slices of a matrix in memory, each with min(rows, cols) columns, as `gram` wants them."""
+    rows, cols = W.shape
+    for block in plan_blocks(rows, cols):
+        part = W[block.start : block.stop] if block.axis == 0 else W[:, block.start : block.stop]
+        yield part if rows >= cols else part.T
+
+
+def eigenvalues(W: Any, precision: type = np.float64) -> np.ndarray:
+    """Ascending lambda = sigma**2 of a matrix (array or tensor of any float dtype); min(rows, cols) values, float64.
+
+    Raises BadInput for anything but a non-empty matrix of finite numbers.
+    """
+    shape = tuple(getattr(W, "shape", np.shape(W)))
+    if len(shape) != 2 or 0 in shape:
+        raise BadInput(f"got an array of shape {shape}, expected a non-empty matrix; pass one 2-D weight")
+    W = W if hasattr(W, "shape") else np.asarray(W)
+    return gram_eigenvalues(gram(matrix_slices(W), min(shape), precision))
