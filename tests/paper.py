@@ -21,3 +21,97 @@ def water_filling(scores: Sequence[float], gamma: float, floor: float = 0.0) -> 
         pi = [min(1.0, max(floor, c * s)) for s in scores]
         level[sum(pi) >= gamma] = c
     return pi
+
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+
+def galore_basis(gradient: Tensor, rank: int) -> Tensor:
+    """GaLore (arXiv 2403.03507), section 4: the top r singular vectors of the smaller side, by a full SVD."""
+    u, _, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    rows, cols = gradient.shape
+    return (vh[:rank].T if rows >= cols else u[:, :rank]).to(gradient.dtype)
+
+
+def adamw(weight: Tensor, gradients: list[Tensor], lr: float, b1: float, b2: float, eps: float, decay: float) -> Tensor:
+    """Loshchilov & Hutter 2019, algorithm 2, in fp64, one line of it a line here."""
+    theta = weight.double()
+    m, v = torch.zeros_like(theta), torch.zeros_like(theta)
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        m_hat = m / (1 - b1**t)
+        v_hat = v / (1 - b2**t)
+        theta = theta - lr * (m_hat / (v_hat.sqrt() + eps) + decay * theta)
+    return theta
+
+
+def galore_adamw(
+    weight: Tensor, gradients: list[Tensor], basis: Tensor, lr: float, scale: float, b1: float, b2: float, eps: float
+) -> Tensor:
+    """GaLore, algorithm 2, with a fixed basis: Adam on R, then W <- W - lr * scale * back(N)."""
+    right = weight.shape[0] >= weight.shape[1]
+    w, p = weight.double(), basis.double()
+    m = v = torch.zeros(())
+    for t, gradient in enumerate(gradients, start=1):
+        r = gradient.double() @ p if right else p.T @ gradient.double()
+        m = b1 * m + (1 - b1) * r
+        v = b2 * v + (1 - b2) * r * r
+        n = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        w = w - lr * scale * (n @ p.T if right else p @ n)
+    return w
+
+
+def successive_inclusion(p: np.ndarray, gamma: int) -> np.ndarray:
+    """Inclusion probabilities of drawing gamma times without replacement, by summing over all ordered draws."""
+    from itertools import permutations
+
+    pi = np.zeros(len(p))
+    for order in permutations(range(len(p)), gamma):
+        chance, left = 1.0, 1.0
+        for block in order:
+            chance, left = chance * p[block] / left, left - p[block]
+        for block in order:
+            pi[block] += chance
+    return pi
+
+
+def exhaustive_power_law(eigenvalues):  # type: ignore[no-untyped-def]
+    """Clauset, Shalizi, Newman (2009) with weightwatcher 0.7.7's conventions: every candidate, one after the other.
+
+    Returns (alpha, xmin, D, sigma, number of points in the fit); raises ValueError or IndexError where there is no fit.
+    """
+    import numpy as np
+
+    x = np.sort(np.asarray(eigenvalues, dtype=np.float64))
+    N = len(x)
+    log_x = np.log(x)
+    alphas = np.zeros(N - 1)
+    D = np.ones(N - 1)
+    small_sample = N < 20
+    any_tail = False
+    for i in range(N - 1):
+        n = float(N - i)
+        log_sum = np.sum(log_x[i:]) - n * log_x[i]
+        if small_sample:
+            if n < 8 or log_sum <= 1e-12:
+                continue
+            any_tail = True
+            alphas[i] = 1.0 + (n - 1.0) / log_sum
+        else:
+            with np.errstate(divide="ignore"):
+                alphas[i] = 1 + n / log_sum
+        if alphas[i] > 1:
+            fitted = 1 - (x[i:] / x[i]) ** (-alphas[i] + 1)
+            empirical = np.arange(n) / n
+            D[i] = np.max(np.abs(fitted - empirical))
+    if small_sample and not any_tail:  # no tail is long enough: the whole sample is one
+        log_sum = np.sum(log_x) - N * log_x[0]
+        if log_sum > 1e-12:
+            alphas[0] = 1.0 + (N - 1.0) / log_sum
+            D[0] = np.max(np.abs(1 - (x / x[0]) ** (-alphas[0] + 1) - np.arange(N) / N))
+    best = np.argmin(D)
+    return alphas[best], x[best], D[best], (alphas[best] - 1) / np.sqrt(N - best), N - best

@@ -1,0 +1,1 @@
+"""Pure torch kernels: no configuration, no I/O, no model classes."""

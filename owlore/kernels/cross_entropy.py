@@ -1,0 +1,113 @@
+"""Cross-entropy of a linear head in chunks of tokens: the logits never exist as a whole.
+
+For hidden states H (N x d) and head weight W (V x d): z = scale * H W^T (+ b), loss = sum_i logsumexp(z_i) - z_i[y_i].
+The gradient dz = softmax(z) - onehot(y) is turned into dH = scale * dz W (and dW) while its chunk is alive, so backward
+only multiplies by the incoming scalar. Rows whose label is -100 are dropped before anything is multiplied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Tokens a chunk holds."""
+    return max(16, CHUNK_ELEMENTS // vocabulary)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Summed negative log-likelihood (fp32 scalar) of `labels` (N, already shifted) under the head.
+
+    `softcap` c applies c * tanh(z / c) to the logits (Gemma 2). Divide by the number of labels that count.
+    """
+    keep = labels != IGNORED
+    loss: Tensor = _LinearCrossEntropy.apply(hidden[keep], weight, bias, labels[keep], scale, softcap)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        size = chunk_rows(weight.shape[0])
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
+            chunk_loss, dz = _chunk(hidden[rows], weight, bias, labels[rows], scale, softcap, any(ctx.needs_input_grad))
+            loss += chunk_loss
+            if dz is None:
+                continue
+            if grad_bias is not None:
+                grad_bias += dz.sum(0)
+            dz = dz.mul_(scale).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(dz, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += dz.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors  # scaled in place: one backward a forward
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.mul_(incoming.to(grad_hidden.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(incoming).to(ctx.dtypes[0])
+        if grad_bias is not None:
+            grad_bias = grad_bias.mul_(incoming).to(ctx.dtypes[1])
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of one chunk and, if asked for, dloss/d(scale * H W^T + b), both fp32."""
+    logits = (hidden @ weight.T).float()
+    if scale != 1.0:
+        logits *= scale
+    if bias is not None:
+        logits += bias
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen = logits.gather(1, labels[:, None])
+    loss = (normaliser - chosen).sum()
+    if not need_gradient:
+        return loss, None
+    slope = 1 - (logits / softcap).square_() if softcap is not None else None
+    dz = logits.sub_(normaliser).exp_()
+    dz.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
+    return loss, dz if slope is None else dz.mul_(slope)

@@ -1,0 +1,91 @@
+"""GaLore's projection of a gradient to rank r, and what happens to Adam's moments when the basis changes.
+
+Reference: Zhao et al. 2024 (GaLore, arXiv 2403.03507), section 4. For G of m x n with m >= n the basis P is the top r
+right singular vectors (n x r) and R = G P; otherwise the top r left ones (m x r) and R = P^T G. The smaller side is
+the one projected.
+
+Deviation: the basis comes from a randomised range finder with a Rayleigh-Ritz step (Halko, Martinsson & Tropp 2011,
+algorithms 4.4 and 5.1) instead of a full SVD. What matters is the captured energy ||R||^2 / ||G||^2, which is within
+a fraction of a percent of the optimum; the columns are orthonormal in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OVERSAMPLE = 8  # extra columns of the sketch: the last wanted directions converge through them
+
+
+def projects_right(rows: int, cols: int) -> bool:
+    """True when the columns (the right side) are projected: m >= n."""
+    return rows >= cols
+
+
+def project(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """R = G P (m x r) or P^T G (r x n)."""
+    return gradient @ basis if right else basis.T @ gradient
+
+
+def project_back(update: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """R P^T or P R: m x n again."""
+    return update @ basis.T if right else basis @ update
+
+
+def projected_shape(rows: int, cols: int, rank: int) -> tuple[int, int]:
+    return (rows, rank) if projects_right(rows, cols) else (rank, cols)
+
+
+def basis_shape(rows: int, cols: int, rank: int) -> tuple[int, int]:
+    return (min(rows, cols), rank)
+
+
+def find_basis(
+    gradient: Tensor,
+    rank: int,
+    *,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    iterations: int = 3,
+) -> Tensor:
+    """Orthonormal basis (min(m, n) x rank, fp32) of the gradient's leading singular subspace.
+
+    `start` (an earlier basis) warms the search up; random columns are added to it. A rank-deficient or zero gradient
+    still gets a full orthonormal basis, for its null directions carry no gradient. `rank` must be < min(m, n).
+
+    Raises: FloatingPointError when the gradient holds NaN or infinity.
+    """
+    tall = gradient.float() if projects_right(*gradient.shape) else gradient.float().T
+    scale = tall.abs().amax()
+    if not torch.isfinite(scale):
+        raise FloatingPointError("gradient with NaN or infinity")
+    side = tall.shape[1]
+    if side <= 2 * (rank + OVERSAMPLE):
+        return _leading(tall.T @ tall, rank)
+    width = rank + OVERSAMPLE
+    fresh = width if start is None else width - start.shape[1]
+    # Drawn on the CPU so that one seed gives one basis on every device.
+    sketch = torch.randn(side, fresh, generator=generator).to(tall.device)
+    sketch = sketch if start is None else torch.cat([start, sketch], dim=1)
+    for _ in range(iterations):
+        sketch = torch.linalg.qr(tall.T @ (tall @ sketch)).Q
+    core = tall @ sketch
+    return torch.linalg.qr(sketch @ _leading(core.T @ core, rank)).Q
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of the `rank` largest eigenvalues, largest first."""
+    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1).contiguous()
+
+
+def rotate_moments(mean: Tensor, square: Tensor, old: Tensor, new: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+    """Express Adam's moments in a new basis: with Q = P_old^T P_new, m' = m Q and v' = v (Q * Q).
+
+    The mean is a vector in the projected space and rotates exactly (what lies outside the new basis is lost). The
+    second moment rotates as the diagonal of a covariance whose coordinates are taken as uncorrelated, which keeps it
+    non-negative. Ours; the published method keeps both as they are although their axes have changed.
+    """
+    turn = old.T @ new
+    if right:
+        return mean @ turn, square @ turn.square()
+    return turn.T @ mean, turn.square().T @ square

@@ -1,0 +1,170 @@
+"""An optimizer whose state is a function of the active set.
+
+Every parameter that may ever be trained is known from the start; `switch` says which are active now. A parameter that
+joins gets a slot (master, moments, basis) and a gradient hook, one that leaves loses both, and what is held between
+switches depends on nothing but the active set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from owlore.optim.slot import HeldBytes, Rule, Slot, Weights
+
+ON_SWITCH = ("drop", "host", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """What a switch did: names that joined, stayed and left, and the norm lost when masters were rounded back."""
+
+    joined: tuple[str, ...]
+    stayed: tuple[str, ...]
+    left: tuple[str, ...]
+    lost_norm: float
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Moments of a frozen parameter that wait for its next activation (policies host and keep)."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, int | None]
+
+
+class RotatingOptimizer:
+    """AdamW, projected where a rule says so, over a changing set of parameters.
+
+    parameters: every parameter that may become active, by name. on_switch: what happens to the moments of a parameter
+    that leaves: `drop` frees them, `host` parks them in host memory, `keep` leaves them on the device. grad_scale: the
+    factor that the loss was multiplied with (fp16), divided out of each gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        seed: int,
+        weights: Weights = Weights.MASTER,
+        on_switch: str = "drop",
+        grad_scale: float = 1.0,
+    ) -> None:
+        if on_switch not in ON_SWITCH:
+            raise ValueError(f"on_switch must be one of {', '.join(ON_SWITCH)}, got {on_switch!r}")
+        self.parameters = dict(parameters)
+        self.seed, self.weights, self.on_switch, self.grad_scale = seed, weights, on_switch, grad_scale
+        self.slots: dict[str, Slot] = {}
+        self.parked: dict[str, Parked] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._last_micro_batch = True
+        self._step = 0
+
+    # -- the active set ----------------------------------------------------------------------------------------------
+
+    def switch(self, wanted: Mapping[str, Rule], step: int) -> Switch:
+        """Make exactly `wanted` active from global step `step` on; those that stay get a new basis and keep moments.
+
+        Raises: KeyError for a name that the optimizer was not built with.
+        """
+        unknown = [name for name in wanted if name not in self.parameters]
+        if unknown:
+            raise KeyError(f"not a parameter of this optimizer: {unknown[0]}")
+        left = tuple(name for name in self.slots if name not in wanted)
+        lost = sum(self._leave(name, step) ** 2 for name in left) ** 0.5
+        stayed = tuple(name for name in wanted if name in self.slots)
+        for name in stayed:
+            self.slots[name].renew()
+        joined = tuple(name for name in wanted if name not in self.slots)
+        for name in joined:
+            self._join(name, wanted[name])
+        return Switch(joined=joined, stayed=stayed, left=left, lost_norm=lost)
+
+    def _join(self, name: str, rule: Rule) -> None:
+        parameter = self.parameters[name]
+        slot = Slot(name, parameter, rule, weights=self.weights, seed=self.seed)
+        parked = self.parked.pop(name, None)
+        if parked is not None:
+            slot.restore(parked.tensors, parked.counters)
+            slot.renew()
+        self.slots[name] = slot
+        parameter.requires_grad_(True)
+        self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._taker(slot))
+
+    def _leave(self, name: str, step: int) -> float:
+        slot = self.slots.pop(name)
+        self._hooks.pop(name).remove()
+        slot.parameter.requires_grad_(False)
+        slot.parameter.grad = None
+        lost = slot.retire(step)
+        if self.on_switch != "drop":
+            device = torch.device("cpu") if self.on_switch == "host" else slot.parameter.device
+            self.parked[name] = Parked({key: t.to(device) for key, t in slot.tensors().items()}, slot.counters())
+        return lost
+
+    def _taker(self, slot: Slot) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if self.grad_scale != 1.0:
+                gradient = gradient.float().div_(self.grad_scale)
+            slot.receive(gradient, last=self._last_micro_batch, step=self._step)
+
+        return take
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def micro_batch(self, step: int, *, last: bool) -> None:
+        """Announce the next backward: its global step (from 0) and whether it is the step's last."""
+        self._step, self._last_micro_batch = step, last
+
+    def gradient_norm(self) -> Tensor:
+        """Norm over everything gathered in this step; projected gradients count in their own space."""
+        for slot in self.slots.values():
+            slot.settle(self._step)
+        parts = [part for slot in self.slots.values() if (part := slot.norm_squared()) is not None]
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt() if parts else torch.zeros(())
+
+    def update(self, lr: float, clip: float | None, norm: Tensor | None = None) -> None:
+        """One update of every active parameter; gradients are scaled so that their norm is at most `clip`."""
+        norm = self.gradient_norm() if norm is None else norm
+        factor: Tensor | float = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+        for slot in self.slots.values():
+            slot.update(lr, factor, self._step)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def held(self) -> HeldBytes:
+        """Bytes of the active slots (parked state is counted by `parked_bytes`)."""
+        return sum((slot.held() for slot in self.slots.values()), HeldBytes())
+
+    def parked_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for parked in self.parked.values() for t in parked.tensors.values())
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors by `kind|name|field`, JSON counters): all that a bit-exact continuation needs."""
+        tensors, counters = {}, {"active": {}, "parked": {}}
+        for name, slot in self.slots.items():
+            counters["active"][name] = slot.counters()
+            tensors |= {f"active|{name}|{key}": t for key, t in slot.tensors().items()}
+        for name, parked in self.parked.items():
+            counters["parked"][name] = dict(parked.counters)
+            tensors |= {f"parked|{name}|{key}": t for key, t in parked.tensors.items()}
+        return tensors, counters
+
+    def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+        """Continue from `state()`; `rules` names how each saved active parameter is updated."""
+        fields: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, name, part = key.split("|")
+            fields.setdefault((kind, name), {})[part] = tensor
+        for name, counts in counters["active"].items():
+            self._join(name, rules[name])
+            self.slots[name].restore(fields["active", name], counts)
+        for name, counts in counters["parked"].items():
+            self.parked[name] = Parked(fields["parked", name], dict(counts))

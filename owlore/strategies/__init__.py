@@ -1,0 +1,14 @@
+"""The methods, one file each; none imports another."""
+
+from __future__ import annotations
+
+from owlore.strategies.badam import BAdam
+from owlore.strategies.base import Hyper, Strategy
+from owlore.strategies.full import Full
+from owlore.strategies.galore import GaLore
+from owlore.strategies.lisa import Lisa, LisaD
+from owlore.strategies.owlore import OwLore
+
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (OwLore, Lisa, LisaD, BAdam, GaLore, Full)}
+
+__all__ = ["STRATEGIES", "Hyper", "Strategy"]

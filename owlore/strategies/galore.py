@@ -1,0 +1,20 @@
+"""GaLore: all blocks, gradients projected to low rank."""
+
+from __future__ import annotations
+
+from owlore.strategies.base import PROJECTION, Strategy
+
+
+class GaLore(Strategy):
+    """Every matrix inside the blocks is trained through its own projection, refreshed every `refresh` steps.
+
+    Reference: Zhao et al. 2024, "GaLore", arXiv 2403.03507, algorithm 2. Deviation: moments are rotated into the new
+    basis at a refresh; accumulation and clipping are allowed, in the projected space.
+    """
+
+    name = "galore"
+    paper = "arXiv 2403.03507"
+    summary = "all blocks, gradients projected to rank r, basis refreshed every N steps"
+    reads = PROJECTION
+    defaults = {"refresh": 200, "scale": 0.25, "always_on": ("embeddings", "norm", "head")}
+    preset = {**defaults, "rank": 128}

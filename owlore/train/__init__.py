@@ -1,0 +1,1 @@
+"""The training engine: it knows strategies, never methods by name."""

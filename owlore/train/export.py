@@ -1,0 +1,59 @@
+"""The finished model as a directory that plain transformers loads, in the checkpoint's own dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htsr.console import quiet_libraries
+from owlore.kernels.rounding import stochastic_round
+from owlore.kernels.seeds import generator_for
+from owlore.train.loading import Loaded
+
+
+def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: int) -> None:
+    """Write weights, configuration, generation settings and tokenizer.
+
+    A tensor that was never trained leaves with the bits it came with (a cast to a wider type and back loses nothing).
+    A trained one that is held wider than the checkpoint is rounded stochastically, as masters are.
+    """
+    model = loaded.model
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            dtype = loaded.stored.get(name, loaded.stored_default)
+            rounds = name in trained and name in parameters
+            seen[tensor.data_ptr()] = _in_dtype(tensor, dtype, rounds, seed, name)
+        tensors[name] = seen[tensor.data_ptr()]
+    with quiet_libraries(), _config_dtype(model, loaded.stored_default):
+        model.save_pretrained(directory, state_dict=tensors)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(directory)
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int, name: str) -> Tensor:
+    tensor = tensor.detach()
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    if rounds and tensor.dtype == torch.float32:
+        return stochastic_round(tensor, dtype, generator_for(seed, "export", name, device=tensor.device))
+    return tensor.to(dtype)
+
+
+class _config_dtype:  # noqa: N801 - used as a context manager
+    """The exported config.json names the dtype of the export, not the one that was trained in."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.config, self.dtype, self.before = model.config, dtype, model.config.dtype
+
+    def __enter__(self) -> None:
+        self.config.dtype = self.dtype
+
+    def __exit__(self, *exception: object) -> None:
+        self.config.dtype = self.before

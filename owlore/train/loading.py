@@ -1,0 +1,151 @@
+"""A model to train and its tokenizer, from an id, a directory, a GGUF file or an object in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from htsr.console import quiet_libraries
+from htsr.errors import BadInput, UsageError
+from htsr.model.source import Source, locate, open_source
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model on its device, and what an export and a report have to know about where it came from.
+
+    stored: dtype of each tensor in the checkpoint by name (what an export goes back to); `stored_default` for names
+    that the checkpoint does not have.
+    """
+
+    model: Any
+    tokenizer: Any
+    id: str
+    revision: str | None
+    weights_sha256: str
+    config_sha256: str | None
+    stored: dict[str, torch.dtype]
+    stored_default: torch.dtype
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises: UsageError for a device that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device got {name!r}, expected auto, cpu or cuda[:N]") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: this machine has no usable CUDA device, use cpu or auto")
+    return device
+
+
+def load(model: Any, *, dtype: str, attn: str, device: torch.device, tokenizer: Any = None) -> Loaded:
+    """Load (or take over) a causal language model.
+
+    model: Hugging Face id, directory, `.gguf` file, `demo`, or an `nn.Module`. dtype: `auto` is the checkpoint's; of a
+    GGUF file bfloat16 on CUDA and float32 on the CPU.
+
+    Raises: NotFound, BadInput (cannot be used as a causal language model), UsageError (a module without a tokenizer).
+    """
+    source = open_source(model)
+    try:
+        if isinstance(model, nn.Module):
+            return _adopt(model, source, dtype, device, tokenizer)
+        return _read(model, source, dtype, attn, device, tokenizer)
+    finally:
+        source.close()
+
+
+def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, tokenizer: Any) -> Loaded:
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    own = next(model.parameters()).dtype
+    target = own if dtype == "auto" else DTYPES[dtype]
+    stored = {name: p.dtype for name, p in model.named_parameters()}
+    return _loaded(model.to(device=device, dtype=target), tokenizer, source, stored, own)
+
+
+def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.device, tokenizer: Any) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = locate(ref)
+    if path.is_file() and path.suffix != ".gguf":
+        raise BadInput(f"{ref} is a lone weights file; training needs its directory with config.json and tokenizer")
+    gguf = {"gguf_file": path.name} if path.is_file() else {}
+    place = path.parent if path.is_file() else path
+    wanted: Any = "auto" if dtype == "auto" else DTYPES[dtype]
+    if gguf and dtype == "auto":
+        wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        with quiet_libraries():
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=attn, **gguf)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if gguf:
+        model = without_quantisation(model)
+    known = {t.name: DTYPES[t.dtype] for t in source.tensors if t.dtype in DTYPES}
+    default = model.dtype if gguf else DTYPES.get(str(source.config and source.config.get("dtype")), model.dtype)
+    return _loaded(model.to(device), tokenizer, source, {} if gguf else known, default)
+
+
+def without_quantisation(model: Any) -> Any:
+    """The same weights in a plain model: one loaded from GGUF still counts as quantised and refuses to be saved."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)._from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), strict=True, assign=True)
+    for name, buffer in model.named_buffers():
+        _set_buffer(plain, name, buffer)
+    plain.tie_weights()
+    if model.generation_config is not None:
+        plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def _set_buffer(model: nn.Module, name: str, buffer: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    owner.register_buffer(leaf, buffer, persistent=leaf not in owner._non_persistent_buffers_set)
+
+
+def _tokenizer_of(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not name:
+        raise UsageError("a model object without a name was given, expected tokenizer= beside it")
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer found for the model object ({name}): pass tokenizer=") from error
+
+
+def _loaded(model: Any, tokenizer: Any, source: Source, stored: dict[str, torch.dtype], default: torch.dtype) -> Loaded:
+    return Loaded(
+        model=model,
+        tokenizer=tokenizer,
+        id=source.id,
+        revision=source.revision,
+        weights_sha256=source.weights_sha256(),
+        config_sha256=source.config_sha256(),
+        stored=stored,
+        stored_default=default,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

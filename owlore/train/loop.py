@@ -1,0 +1,263 @@
+"""The training loop: switch, gather projected gradients, update, and around it evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htsr.errors import Interrupted, NotFinite
+from owlore.blocks import Units
+from owlore.data.batches import collate, epoch_at, step_rows
+from owlore.data.tokenise import Encoded
+from owlore.kernels.seeds import seed_for
+from owlore.optim import RotatingOptimizer, Rule
+from owlore.strategies import Strategy
+from owlore.train import checkpoint
+from owlore.train.evaluate import held_out_loss
+from owlore.train.interrupt import Interruptible
+from owlore.train.loss import CausalLoss
+from owlore.train.metrics import MetricsLog, memory_held
+from owlore.train.recompute import Recompute
+from owlore.train.schedule import learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What the loop reads of the configuration: how long, how often, how fast."""
+
+    seed: int
+    steps: int
+    batch: int
+    accum: int
+    total_rows: int | None
+    every: int | None  # optimizer steps of a period; None: one period for the whole run
+    lr: float
+    schedule: str
+    warmup: int
+    clip: float | None
+    eval_every: int | None
+    save_every: int | None
+    keep: int
+
+
+@dataclass
+class Tally:
+    """What a run counts as it goes; saved with every checkpoint."""
+
+    draws: list[int]
+    trainable_steps: int = 0  # sum over steps of parameters trained
+    lost_norm: list[float] = field(default_factory=list)  # a switch: norm that rounding masters back lost
+    step_seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """A run in progress: the pieces, and the few numbers that change."""
+
+    units: Units
+    strategy: Strategy
+    optimizer: RotatingOptimizer
+    loss: CausalLoss
+    recompute: Recompute
+    pace: Pace
+    data: Encoded
+    eval_data: Encoded | None
+    metrics: MetricsLog
+    checkpoints: Path
+    device: torch.device
+    identity: dict[str, Any]
+    tally: Tally
+    trained: set[str] = field(default_factory=set)  # parameters that were ever active
+    active: tuple[int, ...] = ()
+    step: int = 0  # optimizer steps done
+
+    def run(self, on_row: Callable[[dict[str, Any]], None]) -> None:
+        """Train to the last step, leave the final weights in the model, and measure them.
+
+        Raises: Interrupted after a clean checkpoint, NotFinite before a bad update.
+        """
+        self.loss.model.train()
+        if self.step == 0:
+            on_row(self.evaluate())
+        with Interruptible() as interruption:
+            while self.step < self.pace.steps:
+                if self.period_begins:
+                    self.switch()
+                on_row(self.advance())
+                last = self.step == self.pace.steps
+                if _due(self.step, self.pace.eval_every) and not last:
+                    on_row(self.evaluate())
+                if _due(self.step, self.pace.save_every) or last or interruption.asked:
+                    self.save()
+                if interruption.asked and not last:
+                    name = interruption.asked.name
+                    raise Interrupted(f"{name} at step {self.step}: checkpoint written, go on with --resume")
+        self.finish()
+        on_row(self.evaluate())
+
+    # -- one period --------------------------------------------------------------------------------------------------
+
+    @property
+    def period(self) -> int:
+        return self.step // self.pace.every if self.pace.every else 0
+
+    @property
+    def period_begins(self) -> bool:
+        return self.step == 0 if not self.pace.every else self.step % self.pace.every == 0
+
+    def switch(self) -> None:
+        """Make this period's parameters active and free what leaves."""
+        rules = self.strategy.rules_at(self.period)
+        self.active = self.strategy.blocks_at(self.period)
+        done = self.optimizer.switch(rules, self.step)
+        self.trained.update(rules)
+        if done.left:
+            self.tally.lost_norm.append(done.lost_norm)
+        for block in self.active:
+            self.tally.draws[block] += 1
+        self._aim_recompute(rules)
+
+    def _aim_recompute(self, rules: dict[str, Rule]) -> None:
+        """Backward reaches down to the lowest active block, or to the bottom when the embeddings are trained."""
+        bottom = any(name in rules for name, _ in self.units.groups["embeddings"])
+        self.recompute.lowest = 0 if bottom or not self.active else self.active[0]
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def advance(self) -> dict[str, Any]:
+        """One optimizer step; returns its metrics row."""
+        started = time.perf_counter()
+        pace = self.pace
+        rows = step_rows(self.step + 1, batch=pace.batch, accum=pace.accum, n=len(self.data), seed=pace.seed,
+                         total_rows=pace.total_rows)  # fmt: skip
+        lr = learning_rate(self.step, peak=pace.lr, steps=pace.steps, schedule=pace.schedule, warmup=pace.warmup)
+        loss = self._gather(rows)
+        norm = None
+        if loss is not None:
+            total = self.optimizer.gradient_norm()
+            norm = float(total)
+            if not math.isfinite(norm):
+                raise NotFinite(
+                    f"gradient norm {norm} at step {self.step + 1} (loss {loss:.4g}): lower --lr or use bfloat16"
+                )
+            self.optimizer.update(lr, pace.clip, total)
+        self.step += 1
+        tokens = sum(int(self.data.offsets[row + 1] - self.data.offsets[row]) for part in rows for row in part)
+        return self._record(time.perf_counter() - started, tokens, loss=loss, lr=lr, grad_norm=norm)
+
+    def _gather(self, rows: list[list[int]]) -> float | None:
+        """Forward and backward of all micro-batches; the mean loss a trained token, None where nothing is trained.
+
+        The sum is divided by the step's number of trained tokens, so accumulating equals one big batch.
+        """
+        batches = [collate(self.data, part) for part in rows]
+        tokens = sum(batch.num_trained for batch in batches)
+        if not tokens:
+            return None
+        loss = 0.0
+        for index, batch in enumerate(batches):
+            self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
+            with _seeded(seed_for(self.pace.seed, "dropout", self.step, index), self.device):
+                part = self.loss(
+                    batch.input_ids.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
+                )
+                mean = part / tokens
+                loss += float(mean.detach())
+                if not math.isfinite(loss):
+                    raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
+                if mean.requires_grad:
+                    (mean * self.optimizer.grad_scale).backward()
+        return loss
+
+    def _record(self, seconds: float, tokens: int, **values: Any) -> dict[str, Any]:
+        self.tally.step_seconds.append(seconds)
+        self.tally.tokens += tokens
+        self.tally.trainable_steps += sum(slot.parameter.numel() for slot in self.optimizer.slots.values())
+        return self.metrics.write(
+            step=self.step, epoch=self._epoch, split="train", tokens=tokens, tokens_per_s=tokens / seconds,
+            mem_bytes=memory_held(self.device), state_bytes=self.optimizer.held().total,
+            active_blocks=list(self.active), **values,
+        )  # fmt: skip
+
+    @property
+    def _epoch(self) -> float:
+        pace = self.pace
+        n = len(self.data)
+        return epoch_at(self.step, batch=pace.batch, accum=pace.accum, n=n, total_rows=pace.total_rows)
+
+    # -- around it ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> dict[str, Any]:
+        """Held-out loss as a metrics row; an empty record without evaluation data."""
+        if self.eval_data is None:
+            return {}
+        loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device)
+        if not math.isfinite(loss):
+            raise NotFinite(f"held-out loss {loss} at step {self.step}: the model's weights or the data are damaged")
+        return self.metrics.write(
+            step=self.step, epoch=self._epoch, split="eval", loss=loss, mem_bytes=memory_held(self.device),
+            state_bytes=self.optimizer.held().total, active_blocks=list(self.active),
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """End the last activation: masters are written back, state is freed, nothing is trainable."""
+        done = self.optimizer.switch({}, self.step)
+        self.tally.lost_norm.append(done.lost_norm)
+        self.active = ()
+
+    def save(self) -> Path:
+        """A checkpoint from which `restore` goes on bit for bit."""
+        tensors, counters = self.optimizer.state()
+        parameters = self.optimizer.parameters
+        path = checkpoint.save(
+            self.checkpoints,
+            self.step,
+            weights={name: parameters[name].data for name in sorted(self.trained)},
+            optimizer=tensors,
+            state={
+                "identity": self.identity,
+                "optimizer": counters,
+                "active": list(self.active),
+                "tally": vars(self.tally),
+            },
+        )
+        checkpoint.prune(self.checkpoints, self.pace.keep)
+        return path
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue where `saved` was written."""
+        with torch.no_grad():
+            for name, tensor in saved.weights.items():
+                self.optimizer.parameters[name].copy_(tensor)
+        self.step, self.trained = saved.step, set(saved.weights)
+        self.active = tuple(saved.state["active"])
+        self.tally = Tally(**saved.state["tally"])
+        rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
+        self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
+        self._aim_recompute(rules)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+class _seeded:  # noqa: N801 - used as a context manager
+    """torch's global generators at a known seed inside (dropout draws from them), as they were outside."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        devices = [device] if device.type == "cuda" else []
+        self.seed, self.fork = seed, torch.random.fork_rng(devices=devices)
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.fork.__exit__(*exception)

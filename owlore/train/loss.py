@@ -1,0 +1,74 @@
+"""Summed next-token loss of a causal language model without its logits as a whole.
+
+The decoder gives hidden states, the head is applied in chunks. That shortcut is right only if the model's own forward
+is head(decoder(x)) up to a scale and a soft cap, so it is compared with the model's own logits once, on a few tokens;
+a model that does more gets its own logits and one whole cross-entropy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from owlore.kernels.cross_entropy import IGNORED, linear_cross_entropy
+
+
+class CausalLoss:
+    """Calls as loss(input_ids, labels) -> fp32 scalar, summed over labels that count; labels are not shifted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        self.decoder, self.head = _parts(model)
+        self.chunked = self.decoder is not None and self._agrees()
+
+    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        targets = labels[:, 1:].reshape(-1)
+        if not self.chunked:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+            return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+        hidden = self._hidden(input_ids)[:, :-1].flatten(0, 1)
+        return linear_cross_entropy(
+            hidden, self.head.weight, targets, bias=self.head.bias, scale=self.scale, softcap=self.softcap
+        )
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False)[0]
+        return hidden
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Is the chunked loss the model's own? Checked on eight tokens in evaluation mode."""
+        device = self.head.weight.device
+        vocabulary = self.head.weight.shape[0]
+        probe = torch.arange(8, device=device).mul_(7).remainder_(vocabulary)[None]
+        training = self.model.training
+        self.model.eval()
+        try:
+            logits = self.model(input_ids=probe, use_cache=False).logits[0, :-1].float()
+            own = F.cross_entropy(logits, probe[0, 1:], reduction="sum")
+            hidden = self._hidden(probe)[0, :-1]
+            ours = linear_cross_entropy(
+                hidden, self.head.weight, probe[0, 1:], bias=self.head.bias, scale=self.scale, softcap=self.softcap
+            )
+        finally:
+            self.model.train(training)
+        # Rounding of the logits to 16 bits before the softmax is the only difference that is allowed.
+        tolerance = 1e-5 if self.head.weight.dtype == torch.float32 else 2e-2
+        return bool((own - ours).abs() <= tolerance * own.abs()) or not bool(torch.isfinite(own))
+
+
+def _parts(model: nn.Module) -> tuple[Any, Any]:
+    """(decoder, linear head), or (None, head) where the model does not expose them."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model:
+        decoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return (decoder if isinstance(head, nn.Linear) else None), head

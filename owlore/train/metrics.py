@@ -1,0 +1,89 @@
+"""metrics.jsonl, and how much memory is held.
+
+One object a line: exactly one `train` row per optimizer step, counted from 1, and `eval` rows. Every row has the same
+keys; what was not measured is null.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEYS = (
+    "step",
+    "epoch",
+    "split",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_s",
+    "mem_bytes",
+    "state_bytes",
+    "active_blocks",
+)
+
+
+class MetricsLog:
+    """Appends rows to a file and keeps them in memory; a row reaches the disk before `write` returns."""
+
+    def __init__(self, path: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+        self.path = path
+        self.rows = list(rows)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        temporary.replace(path)
+
+    @classmethod
+    def continued(cls, path: Path, step: int) -> MetricsLog:
+        """The log as it stood at the checkpoint of `step`: later rows, and a last line cut short by a kill, go."""
+        kept: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if row["step"] <= step:
+                kept.append(row)
+        return cls(path, kept)
+
+    def write(self, **row: Any) -> dict[str, Any]:
+        unknown = set(row) - set(KEYS)
+        assert not unknown, f"not a metrics key: {unknown}"
+        full = {key: row.get(key) for key in KEYS}
+        self.rows.append(full)
+        with self.path.open("a") as file:
+            file.write(json.dumps(full, allow_nan=False) + "\n")
+        return full
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes allocated on a CUDA device; on the CPU the resident set of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _peak_resident()
+
+
+def memory_peak(device: torch.device) -> dict[str, int]:
+    """Peak over the whole run: allocated and reserved on CUDA, the resident set's high-water mark on the CPU."""
+    if device.type == "cuda":
+        return {
+            "peak_bytes": int(torch.cuda.max_memory_allocated(device)),
+            "peak_reserved_bytes": int(torch.cuda.max_memory_reserved(device)),
+        }
+    return {"peak_bytes": _peak_resident()}
+
+
+def _peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

@@ -1,0 +1,23 @@
+"""The learning rate as a pure function of the step, so that a resume needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def learning_rate(step: int, *, peak: float, steps: int, schedule: str, warmup: int) -> float:
+    """Rate of global step `step` (from 0): a linear rise over `warmup` steps, then the schedule down to 0 at `steps`."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    match schedule:
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * progress))
+        case "constant":
+            return peak
+        case _:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")

@@ -1,0 +1,100 @@
+"""GaLore's projection: sides, orthonormality, captured energy, rotation of moments."""
+
+import paper
+import pytest
+import torch
+from makers import generator
+
+from owlore.kernels.projector import find_basis, project, project_back, projects_right, rotate_moments
+
+SHAPES = [(96, 40), (40, 96), (64, 64), (300, 200), (200, 300)]
+
+
+def decaying(rows, cols, seed, power=1.0):
+    """A matrix with singular values 1/k^power."""
+    u = torch.linalg.qr(torch.randn(rows, min(rows, cols), generator=generator(seed))).Q
+    v = torch.linalg.qr(torch.randn(cols, min(rows, cols), generator=generator(seed + 1))).Q
+    return (u * torch.arange(1, min(rows, cols) + 1).float().pow(-power)) @ v.T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_smaller_side_is_projected(shape):
+    gradient = torch.randn(shape, generator=generator(0))
+    basis = find_basis(gradient, 8, generator=generator(1))
+    small = project(gradient, basis, projects_right(*shape))
+    assert basis.shape == (min(shape), 8)
+    assert sorted(small.shape) == sorted((max(shape), 8))
+    assert project_back(small, basis, projects_right(*shape)).shape == shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_columns_are_orthonormal(shape, rank):
+    basis = find_basis(torch.randn(shape, generator=generator(3)), rank, generator=generator(1))
+    assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=5e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_captured_energy_is_nearly_that_of_the_full_svd(shape, power):
+    gradient = decaying(*shape, seed=5, power=power)
+    right = projects_right(*shape)
+    best = project(gradient, paper.galore_basis(gradient, 12), right).square().sum()
+    ours = project(gradient, find_basis(gradient, 12, generator=generator(0)), right).square().sum()
+    assert 0.995 * best <= ours <= best * (1 + 1e-5)
+
+
+def test_a_warm_start_is_at_least_as_good_after_one_iteration():
+    gradient = decaying(300, 200, seed=9, power=0.5)
+    start = find_basis(gradient, 16, generator=generator(0))
+    warm = find_basis(gradient, 16, generator=generator(1), start=start, iterations=1)
+    cold = find_basis(gradient, 16, generator=generator(1), iterations=1)
+    assert project(gradient, warm, True).square().sum() >= project(gradient, cold, True).square().sum() * (1 - 1e-6)
+
+
+def test_a_matrix_of_low_rank_is_rebuilt_exactly():
+    left, right = torch.randn(80, 3, generator=generator(0)), torch.randn(50, 3, generator=generator(1))
+    gradient = left @ right.T
+    basis = find_basis(gradient, 8, generator=generator(2))
+    assert torch.allclose(basis.T @ basis, torch.eye(8), atol=5e-6)
+    assert torch.allclose(project_back(project(gradient, basis, True), basis, True), gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (500, 300)])
+def test_a_zero_gradient_has_an_orthonormal_basis(shape):
+    basis = find_basis(torch.zeros(shape), 4, generator=generator(0))
+    assert torch.allclose(basis.T @ basis, torch.eye(4), atol=5e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused(bad):
+    gradient = torch.randn(30, 20)
+    gradient[3, 4] = bad
+    with pytest.raises(FloatingPointError):
+        find_basis(gradient, 4, generator=generator(0))
+
+
+def test_one_seed_gives_one_basis():
+    gradient = torch.randn(300, 200, generator=generator(0))
+    first, second = (find_basis(gradient, 16, generator=generator(4)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_rotating_into_the_same_basis_changes_nothing(right):
+    basis = torch.linalg.qr(torch.randn(30, 6, generator=generator(0))).Q
+    shape = (40, 6) if right else (6, 40)
+    mean, square = torch.randn(shape, generator=generator(1)), torch.rand(shape, generator=generator(2))
+    turned = rotate_moments(mean, square, basis, basis, right)
+    assert torch.allclose(turned[0], mean, atol=1e-5) and torch.allclose(turned[1], square, atol=1e-5)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_mean_keeps_its_place_in_the_full_space_when_the_span_stays(right):
+    basis = torch.linalg.qr(torch.randn(30, 6, generator=generator(0))).Q
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator(3))).Q
+    shape = (40, 6) if right else (6, 40)
+    mean = torch.randn(shape, generator=generator(1))
+    turned, square = rotate_moments(mean, mean.square(), basis, basis @ turn, right)
+    assert torch.allclose(project_back(turned, basis @ turn, right), project_back(mean, basis, right), atol=1e-5)
+    assert (square >= 0).all()
