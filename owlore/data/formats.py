@@ -1,0 +1,169 @@
+"""Records to examples: which columns make which format, told by their names and never by the file's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from htsr.errors import BadInput
+from owlore.data.examples import Example, Rows, alpaca_prompt, fingerprint
+from owlore.data.files import Record, locate_data, read_data_set, read_file
+
+# In this order: the first whose columns are all there wins. `question, answer` alone is GSM8K's form; with more
+# columns (choices, passages) it would drop what the question is about, so it must be exactly these.
+FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("messages", frozenset({"messages"})),
+    ("sharegpt", frozenset({"conversations"})),
+    ("alpaca", frozenset({"instruction", "output"})),
+    ("prompt/completion", frozenset({"prompt", "completion"})),
+    ("prompt/response", frozenset({"prompt", "response"})),
+    ("question/answer", frozenset({"question", "answer"})),
+    ("text", frozenset({"text"})),
+)
+EXPECTED = (
+    "instruction,input,output (alpaca); messages or conversations (chat); prompt,completion; question,answer; text"
+)
+ROLES = {
+    "human": "user", "user": "user", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+
+
+def load_rows(data: Any) -> Rows:
+    """Every row of a data set as an `Example`.
+
+    `data`: a path (json, jsonl, csv, parquet, text; by content), `demo-data`, a Hugging Face data set name
+    NAME[:CONFIG][:SPLIT], a list of dicts, a pandas DataFrame or a `datasets.Dataset`.
+
+    Raises: NotFound when it does not exist; BadInput when its content is in no known format.
+    """
+    if isinstance(data, str | Path):
+        path = locate_data(data)
+        if path is not None and path.is_file():
+            records, digest = read_file(path)
+            return rows_from(records, source=str(data), sha256=digest)
+        return rows_from(read_data_set(str(data)), source=str(data))
+    return rows_from(_records_of(data), source=f"({type(data).__name__} in memory)")
+
+
+def rows_from(records: Sequence[Record], *, source: str, sha256: str | None = None) -> Rows:
+    """Examples of `records`, all in the format that the first one's columns show."""
+    if not records:
+        raise BadInput(f"{source}: holds no rows; expected at least one")
+    columns = [str(name).strip().lower() for name in records[0]]
+    name = format_of(columns)
+    if name is None:
+        raise BadInput(f"{source}: got the columns {', '.join(columns) or '(none)'}; expected one of: {EXPECTED}")
+    examples = []
+    for i, record in enumerate(records, 1):
+        try:
+            examples.append(_example(name, {str(k).strip().lower(): v for k, v in record.items()}))
+        except ValueError as error:
+            raise BadInput(f"{source}: row {i} ({name}) {error}") from error
+    provenance = {
+        "source": source,
+        "sha256": sha256 or fingerprint(examples),
+        "rows": len(examples),
+        "format": name,
+    }
+    return Rows(examples=examples, provenance=provenance)
+
+
+def format_of(columns: Iterable[str]) -> str | None:
+    """The name of the format that these (lower-case) columns make, or None."""
+    got = set(columns)
+    for name, needed in FORMATS:
+        if needed <= got and (name != "question/answer" or got - needed <= {"id", "idx"}):
+            return name
+    return None
+
+
+def _records_of(data: Any) -> list[Record]:
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        return data.to_dict("records")
+    if isinstance(data, dict) and "train" in data:  # a DatasetDict
+        return list(data["train"])
+    if isinstance(data, Iterable) and not isinstance(data, dict | bytes):
+        records = list(data)
+        wrong = next((type(r).__name__ for r in records if not isinstance(r, dict)), None)
+        if wrong is None:
+            return records
+        raise BadInput(f"data: got a sequence that holds {wrong}; expected dicts with the columns {EXPECTED}")
+    raise BadInput(f"data: got {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
+
+
+def _example(name: str, record: Record) -> Example:
+    """One example; ValueError (without the place, which the caller knows) when the record does not fit."""
+    match name:
+        case "messages" | "sharegpt":
+            turns = _turns(_cell(record, "messages" if name == "messages" else "conversations"))
+            system = record.get("system")
+            if isinstance(system, str) and system and (not turns or turns[0][0] != "system"):
+                turns = (("system", system), *turns)
+            return Example(messages=turns)
+        case "alpaca":
+            prompt = alpaca_prompt(_text(record, "instruction"), _text(record, "input", optional=True))
+            return Example(prompt=prompt, answer=_text(record, "output"))
+        case "prompt/completion" | "prompt/response":
+            answer = name.split("/")[1]
+            if _is_list(record.get("prompt")) and _is_list(record.get(answer)):
+                return Example(messages=_turns(record["prompt"]) + _turns(record[answer]))
+            return Example(prompt=_text(record, "prompt"), answer=_text(record, answer))
+        case "question/answer":
+            return Example(prompt=alpaca_prompt(_text(record, "question")), answer=_text(record, "answer"))
+        case _:
+            return Example(text=_text(record, "text"))
+
+
+def _cell(record: Record, column: str) -> Any:
+    if column not in record:
+        raise ValueError(f"has no column {column!r}; got {', '.join(record) or 'none'}")
+    return record[column]
+
+
+def _text(record: Record, column: str, *, optional: bool = False) -> str:
+    """A cell as text; missing values (None, NaN) are empty, numbers are written out."""
+    value = record.get(column) if optional else _cell(record, column)
+    if isinstance(value, str):
+        return _unicode(value, f"column {column!r}")
+    if value is None or (isinstance(value, float) and value != value):
+        return ""
+    if isinstance(value, bool | int | float) or hasattr(value, "item"):
+        return str(value)
+    raise ValueError(f"holds {type(value).__name__} in column {column!r}; expected text")
+
+
+def _unicode(text: str, where: str) -> str:
+    """The text, if it can be written as UTF-8: JSON may hold half of a surrogate pair, no tokenizer can read it."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a surrogate pair in {where}; expected valid Unicode") from error
+    return text
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (hasattr(value, "tolist") and getattr(value, "ndim", 0) == 1)
+
+
+def _turns(value: Any) -> tuple[tuple[str, str], ...]:
+    """Messages as (role, text) pairs from OpenAI's role/content or ShareGPT's from/value."""
+    if value is None or not _is_list(value):
+        raise ValueError(f"holds {type(value).__name__} as its messages; expected a list of role and content")
+    return tuple(map(_turn, value))
+
+
+def _turn(message: Any) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"holds {type(message).__name__} as a message; expected role and content")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise ValueError(f"has a message of role {role!r}; expected one of {', '.join(sorted(ROLES))}")
+    if content is not None and _is_list(content):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"has a message whose content is {type(content).__name__}; expected text")
+    return ROLES[role.lower()], _unicode(content or "", "a message")

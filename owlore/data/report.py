@@ -1,0 +1,83 @@
+"""What the data hold, said before the first step: counts, and one row with its mask in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from htsr.errors import BadInput
+from owlore.data.tokenise import Encoded
+
+SAMPLE_CHARACTERS = 1200
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """Counts over an encoded data set. `trained_share` is in [0, 1]."""
+
+    rows: int
+    tokens: int
+    trained_tokens: int
+    trained_share: float
+    truncated: int  # rows that were longer than seq_len and lost their end
+    empty: int  # rows without any trained token
+    longest: int  # tokens of the longest row
+    sample: str  # the first row that trains something; what is trained stands between « and »
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained_share:.1%} of them trained; "
+            f"{self.truncated:,} rows cut, {self.empty:,} without a trained token; longest {self.longest:,} tokens"
+        )
+
+
+def data_report(encoded: Encoded, tokenizer: Any, source: str = "data") -> DataReport:
+    """Count, and decode the first row that trains something.
+
+    Raises: BadInput when no row has a trained token: every answer is empty, or seq_len cuts all of them off.
+    """
+    if not len(encoded):
+        raise BadInput(f"{source}: holds no rows; expected at least one")
+    per_row = encoded.trained_per_row
+    trained = int(per_row.sum())
+    if trained == 0:
+        cause = (
+            f"{encoded.truncated} of them are cut before their answer begins: raise --seq-len"
+            if encoded.truncated
+            else "every answer is empty"
+        )
+        raise BadInput(f"{source}: none of the {len(encoded)} rows has a trained token; {cause}")
+    return DataReport(
+        rows=len(encoded),
+        tokens=len(encoded.ids),
+        trained_tokens=trained,
+        trained_share=trained / len(encoded.ids),
+        truncated=encoded.truncated,
+        empty=int((per_row == 0).sum()),
+        longest=int(np.diff(encoded.offsets).max()),
+        sample=masked_text(encoded, int(np.argmax(per_row > 0)), tokenizer),
+    )
+
+
+def masked_text(encoded: Encoded, row: int, tokenizer: Any) -> str:
+    """One row as text, special tokens included, with the trained stretches between « and »."""
+    ids, trained = encoded.row(row)
+    edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+    parts = []
+    for start, stop in pairwise(edges):
+        text = printable(tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False))
+        if len(text) > SAMPLE_CHARACTERS:
+            text = f"{text[: SAMPLE_CHARACTERS // 2]} ... {text[-SAMPLE_CHARACTERS // 2 :]}"
+        parts.append(f"«{text}»" if trained[start] else text)
+    return "".join(parts)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
