@@ -53,7 +53,7 @@ def byte_tokenizer(vocab: int = 64) -> Any:
 
     pieces = ["<pad>", "<s>", "</s>", "<unk>"]
     characters = " etaoinshrdlucmfwypvbgkjqxzETAOIN.,:?!0123456789#\n'\"-"
-    pieces += [c for c in characters][: vocab - len(pieces)]
+    pieces += list(characters)[: vocab - len(pieces)]
     tokenizer = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

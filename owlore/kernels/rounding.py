@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """`values` (fp32) in `dtype` (bfloat16 or float16), each rounded to one of its two neighbours with E[result] = value.
+    """`values` (fp32) in `dtype` (a 16-bit float), each rounded to one of its two neighbours with E[result] = value.
 
     A value that `dtype` represents exactly stays as it is. `generator` lives on the device of `values`.
     """

@@ -8,7 +8,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: str, warmup: int) -> float:
-    """Rate of global step `step` (from 0): a linear rise over `warmup` steps, then the schedule down to 0 at `steps`."""
+    """Rate of step `step` (from 0): rising over `warmup` steps, then the schedule, down to 0 at `steps`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

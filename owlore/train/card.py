@@ -1,0 +1,60 @@
+"""README.md of a run: the model card, with where everything came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CARD = """---
+library_name: transformers
+base_model: {base}
+tags: [owlore, fine-tuned]
+---
+
+# {title}
+
+{base} fine-tuned with `owlore train --method {method}` ({paper}).
+
+| | |
+| --- | --- |
+| base model | {base}, weights sha256 `{weights}` |
+| data | {data}, {rows} rows, sha256 `{data_sha256}` |
+| steps | {steps} of {batch} x {accum} sequences, at most {seq_len} tokens each |
+| trained share of parameters, mean over steps | {trainable:.2%} |
+| held-out loss (nats a token) | {losses} |
+| peak memory | {peak:.2f} GB on {device} |
+| time | {seconds:.0f} s, {tokens_per_s:.0f} tokens/s |
+| versions | {versions} |
+
+`model/` holds the result; load it with `{loader}.from_pretrained`. `config.yaml` is the whole
+configuration and can be given back as `--config`; `metrics.jsonl` has one row an optimizer step; `run.json` has the
+draws and the provenance.
+"""
+
+
+def model_card(run: dict[str, Any], *, paper: str, loader: str = "AutoModelForCausalLM") -> str:
+    """The card as Markdown, from the contents of run.json."""
+    config, data = run["config"], run["data"]
+    before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
+    losses = "not measured" if before is None else f"{before:.4f} before, {after:.4f} after"
+    return CARD.format(
+        base=run["model"]["id"],
+        title=f"{run['model']['id']}, {config['method']}",
+        method=config["method"],
+        paper=paper,
+        weights=run["model"]["weights_sha256"][:16],
+        data=data["source"],
+        rows=data["rows"],
+        data_sha256=str(data["sha256"])[:16],
+        steps=run["steps"],
+        batch=config["batch"],
+        accum=config["accum"],
+        seq_len=config["seq_len"],
+        trainable=run["trainable"],
+        losses=losses,
+        peak=run["peak_bytes"] / 1e9,
+        device=run["device"],
+        seconds=run["seconds"],
+        tokens_per_s=run["tokens_per_s"],
+        versions=", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        loader=loader,
+    )

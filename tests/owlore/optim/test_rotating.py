@@ -1,0 +1,273 @@
+"""The rotating optimizer: state follows the active set; projecting, accumulating and clipping are exact."""
+
+import paper
+import pytest
+import torch
+from makers import generator
+from torch import nn
+
+from owlore.kernels.adamw import AdamW
+from owlore.kernels.projector import project
+from owlore.optim import RotatingOptimizer, Rule, Weights
+from owlore.optim.slot import planned_bytes
+
+SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16), "vector": (12,), "small": (6, 4)}
+PROJECTED = Rule(rank=6)
+
+
+def parameters(dtype=torch.float32):
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator(i)).to(dtype), requires_grad=False)
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def step(optimizer, gradients, index=0, lr=1e-2, clip=None):
+    """One step from lists of micro-batch gradients, sent through autograd so that the hooks run."""
+    count = len(next(iter(gradients.values())))
+    for i in range(count):
+        optimizer.micro_batch(index, last=i == count - 1)
+        loss = sum(
+            (optimizer.parameters[n] * g[i].to(optimizer.parameters[n].dtype)).sum() for n, g in gradients.items()
+        )
+        loss.backward()
+    norm = optimizer.gradient_norm()
+    optimizer.update(lr, clip, norm)
+    return float(norm)
+
+
+def random_gradients(names, seed, micro=1):
+    return {n: [torch.randn(SHAPES[n], generator=generator(97 * seed + i)) for i in range(micro)] for n in names}
+
+
+def test_unprojected_updates_are_adamw():
+    weights = parameters()
+    start = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch(dict.fromkeys(weights, Rule(adam=AdamW(decay=0.1))), 0)
+    history = [random_gradients(weights, seed) for seed in range(10)]
+    for index, gradients in enumerate(history):
+        step(optimizer, gradients, index)
+    for name, p in weights.items():
+        truth = paper.adamw(start[name], [g[name][0] for g in history], 1e-2, 0.9, 0.999, 1e-8, 0.1)
+        assert torch.allclose(p.detach().double(), truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "square"])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_projected_updates_follow_galores_algorithm(name, scale):
+    weights = parameters()
+    start = weights[name].detach().clone()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({name: Rule(rank=6, scale=scale)}, 0)
+    gradients = [torch.randn(SHAPES[name], generator=generator(i)) for i in range(8)]
+    for index, gradient in enumerate(gradients):
+        step(optimizer, {name: [gradient]}, index)
+    basis = optimizer.slots[name].basis
+    truth = paper.galore_adamw(start, gradients, basis, 1e-2, scale, 0.9, 0.999, 1e-8)
+    assert torch.allclose(weights[name].detach().double(), truth, atol=2e-6)
+
+
+def test_full_rank_projection_with_the_identity_as_basis_is_adamw():
+    weights = parameters()
+    start = weights["square"].detach().clone()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"square": Rule(rank=15)}, 0)
+    slot = optimizer.slots["square"]
+    slot.basis, slot.basis_age = torch.eye(16), 0
+    slot.mean, slot.square = torch.zeros(16, 16), torch.zeros(16, 16)
+    gradients = [torch.randn(16, 16, generator=generator(i)) for i in range(6)]
+    for index, gradient in enumerate(gradients):
+        step(optimizer, {"square": [gradient]}, index)
+    truth = paper.adamw(start, gradients, 1e-2, 0.9, 0.999, 1e-8, 0.0)
+    assert torch.allclose(weights["square"].detach().double(), truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Rule(), PROJECTED, Rule(rank=6, refresh=2)], ids=["plain", "projected", "refreshed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_micro_batches_are_one_batch_of_their_sum(rule, dtype):
+    results = []
+    for split in (True, False):
+        weights = parameters(dtype)
+        optimizer = RotatingOptimizer(weights, seed=0)
+        optimizer.switch(dict.fromkeys(weights, rule), 0)
+        for index in range(5):
+            # Multiples of 1/4 sum exactly in 16 bits, so both ways see the same whole gradient.
+            parts = {n: [torch.round(2 * g) / 4 for g in gs] for n, gs in random_gradients(weights, index, 4).items()}
+            step(optimizer, parts if split else {n: [sum(gs)] for n, gs in parts.items()}, index, clip=1.0)
+        results.append(
+            {n: s.master if s.master is not None else s.parameter.detach() for n, s in optimizer.slots.items()}
+        )
+    for name in SHAPES:
+        assert torch.allclose(results[0][name], results[1][name], rtol=1e-5, atol=1e-6), name
+
+
+def test_state_bytes_are_a_function_of_the_active_set_at_every_switch():
+    weights = parameters(torch.bfloat16)
+    optimizer = RotatingOptimizer(weights, seed=0)
+    seen = {}
+    choices = [("tall", "vector"), ("wide",), ("square", "small"), ("tall", "wide", "square"), ()]
+    for period in range(60):
+        names = choices[(period * 7) % len(choices)]
+        optimizer.switch(dict.fromkeys(names, PROJECTED), period)
+        if names:
+            step(optimizer, random_gradients(names, period), period)
+        held = optimizer.held()
+        planned = [planned_bytes(SHAPES[n], torch.bfloat16, PROJECTED, Weights.MASTER) for n in names]
+        assert held.total == sum(p.total for p in planned)
+        assert held.masters == sum(p.masters for p in planned)
+        assert seen.setdefault(names, held) == held
+        frozen = [p for n, p in weights.items() if n not in names]
+        assert all(not p.requires_grad and p.grad is None for p in frozen)
+
+
+def test_frozen_weights_keep_their_bits_and_drawn_ones_change():
+    weights = parameters(torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in weights.items()}
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"tall": PROJECTED, "vector": PROJECTED}, 0)
+    for index in range(3):
+        step(optimizer, random_gradients(("tall", "vector"), index), index)
+    optimizer.switch({}, 3)
+    for name, p in weights.items():
+        assert torch.equal(p, before[name]) == (name not in ("tall", "vector"))
+
+
+def test_no_gradient_outlives_its_hook():
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch(dict.fromkeys(weights, PROJECTED), 0)
+    for index in range(3):
+        optimizer.micro_batch(index, last=True)
+        sum((p * 2).sum() for p in weights.values()).backward()
+        assert all(p.grad is None for p in weights.values())
+        assert all(slot.whole is None for slot in optimizer.slots.values())
+        assert optimizer.slots["tall"].gathered.shape == (24, 6)
+        optimizer.update(1e-3, None)
+
+
+def test_a_basis_lives_for_one_activation_and_moments_rotate_when_a_block_stays():
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"tall": PROJECTED}, 0)
+    for index in range(4):
+        step(optimizer, random_gradients(("tall",), index), index)
+        if index == 0:
+            first = optimizer.slots["tall"].basis
+        assert optimizer.slots["tall"].basis is first
+    done = optimizer.switch({"tall": PROJECTED}, 4)
+    assert done.stayed == ("tall",) and optimizer.slots["tall"].updates == 4
+    fresh = random_gradients(("tall",), 99)
+    step(optimizer, fresh, 4)
+    second = optimizer.slots["tall"].basis
+    assert second is not first
+    best = project(fresh["tall"][0], paper.galore_basis(fresh["tall"][0], 6), True).norm()
+    assert project(fresh["tall"][0], second, True).norm() >= 0.99 * best
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 3])
+def test_a_basis_is_refreshed_every_n_steps(refresh):
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"wide": Rule(rank=4, refresh=refresh)}, 0)
+    bases = []
+    for index in range(6):
+        step(optimizer, random_gradients(("wide",), index), index)
+        bases.append(id(optimizer.slots["wide"].basis))
+    changes = [index for index in range(6) if index == 0 or bases[index] != bases[index - 1]]
+    assert changes == list(range(0, 6, refresh))
+
+
+def test_clipping_bounds_the_norm_in_the_projected_space():
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    names = ("tall", "vector")
+    optimizer.switch(dict.fromkeys(names, PROJECTED), 0)
+    gradients = random_gradients(names, 5)
+    big = {n: [100 * g for g in gs] for n, gs in gradients.items()}
+    norm = step(optimizer, big, 0, clip=1.0)
+    basis = optimizer.slots["tall"].basis
+    expected = (project(big["tall"][0], basis, True).square().sum() + big["vector"][0].square().sum()).sqrt()
+    assert norm == pytest.approx(float(expected), rel=1e-5)
+    moments = torch.cat([optimizer.slots[n].mean.flatten() for n in names]) / 0.1  # after one step m = 0.1 g
+    assert float(moments.norm()) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_keep_updates_that_16_bits_would_lose(dtype):
+    weight = nn.Parameter(torch.ones(64, 64, dtype=dtype), requires_grad=False)
+    optimizer = RotatingOptimizer({"w": weight}, seed=0)
+    optimizer.switch({"w": Rule()}, 0)
+    for index in range(100):
+        optimizer.micro_batch(index, last=True)
+        (weight * torch.ones_like(weight)).sum().backward()
+        optimizer.update(1e-5, None)
+    assert float(optimizer.slots["w"].master.mean()) == pytest.approx(1 - 100e-5, abs=2e-6)
+    done = optimizer.switch({}, 100)
+    assert done.lost_norm > 0
+    # Stochastic write-back: the mean survives although each entry is one of two neighbours.
+    assert float(weight.detach().float().mean()) == pytest.approx(1 - 100e-5, abs=3 * 64**-1 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("weights_mode", [Weights.NEAREST, Weights.STOCHASTIC])
+def test_without_masters_none_is_held_and_stochastic_rounding_still_learns(weights_mode):
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16), requires_grad=False)
+    optimizer = RotatingOptimizer({"w": weight}, seed=0, weights=weights_mode)
+    optimizer.switch({"w": Rule()}, 0)
+    for index in range(50):
+        optimizer.micro_batch(index, last=True)
+        (weight * torch.ones_like(weight)).sum().backward()
+        optimizer.update(1e-4, None)
+    assert optimizer.held().masters == 0
+    moved = 1 - float(weight.detach().float().mean())
+    assert moved == (0.0 if weights_mode is Weights.NEAREST else pytest.approx(50e-4, rel=0.1))
+
+
+@pytest.mark.parametrize("policy", ["drop", "host", "keep"])
+def test_what_happens_to_moments_at_a_switch(policy):
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0, on_switch=policy)
+    optimizer.switch({"tall": PROJECTED}, 0)
+    step(optimizer, random_gradients(("tall",), 1), 0)
+    optimizer.switch({"wide": PROJECTED}, 1)
+    assert (optimizer.parked_bytes() == 0) == (policy == "drop")
+    optimizer.switch({"tall": PROJECTED}, 2)
+    step(optimizer, random_gradients(("tall",), 2), 2)
+    assert optimizer.slots["tall"].updates == (1 if policy == "drop" else 2)
+    assert "tall" not in optimizer.parked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", ["drop", "keep"])
+def test_saved_state_goes_on_bit_for_bit(dtype, policy):
+    rules = [
+        dict.fromkeys(names, Rule(rank=6, refresh=3)) for names in (("tall", "vector"), ("tall", "wide"), ("square",))
+    ]
+
+    def advance(optimizer, start, stop):
+        for index in range(start, stop):
+            if index % 4 == 0:
+                optimizer.switch(rules[index // 4], index)
+            step(optimizer, random_gradients(rules[index // 4], index), index, clip=1.0)
+
+    whole = RotatingOptimizer(parameters(dtype), seed=0, on_switch=policy)
+    advance(whole, 0, 12)
+    first = RotatingOptimizer(parameters(dtype), seed=0, on_switch=policy)
+    advance(first, 0, 6)
+    tensors, counters = first.state()
+    second = RotatingOptimizer({n: nn.Parameter(p.detach().clone(), False) for n, p in first.parameters.items()},
+                               seed=0, on_switch=policy)  # fmt: skip
+    second.load_state({key: t.clone() for key, t in tensors.items()}, counters, rules[1])
+    advance(second, 6, 12)
+    for name, p in whole.parameters.items():
+        assert torch.equal(p, second.parameters[name])
+    expected, _ = whole.state()
+    found, _ = second.state()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+def test_unknown_names_and_policies_are_refused():
+    with pytest.raises(KeyError, match="nowhere"):
+        RotatingOptimizer(parameters(), seed=0).switch({"nowhere": Rule()}, 0)
+    with pytest.raises(ValueError, match="drop, host, keep"):
+        RotatingOptimizer(parameters(), seed=0, on_switch="burn")
