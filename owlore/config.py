@@ -1,0 +1,226 @@
+"""The configuration of a training run: one frozen record, from which the command line is generated.
+
+Each field carries its parser and its help, so a default, a limit and a choice exist once. Values come from the
+defaults, a YAML file and the caller, later ones winning. Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from htsr.errors import BadInput, NotFound, UsageError
+from owlore.methods import METHODS
+from owlore.options import (
+    Parser,
+    choice,
+    flag,
+    integer,
+    names,
+    near,
+    number,
+    off_or_number,
+    share_or_path,
+    text,
+    true_or_path,
+    word_or,
+)
+
+MAX_FILE_BYTES = 1_000_000
+GROUPS = ("embeddings", "norm", "head")
+
+
+def option(default: Any, parser: Parser, help: str, **metadata: Any) -> Any:
+    """A field with its parser and help. `metadata`: `method` - only some methods read it; `call` - it belongs to one
+    call and not to the run, so it is neither saved nor compared."""
+    return field(
+        default=default, compare=not metadata.get("call"), metadata={"parser": parser, "help": help, **metadata}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All settings of `owlore train`. Build it with `build()`; values are parsed and checked here in any case.
+
+    given: what the caller asked for; refused when the method does not read it. fixed: what a method's own defaults
+    must not replace (what was given, and everything that a file spells out).
+
+    Raises: UsageError that says what was got, what was expected and what to do.
+    """
+
+    model: str | None = option(None, text(), "Hugging Face id, directory, .gguf file, or demo.", argument=True)
+    data: str | None = option(
+        None, text("PATH|NAME"), "Alpaca, chat, prompt/completion, text, csv, parquet; a data set name; demo-data."
+    )
+    table: str = option(
+        "auto", text("auto|uniform|FILE"), "Layer table; auto scans the model where the method wants it.", method=True
+    )
+    method: str = option("owlore", choice(*METHODS), "How to train; see `owlore methods`.")
+    out: str | None = option(None, text("DIR"), "Run directory. [default: runs/<model>-<method>-<n>]")
+    steps: int | None = option(None, integer(1), "Optimizer steps, instead of --epochs.")
+    epochs: float | None = option(None, number(0, above=True), "Passes over the data. [default: 1]")
+    batch: int = option(4, integer(1), "Sequences of a micro-batch.")
+    accum: int = option(1, integer(1), "Micro-batches of a step.")
+    seq_len: int = option(512, integer(2), "Tokens of a row at most; longer ones are cut.")
+    lr: float = option(3e-4, number(0, above=True), "Peak learning rate.")
+    schedule: str = option("linear", choice("linear", "cosine", "constant"), "Learning rate after the warm-up.")
+    warmup: int = option(0, integer(0), "Steps in which the learning rate rises from 0.")
+    weight_decay: float = option(0.0, number(0), "Decoupled weight decay, on matrices only.")
+    clip: float | None = option(1.0, off_or_number(), "Limit of the gradient norm; 0 is none.")
+    active: int | None = option(None, integer(1), "Blocks a period. [default: the table's, 5]", method=True)
+    every: int = option(50, integer(1), "Steps of a period, after which blocks are drawn anew.", method=True)
+    rank: int | str = option(128, word_or(("full",), integer(1)), "Rank of the projected gradients.", method=True)
+    refresh: int | str = option(
+        "per-activation", word_or(("per-activation",), integer(1)), "Steps between new projections.", method=True
+    )
+    scale: float = option(1.0, number(0, above=True), "Factor on projected updates.", method=True)
+    draw: str = option(
+        "exact", choice("exact", "sequential", "cyclic", "shuffled"), "How blocks are drawn.", method=True
+    )
+    floor: float = option(0.0, number(0, below=1), "Lower bound of each block's inclusion probability.", method=True)
+    on_switch: str = option("drop", choice("drop"), "What becomes of the state of blocks that leave.", method=True)
+    always_on: tuple[str, ...] = option((), names(*GROUPS), "Parameters outside the blocks that always train.")
+    preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
+    weights: str = option(
+        "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
+    )
+    checkpointing: str = option("auto", choice("auto", "on", "off"), "Recompute activations in backward.")
+    eval_data: str | float | None = option(None, share_or_path(), "Held-out data, or the share of --data to hold out.")
+    eval_every: int | None = option(None, integer(1), "Steps between evaluations. [default: before and after]")
+    save_every: int | None = option(None, integer(1), "Steps between checkpoints. [default: the last step]")
+    keep: int = option(2, integer(1), "Checkpoints to keep.")
+    resume: bool | str = option(False, true_or_path(), "Go on from the newest checkpoint of --out or DIR.", call=True)
+    seed: int = option(0, integer(0), "Of draws, data order and dropout.")
+    device: str = option(
+        "auto", text("auto|cpu|cuda[:N]", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda[:N]"), "Where to train."
+    )
+    dtype: str = option(
+        "auto", choice("auto", "float32", "bfloat16", "float16"), "To load the weights in; auto is the checkpoint's."
+    )
+    attn: str = option("sdpa", choice("sdpa", "eager", "flash_attention_2"), "Attention implementation.")
+    json: bool = option(False, flag(), "Print one JSON object instead of text.", call=True)
+    quiet: bool = option(False, flag(), "Nothing on stderr but an error.", call=True)
+    given: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+    fixed: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, spec in SETTINGS.items():
+            value = getattr(self, name)
+            if value != spec.default or value is None:
+                object.__setattr__(self, name, _parse(name, value))
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"got --steps {self.steps} and --epochs {self.epochs:g}, expected one of them")
+        if self.steps is not None and self.warmup > self.steps:
+            raise UsageError(f"--warmup got {self.warmup}, expected at most the {self.steps} steps; lower it")
+        if self.eval_every is not None and self.eval_data is None:
+            raise UsageError("--eval-every was given without --eval-data; name a file or a share to hold out")
+        changed = {name for name, spec in SETTINGS.items() if getattr(self, name) != spec.default}
+        object.__setattr__(self, "given", self.given or frozenset(changed))
+        object.__setattr__(self, "fixed", self.fixed | self.given)
+
+    @classmethod
+    def build(
+        cls, given: Mapping[str, Any] | None = None, file: Mapping[str, Any] | str | Path | None = None
+    ) -> TrainConfig:
+        """The configuration of what the caller gave over what a file says over the defaults.
+
+        `file` is a YAML file or its content. Without steps and epochs it is one epoch; the caller's steps replace a
+        file's epochs, and the other way round.
+        """
+        asked = {known_name(name): value for name, value in (given or {}).items()}
+        filed = dict(load_yaml(file)) if isinstance(file, str | Path) else dict(file or {})
+        filed = {known_name(name): value for name, value in filed.items()}
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if asked.get(one) is not None and other not in asked:
+                filed.pop(other, None)
+        values = filed | asked
+        if values.get("steps") is None and values.get("epochs") is None:
+            values["epochs"] = 1.0
+        parsed = {name: _parse(name, value) for name, value in filed.items()}
+        changed = {name for name, value in parsed.items() if value != SETTINGS[name].default}
+        return cls(**values, given=frozenset(asked) | changed, fixed=frozenset(asked) | frozenset(filed))
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> TrainConfig:
+        """A method's defaults (or its paper's settings) in place of ours, wherever nothing was given."""
+        filled = replace(self, **{name: value for name, value in defaults.items() if name not in self.fixed})
+        for name in ("given", "fixed"):  # filling in a default is nobody's wish
+            object.__setattr__(filled, name, getattr(self, name))
+        return filled
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting of the run by name, as plain values; what belongs to one call is left out."""
+        plain = {name: getattr(self, name) for name, spec in SETTINGS.items() if not spec.metadata.get("call")}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def to_yaml(self) -> str:
+        """The text of config.yaml; `load_yaml` and `build` give the same configuration back."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+SETTINGS = {f.name: f for f in fields(TrainConfig) if f.metadata}
+
+
+def flag_name(name: str) -> str:
+    """How a setting is written on the command line."""
+    return name.upper() if SETTINGS[name].metadata.get("argument") else "--" + name.replace("_", "-")
+
+
+def known_name(name: Any) -> str:
+    """The field that a key names (seq-len and seq_len alike).
+
+    Raises: UsageError for an unknown key, with the nearest known one.
+    """
+    plain = str(name).replace("-", "_")
+    if plain not in SETTINGS:
+        hint = near(plain, SETTINGS) or f"; known: {', '.join(SETTINGS)}"
+        raise UsageError(f"unknown configuration key {str(name)!r}{hint}")
+    return plain
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file by field name; at most 1 MB, safe types only.
+
+    Raises: NotFound, BadInput (not YAML, not a mapping, too large), UsageError (unknown key).
+    """
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise NotFound(f"--config {path}: no such file; give a YAML file, as config.yaml of a run")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise BadInput(f"{path}: {path.stat().st_size:,} bytes; expected a configuration of at most 1 MB")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise BadInput(f"{path}: holds {type(content).__name__}; expected keys with values")
+    return {known_name(name): value for name, value in (content or {}).items()}
+
+
+def refuse_unread(config: TrainConfig, given: Iterable[str], reads: Iterable[str]) -> None:
+    """UsageError when one of the settings `given` is for certain methods only and this one does not read it.
+
+    `reads`: names of the method's own settings (`Strategy.reads`); settings common to all methods are never refused.
+    """
+    own = {name for name, spec in SETTINGS.items() if spec.metadata.get("method")}
+    unread = [name for name in SETTINGS if name in own & set(given) and name not in set(reads)]
+    if unread:
+        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(reads)) or "none of its own"
+        raise UsageError(
+            f"{flag_name(unread[0])} is not read by the method {config.method} (its options: {known}); leave it out"
+        )
+
+
+def _parse(name: str, value: Any) -> Any:
+    spec = SETTINGS[name]
+    if value is None and spec.default is None:
+        return None
+    try:
+        return spec.metadata["parser"](value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{flag_name(name)} got {value!r}, expected {error}") from error

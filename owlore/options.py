@@ -1,0 +1,170 @@
+"""Parsers of option values: the same for a command line's text, a YAML value and a Python argument.
+
+A parser takes any value and returns a typed one, or raises ValueError with what it expected. It also knows how the
+value is named in a help text (`metavar`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Parser:
+    """`parse(value)` gives the typed value; `metavar` names it in a help text."""
+
+    metavar: str
+    parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+
+    def __call__(self, value: Any) -> Any:
+        return self.parse(value)
+
+
+def integer(minimum: int = 0) -> Parser:
+    """A whole number not below `minimum`."""
+    expected = f"a whole number >= {minimum}"
+
+    def parse(value: Any) -> int:
+        number = _number(value, expected)
+        if number != int(number) or number < minimum:
+            raise ValueError(expected)
+        return int(number)
+
+    return Parser("N", parse)
+
+
+def number(minimum: float, *, above: bool = False, below: float | None = None) -> Parser:
+    """A number >= minimum (> with `above`), and < `below` where there is such a limit."""
+    expected = f"a number {'>' if above else '>='} {minimum:g}" + ("" if below is None else f" and < {below:g}")
+
+    def parse(value: Any) -> float:
+        got = _number(value, expected)
+        if got < minimum or (above and got == minimum) or (below is not None and got >= below):
+            raise ValueError(expected)
+        return got
+
+    return Parser("X", parse)
+
+
+def choice(*known: str) -> Parser:
+    """One of the words `known`. YAML reads a bare on/off as true/false: those are taken for the words."""
+
+    def parse(value: Any) -> str:
+        word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+        if word not in known:
+            raise ValueError("one of " + ", ".join(known) + near(str(word), known))
+        return str(word)
+
+    return Parser("|".join(known), parse, known)
+
+
+def word_or(words: tuple[str, ...], other: Parser) -> Parser:
+    """One of `words`, or what `other` reads."""
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, str) and value in words:
+            return value
+        try:
+            return other(value)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(words)} or {error}") from error
+
+    return Parser("|".join((*words, other.metavar)), parse, words)
+
+
+def names(*known: str) -> Parser:
+    """Some of `known`, joined by commas or as a list; `none` is the empty tuple. Kept in the order of `known`."""
+    expected = f"none, or a comma list of {', '.join(known)}"
+
+    def parse(value: Any) -> tuple[str, ...]:
+        parts = value.split(",") if isinstance(value, str) else list(value or ())
+        chosen = {str(part).strip() for part in parts} - {"none", ""}
+        unknown = sorted(chosen - set(known))
+        if unknown:
+            raise ValueError(expected + near(unknown[0], known))
+        return tuple(name for name in known if name in chosen)
+
+    return Parser("none|" + ",".join(known), parse)
+
+
+def text(metavar: str = "TEXT", pattern: str | None = None, expected: str = "text") -> Parser:
+    """A non-empty text, matching `pattern` as a whole where one is given."""
+
+    def parse(value: Any) -> str:
+        got = str(value).strip() if isinstance(value, str) or hasattr(value, "__fspath__") else ""
+        if not got or (pattern is not None and not re.fullmatch(pattern, got)):
+            raise ValueError(expected)
+        return got
+
+    return Parser(metavar, parse)
+
+
+def share_or_path() -> Parser:
+    """A share in (0, 1) as a float, or a path or name as text."""
+
+    def parse(value: Any) -> float | str:
+        try:
+            share = _number(value, "")
+        except ValueError:
+            return text(expected="a share between 0 and 1, or a path")(value)
+        if not 0.0 < share < 1.0:
+            raise ValueError("a share between 0 and 1, or a path")
+        return share
+
+    return Parser("PATH|FRACTION", parse)
+
+
+def off_or_number() -> Parser:
+    """A number > 0, or None for 0 and `none`."""
+
+    def parse(value: Any) -> float | None:
+        if value is None or value == "none":
+            return None
+        return number(0.0)(value) or None
+
+    return Parser("X", parse)
+
+
+def flag() -> Parser:
+    """True or false."""
+
+    def parse(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return value
+
+    return Parser("", parse)
+
+
+def true_or_path() -> Parser:
+    """True (the bare flag), False, or a path."""
+
+    def parse(value: Any) -> bool | str:
+        return value if isinstance(value, bool) else text(expected="nothing, or a directory")(value)
+
+    return Parser("[DIR]", parse)
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known word closest to `word`, or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _number(value: Any, expected: str) -> float:
+    """A finite number from a number or its text (YAML leaves 3e-4 a text)."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(expected)
+    try:
+        got = float(value)
+    except ValueError as error:
+        raise ValueError(expected) from error
+    if got != got or got in (float("inf"), float("-inf")):
+        raise ValueError(expected)
+    return got
