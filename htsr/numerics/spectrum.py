@@ -42,7 +42,7 @@ def plan_blocks(rows: int, cols: int) -> list[Block]:
 
 
 def as_array(block: Any, dtype: type = np.float64) -> np.ndarray:
-    """A NumPy array of the wanted float type from an array or a torch tensor (bfloat16 too), without importing torch."""
+    """A NumPy array of the wanted float type from an array or a torch tensor (bfloat16 too); torch is not imported."""
     if hasattr(block, "detach"):
         block = block.detach().cpu()
         block = (block.double() if dtype is np.float64 else block.float()).numpy()
@@ -56,7 +56,7 @@ def gram(slices: Iterable[Any], side: int, dtype: type = np.float64) -> np.ndarr
     """
     if side >= IN_PLACE_SIDE:
         return _gram_in_place(slices, side, dtype)
-    G = np.zeros((side, side), dtype)
+    G: np.ndarray = np.zeros((side, side), dtype)
     for block in slices:
         S = as_array(block, dtype)
         G += S.T @ S  # numpy recognises S^T S and computes one triangle (syrk)
@@ -68,7 +68,7 @@ def _gram_in_place(slices: Iterable[Any], side: int, dtype: type) -> np.ndarray:
     from scipy.linalg.blas import dsyrk, ssyrk
 
     syrk = dsyrk if dtype is np.float64 else ssyrk
-    G = np.zeros((side, side), dtype, order="F")
+    G: np.ndarray = np.zeros((side, side), dtype, order="F")
     for block in slices:
         S = as_array(block, dtype)
         if S.flags.f_contiguous:

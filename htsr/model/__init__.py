@@ -1,0 +1,1 @@
+"""Models as lazily read, named tensors, and the reading of their names."""

@@ -1,0 +1,106 @@
+"""GGUF files: tensors dequantised a block at a time, labelled with the type they were stored in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.errors import BadInput
+from htsr.model.locate import inside
+from htsr.model.source import DEQUANTISED, Source, TensorInfo
+from htsr.numerics.spectrum import Block
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE_BYTES = 1 << 20
+PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class GgufSource(Source):
+    """A .gguf file. Shapes are those of the matrices (rows first), names are the file's own."""
+
+    def __init__(self, path: Path, id_: str) -> None:
+        gguf = import_gguf(path)
+        self.id, self.path = id_, path
+        self._file = inside(path.parent, path)
+        try:
+            tensors = gguf.GGUFReader(self._file).tensors
+        except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
+            raise BadInput(
+                f"{path.name}: got a damaged GGUF file ({error}), expected one that llama.cpp reads"
+            ) from error
+        self._stored = {t.name: (t.tensor_type, int(t.data_offset), int(t.n_bytes)) for t in tensors}
+        self.tensors = tuple(
+            TensorInfo(name=t.name, shape=tuple(int(n) for n in reversed(t.shape)), dtype=_label(t.tensor_type.name))
+            for t in tensors
+        )
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """What transformers derives from the file's metadata; None for an architecture it does not know."""
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+        try:
+            return dict(load_gguf_checkpoint(str(self._file), return_tensors=False)["config"])
+        except (ValueError, KeyError, NotImplementedError):
+            return None
+
+    def array(self, name: str, block: Block) -> np.ndarray:
+        rows, cols = self.info(name).shape
+        if block.axis == 0:
+            return self._dequantise(name, cols, block.start, block.stop, 0, cols)
+        return self._dequantise(name, cols, 0, rows, block.start, block.stop)
+
+    def _dequantise(self, name: str, cols: int, r0: int, r1: int, c0: int, c1: int) -> np.ndarray:
+        """Rows r0:r1, columns c0:c1 (multiples of the type's own block) of a tensor seen as a matrix `cols` wide."""
+        import gguf
+
+        kind, offset, _ = self._stored[name]
+        values, size = gguf.GGML_QUANT_SIZES[kind]  # this many values lie in this many bytes
+        row_bytes = cols // values * size
+        mapped = np.memmap(self._file, np.uint8, "r", offset + r0 * row_bytes, (r1 - r0, row_bytes))
+        data = np.ascontiguousarray(mapped[:, c0 // values * size : -(-c1 // values) * size])
+        if kind.name in ("F64", "F32", "F16"):
+            return data.view(PLAIN[kind.name])
+        return gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        info = self.info(name)
+        if len(info.shape) <= 1:
+            values = self._dequantise(name, info.numel, 0, 1, 0, info.numel).reshape(info.shape)
+            tensor = torch.from_numpy(values)
+            tensor = tensor[start:stop] if info.shape else tensor
+        else:
+            inner = math.prod(info.shape[1:-1])
+            values = self._dequantise(name, info.shape[-1], start * inner, stop * inner, 0, info.shape[-1])
+            tensor = torch.from_numpy(values).reshape(stop - start, *info.shape[1:])
+        return tensor.to(torch.bfloat16) if info.dtype == "bfloat16" else tensor
+
+    def raw(self, name: str) -> Iterator[memoryview]:
+        _, offset, num_bytes = self._stored[name]
+        with self._file.open("rb") as handle:
+            handle.seek(offset)
+            for position in range(0, num_bytes, PIECE_BYTES):
+                yield memoryview(handle.read(min(PIECE_BYTES, num_bytes - position)))
+
+
+def import_gguf(path: Path) -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise BadInput(
+            f"{path.name}: got a GGUF file, expected the package `gguf` to read it; pip install 'htsr-owlore[gguf]'"
+        ) from error
+    return gguf
+
+
+def _label(kind: str) -> str:
+    return PLAIN.get(kind, DEQUANTISED + kind)

@@ -1,0 +1,237 @@
+"""Safetensors files: headers read with suspicion, tensors read a block at a time without mapping the file.
+
+(A mapped file would count as resident memory as far as it has been touched: reading a model would cost its size.)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from htsr.errors import BadInput
+from htsr.files import read_json
+from htsr.model.locate import inside
+from htsr.model.source import ITEM_BYTES, Source, TensorInfo, without_tied
+from htsr.numerics.spectrum import Block
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_INDEX_BYTES = 64_000_000
+MAX_TENSORS = 500_000
+PIECE_BYTES = 1 << 20
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Where the bytes of a tensor lie."""
+
+    info: TensorInfo
+    file: Path
+    offset: int
+    num_bytes: int
+
+
+class SafetensorsSource(Source):
+    """A directory of safetensors (one file or shards named by an index) or a lone .safetensors file."""
+
+    def __init__(self, path: Path, id_: str, revision: str | None = None) -> None:
+        self.id, self.revision, self.path = id_, revision, path
+        self._root = path if path.is_dir() else path.parent
+        files = directory_files(path) if path.is_dir() else [inside(self._root, path)]
+        self._entries: dict[str, Entry] = {}
+        for file in files:
+            for entry in read_header(file):
+                if entry.info.name in self._entries:
+                    _refuse(file, f"tensor {entry.info.name!r} is in another file too", "each tensor once")
+                self._entries[entry.info.name] = entry
+        if path.is_dir():
+            check_index(path, {name: entry.file for name, entry in self._entries.items()})
+        self.tensors = without_tied([e.info for e in self._entries.values()], self.config)
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        file = self._root / "config.json"
+        if self.path == self._root and (file.exists() or file.is_symlink()):
+            config = read_json(inside(self._root, file), expected="a model's configuration")
+            if not isinstance(config, dict):
+                _refuse(file, f"a {type(config).__name__}", "an object")
+            return config
+        return None
+
+    def array(self, name: str, block: Block) -> np.ndarray:
+        dtype = self.info(name).dtype
+        stored = "uint16" if dtype == "bfloat16" else dtype
+        values = self._read_block(self._entries[name], block, np.dtype(stored))
+        if dtype == "bfloat16":  # the upper half of a float32
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values
+
+    def _read_block(self, entry: Entry, block: Block, dtype: np.dtype) -> np.ndarray:
+        rows, cols = entry.info.shape
+        if block.axis == 0:
+            out = np.empty((block.stop - block.start, cols), dtype)
+            with entry.file.open("rb", buffering=0) as handle:
+                _read_into(handle, entry.offset + block.start * cols * dtype.itemsize, out)
+            return out
+        out = np.empty((rows, block.stop - block.start), dtype)
+        with entry.file.open("rb", buffering=0) as handle:
+            for row in range(rows):
+                _read_into(handle, entry.offset + (row * cols + block.start) * dtype.itemsize, out[row])
+        return out
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        info, entry = self.info(name), self._entries[name]
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        row_bytes = entry.num_bytes // max(info.shape[0], 1) if info.shape else entry.num_bytes
+        out = torch.empty(math.prod(shape) * ITEM_BYTES[info.dtype], dtype=torch.uint8)
+        with entry.file.open("rb", buffering=0) as handle:
+            _read_into(handle, entry.offset + start * row_bytes, out.numpy())
+        return out.view(getattr(torch, info.dtype)).reshape(shape)
+
+    def raw(self, name: str) -> Iterator[memoryview]:
+        entry = self._entries[name]
+        buffer = bytearray(PIECE_BYTES)
+        with entry.file.open("rb", buffering=0) as handle:
+            for position in range(0, entry.num_bytes, PIECE_BYTES):
+                piece = memoryview(buffer)[: min(PIECE_BYTES, entry.num_bytes - position)]
+                _read_into(handle, entry.offset + position, piece)
+                yield piece
+
+
+def directory_files(directory: Path) -> list[Path]:
+    """The weight files of a directory: model.safetensors, else the index's shards, else every *.safetensors."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists() or single.is_symlink():
+        return [inside(directory, single)]
+    if index.exists() or index.is_symlink():
+        return [inside(directory, directory / name) for name in sorted(set(read_index(directory, index).values()))]
+    files = sorted(directory.glob("*.safetensors"))
+    if [f.name for f in files] == ["adapter_model.safetensors"]:
+        _refuse(files[0], "the low-rank factors of an adapter", "full weights; merge the adapter into its base model")
+    if not files:
+        raise BadInput(f"{directory.name}: got a directory without model.safetensors or its index, expected weights")
+    return [inside(directory, file) for file in files]
+
+
+def check_index(directory: Path, found: dict[str, Path]) -> None:
+    """Every tensor that an index names must lie in the file it names."""
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").exists() or not index.exists():
+        return
+    for tensor, name in read_index(directory, index).items():
+        if found.get(tensor) != inside(directory, directory / name):
+            _refuse(
+                index, f"tensor {tensor!r} placed in {name}", "a file that holds it; the download may be incomplete"
+            )
+
+
+def read_index(directory: Path, index: Path) -> dict[str, str]:
+    """tensor name -> file name of an index, every file name checked to be a plain name of a safetensors file."""
+    file = inside(directory, index)
+    if file.stat().st_size > MAX_INDEX_BYTES:
+        _refuse(index, f"{file.stat().st_size} bytes", f"at most {MAX_INDEX_BYTES}")
+    content = parse_json(index, file.read_bytes())
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        _refuse(index, "no weight_map", "an object from tensor names to files")
+    if len(weight_map) > MAX_TENSORS:
+        _refuse(index, f"{len(weight_map)} tensors", f"at most {MAX_TENSORS}")
+    for name in set(map(_hashable, weight_map.values())):
+        plain = isinstance(name, str) and not any(part in name for part in ("/", "\\", "..", ":", "\0"))
+        if not plain or not name.endswith(".safetensors"):
+            _refuse(index, f"the file name {name!r}", "the plain name of a .safetensors file in the same directory")
+    return weight_map
+
+
+def read_header(file: Path) -> list[Entry]:
+    """The tensors of a safetensors file; every offset is checked against the file's size and the shape."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            _refuse(file, f"a header of {length} bytes in a file of {size}", "a safetensors file; it may be cut short")
+        header = parse_json(file, handle.read(length))
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        _refuse(file, "a header that is no object of tensors", "a safetensors file")
+    header.pop("__metadata__", None)
+    return [_entry(file, name, value, 8 + length, size) for name, value in header.items()]
+
+
+def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> Entry:
+    try:
+        code, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{file.name}: tensor {name!r} lacks dtype, shape or offsets; the header is damaged") from error
+    numbers = [begin, end, *shape]
+    if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in numbers):
+        _refuse(file, f"tensor {name!r} with {code!r}, {shape}, {begin}..{end}", "natural numbers")
+    if not begin <= end <= size - data_start:
+        _refuse(file, f"tensor {name!r} at bytes {begin}..{end}", f"offsets within {size - data_start} bytes of data")
+    dtype = DTYPES.get(code, code.lower())
+    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        _refuse(
+            file, f"tensor {name!r} with {end - begin} bytes", f"{math.prod(shape) * ITEM_BYTES[dtype]} for {shape}"
+        )
+    info = TensorInfo(name=name, shape=shape, dtype=dtype)
+    return Entry(info=info, file=file, offset=data_start + begin, num_bytes=end - begin)
+
+
+def parse_json(file: Path, data: bytes) -> Any:
+    """JSON without duplicate keys, NaN or bottomless nesting; BadInput otherwise."""
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"{file.name}: got no valid JSON ({error}), expected a header or index; the file is damaged"
+        ) from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, str) else repr(value) + " (not a string)"
+
+
+def _read_into(handle: BinaryIO, offset: int, out: Any) -> None:
+    if isinstance(out, np.ndarray) and not out.size:
+        return
+    view = memoryview(out).cast("B") if not isinstance(out, memoryview) else out
+    handle.seek(offset)
+    done = 0
+    while done < len(view):
+        count = handle.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise BadInput(
+                f"{Path(handle.name).name}: ended {len(view) - done} bytes early; it was cut short while being read"
+            )
+        done += count
+
+
+def _refuse(file: Path, got: str, expected: str) -> NoReturn:
+    raise BadInput(f"{file.name}: got {got}, expected {expected}")

@@ -1,0 +1,190 @@
+"""A model as a list of named tensors that are read a slice at a time.
+
+    source = open_source("demo")      # or a directory, a .safetensors or .gguf file, a Hub id, a module, a state dict
+    source.tensors                    # names, shapes and dtypes; no weights are read for this
+    source.rows(name, 0, 100)         # a torch tensor in the stored dtype
+
+Nothing here imports torch before a torch tensor is asked for: reading spectra needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from htsr.errors import BadInput, NotFound
+from htsr.model.locate import is_hub_id, locate, snapshot_revision
+from htsr.numerics.spectrum import Block
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Source", "TensorInfo", "locate", "open_source"]
+
+DEQUANTISED = "dequantised:"
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+    "complex64": 8,
+}  # fmt: skip
+READABLE = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Name, shape and dtype of a tensor; the dtype of quantised weights is like `dequantised:Q4_1`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the values are real numbers as they stand (and not codes that need a scale from elsewhere)."""
+        return self.dtype in READABLE or self.dtype.startswith(DEQUANTISED)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the values as `rows` returns them."""
+        return self.numel * ITEM_BYTES.get(self.dtype, 4)
+
+
+class Source(ABC):
+    """Named tensors of one model. Subclasses say how a block of one and its stored bytes are read."""
+
+    id: str
+    revision: str | None = None
+    path: Path | None = None
+    module: nn.Module | None = None
+    tensors: tuple[TensorInfo, ...] = ()
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The model's configuration (config.json), None when there is none."""
+        return None
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of `tensors` with that name."""
+        if not hasattr(self, "_by_name"):
+            self._by_name = {t.name: t for t in self.tensors}
+        if name not in self._by_name:
+            raise NotFound(f"got the tensor name {name!r}, expected one of {self.id}'s {len(self.tensors)} tensors")
+        return self._by_name[name]
+
+    @abstractmethod
+    def array(self, name: str, block: Block) -> np.ndarray:
+        """Rows or columns of a 2-D tensor as a C-contiguous float array of a type NumPy knows."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Slice `start` to `stop` of dimension 0 in the stored dtype (float32 when dequantised)."""
+
+    @abstractmethod
+    def raw(self, name: str) -> Iterator[memoryview]:
+        """The stored bytes, in order, a piece at a time."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor in the stored dtype (float32 when dequantised)."""
+        shape = self.info(name).shape
+        return self.rows(name, 0, shape[0] if shape else 1)
+
+    def weights_sha256(self) -> str:
+        """sha256 over the sorted (name, dtype, shape, bytes) of all tensors, whatever files they lie in."""
+        digest = hashlib.sha256()
+        for tensor in sorted(self.tensors, key=lambda t: t.name):
+            digest.update(json.dumps([tensor.name, tensor.dtype, list(tensor.shape)]).encode() + b"\n")
+            for piece in self.raw(tensor.name):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def config_sha256(self) -> str | None:
+        """sha256 of the configuration as canonical JSON."""
+        if self.config is None:
+            return None
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def without_tied(tensors: list[TensorInfo], config: Mapping[str, Any] | None) -> tuple[TensorInfo, ...]:
+    """The tensors without a stored second copy of the embeddings that the configuration calls tied."""
+    from htsr.model.layers import tied_copies
+
+    copies = tied_copies(tensors, config)
+    return tuple(t for t in tensors if t.name not in copies)
+
+
+def open_source(
+    model: str | Path | nn.Module | Mapping[str, torch.Tensor],
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Source:
+    """Open a model for reading; see the module's docstring for what `model` may be.
+
+    Raises NotFound when there is no such path or id, BadInput when it is there and cannot be used.
+    """
+    if isinstance(model, str | Path):
+        return _open_path(model, locate(model, revision, allow_pickle=allow_pickle), allow_pickle)
+    from htsr.model.memory import ModuleSource
+
+    return ModuleSource(model)
+
+
+def _open_path(model: str | Path, path: Path, allow_pickle: bool) -> Source:
+    from htsr.model.safetensors_files import SafetensorsSource
+
+    named = str(model)
+    hub = is_hub_id(named) and not Path(named).expanduser().exists()
+    id_ = named if named == "demo" or hub else (path.name or path.resolve().name)
+    revision = snapshot_revision(path)
+    if path.is_file():
+        match path.suffix:
+            case ".safetensors":
+                return SafetensorsSource(path, id_, revision)
+            case ".gguf":
+                return _open_gguf(path, id_)
+            case ".bin" | ".pt" | ".pth" | ".ckpt":
+                return _open_pickle([path], path, id_, revision, allow_pickle)
+        raise BadInput(
+            f"{path.name}: got a {path.suffix or 'nameless'} file, expected .safetensors, .gguf or a directory"
+        )
+    if (path / "model.safetensors").exists() or any(path.glob("*.safetensors*")):
+        return SafetensorsSource(path, id_, revision)
+    pickles = sorted(path.glob("pytorch_model*.bin"))
+    if pickles:
+        return _open_pickle(pickles, path, id_, revision, allow_pickle)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return _open_gguf(ggufs[0], id_)
+    if ggufs:
+        raise BadInput(f"{id_}: got a directory of {len(ggufs)} .gguf files, expected one model; name the file")
+    raise BadInput(f"{id_}: got a directory without weights, expected *.safetensors (or .gguf) files in it")
+
+
+def _open_gguf(path: Path, id_: str) -> Source:
+    from htsr.model.gguf_file import GgufSource
+
+    return GgufSource(path, id_)
+
+
+def _open_pickle(files: list[Path], path: Path, id_: str, revision: str | None, allow_pickle: bool) -> Source:
+    if not allow_pickle:
+        raise BadInput(
+            f"{files[0].name}: got pickled weights, expected safetensors: unpickling can run foreign code; "
+            "convert them, or pass --allow-pickle (allow_pickle=True) if you trust their origin"
+        )
+    from htsr.model.memory import PickleSource
+
+    return PickleSource(files, path, id_, revision)
