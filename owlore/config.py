@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,22 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if content is not None and not isinstance(content, dict):
         raise BadInput(f"{path}: holds {type(content).__name__}; expected keys with values")
     return {known_name(name): value for name, value in (content or {}).items()}
+
+
+def find_config(name: str) -> Path:
+    """The file that --config names: a path, or a packaged recipe by its name.
+
+    Raises: NotFound with the names of the recipes.
+    """
+    path = Path(name).expanduser()
+    recipes = Path(str(files("owlore"))) / "recipes"
+    packaged = recipes / f"{name}.yaml"
+    if path.is_file():
+        return path
+    if packaged.parent == recipes and packaged.is_file():
+        return packaged
+    known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
+    raise NotFound(f"--config {name}: no such file; give a YAML file, or one of the recipes {known}")
 
 
 def refuse_unread(config: TrainConfig, given: Iterable[str], reads: Iterable[str]) -> None:

@@ -1,0 +1,179 @@
+"""The command line of owlore: parse, one library call, render. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from htsr import console
+from htsr.errors import UsageError
+from owlore.config import SETTINGS, TrainConfig, find_config, flag_name
+from owlore.methods import METHODS
+
+
+@click.group(
+    cls=console.LazyGroup,
+    name="owlore",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 116},
+)
+@click.version_option(package_name="htsr-owlore", prog_name="owlore")
+def cli() -> None:
+    """Fine-tune a causal language model a few blocks at a time, by a table of its layers."""
+
+
+def main() -> None:
+    """The console script."""
+    console.run(cli)
+
+
+def train_options(command: Callable[..., None]) -> Callable[..., None]:
+    """All settings of `TrainConfig` as options; what is not given stays None, so that a file or a default decides."""
+    for name, spec in reversed(SETTINGS.items()):
+        if spec.metadata.get("argument"):
+            command = click.argument(name, required=False)(command)
+            continue
+        command = click.option(flag_name(name), name, **_click_settings(name))(command)
+    return command
+
+
+def _click_settings(name: str) -> dict[str, Any]:
+    """Values reach `TrainConfig` as they were typed: its parsers are the only ones."""
+    spec = SETTINGS[name]
+    parser, help_text = spec.metadata["parser"], spec.metadata["help"]
+    if not parser.metavar:
+        return {"is_flag": True, "default": None, "help": help_text}
+    shown: dict[str, Any] = {"default": None, "type": click.UNPROCESSED, "metavar": parser.metavar}
+    if parser.metavar.startswith("["):  # the value may be left out
+        shown |= {"is_flag": False, "flag_value": True}
+    elif spec.default is not None:
+        default = "none" if spec.default == () else spec.default
+        help_text += f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
+    return shown | {"help": help_text}
+
+
+@cli.command()
+@train_options
+@click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
+def train(file: str | None, **options: Any) -> None:
+    """Fine-tune MODEL. Settings come from the defaults, then --config, then the command line."""
+    given = {name: value for name, value in options.items() if value is not None}
+    config = TrainConfig.build(given, find_config(file) if file else None)
+    for name in ("model", "data"):
+        if getattr(config, name) is None:
+            raise UsageError(f"{flag_name(name)} is missing; expected it on the command line or in --config")
+    from owlore.train.run import train_from_config
+
+    run = train_from_config(config)
+    record = jsonlib.loads((run.directory / "run.json").read_text(encoding="utf-8"))
+    if config.json:
+        click.echo(jsonlib.dumps({"directory": str(run.directory), **record}))
+    else:
+        click.echo(render_run(run.directory, record))
+
+
+def render_run(directory: Path, record: dict[str, Any]) -> str:
+    """The end of a run in a few lines."""
+    before, after = record.get("eval_loss_first"), record.get("eval_loss_last")
+    change = "not measured (give --eval-data)" if before is None else f"{before:.4f} -> {after:.4f} nats a token"
+    lines = {
+        "held-out loss": change,
+        "peak memory": f"{record['peak_bytes'] / 1e9:.2f} GB",
+        "speed": f"{record['tokens_per_s']:,.0f} tokens/s, {record['median_step_seconds']:.3g} s a step (median)",
+        "trained": f"{record['trainable']:.2%} of the parameters in a step, on average",
+        "model": str(directory / "model"),
+        "run": str(directory),
+    }
+    return "\n".join(f"{name:<14} {value}" for name, value in lines.items())
+
+
+@cli.command()
+@click.option("--out", default="owlore-demo", metavar="DIR", help="Where everything is written. [default: owlore-demo]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+def demo(out: str, as_json: bool, quiet: bool) -> None:
+    """Scan, fine-tune and compare the packaged model, in under two minutes."""
+    from owlore.demo import run_demo
+
+    run_demo(Path(out), quiet=quiet, json=as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def methods(name: str | None, as_json: bool) -> None:
+    """List the methods, or describe the method NAME."""
+    if name is not None and name not in METHODS:
+        raise UsageError(f"no method {name!r}{console.nearest(name, METHODS)}")
+    from owlore.strategies import STRATEGIES
+
+    facts = {key: method_facts(STRATEGIES[key]) for key in ([name] if name else METHODS)}
+    if as_json:
+        click.echo(jsonlib.dumps(facts))
+    elif name is None:
+        click.echo("\n".join(f"{key:<8} {fact['summary']} ({fact['paper']})" for key, fact in facts.items()))
+    else:
+        click.echo(render_method(name, facts[name]))
+
+
+def method_facts(strategy: Any) -> dict[str, Any]:
+    """What a method says about itself: its text, the options it reads with their defaults, the paper's settings."""
+    usual = {name: spec.default for name, spec in SETTINGS.items()} | dict(strategy.defaults)
+    if strategy.table is not None:
+        usual["table"] = strategy.table
+    own = [name for name in SETTINGS if name in strategy.reads or name in strategy.defaults]
+    return {
+        "summary": strategy.summary,
+        "paper": strategy.paper,
+        "text": " ".join((strategy.__doc__ or "").split()),
+        "options": {name: usual[name] for name in own},
+        "preset": dict(strategy.preset),
+    }
+
+
+def render_method(name: str, facts: dict[str, Any]) -> str:
+    """The description of one method."""
+    lines = [f"{name}: {facts['summary']} ({facts['paper']})", "", click.wrap_text(facts["text"], 100), ""]
+    lines.append("options it reads beyond the common ones:" if facts["options"] else "it reads the common options only")
+    for key, value in facts["options"].items():
+        default = "" if value is None else f" [default: {_shown(value)}]"
+        help_text = SETTINGS[key].metadata["help"].split(" [default")[0]
+        lines.append(f"  {flag_name(key):<14} {help_text}{default}")
+    if facts["preset"]:
+        lines += ["", "--preset paper: " + " ".join(f"{flag_name(k)} {_shown(v)}" for k, v in facts["preset"].items())]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prompt", required=True, metavar="TEXT", help="What the model goes on from.")
+@click.option("--chat", "form", flag_value="chat", help="Put the prompt into the model's chat template.")
+@click.option("--alpaca", "form", flag_value="alpaca", help="Put the prompt into the Alpaca prompt, as in training.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="At most.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, metavar="X", help="0, the default, is greedy.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of the sampling.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+def generate(
+    model: str, prompt: str, form: str | None, device: str, as_json: bool, quiet: bool, **settings: Any
+) -> None:
+    """Print what MODEL, or the model of a run directory, writes after a prompt."""
+    del quiet  # console.Command has seen to it
+    from owlore.generate import generate as write
+    from owlore.train.loading import load, pick_device
+
+    exported = Path(model) / "model"
+    place = str(exported) if (exported / "config.json").is_file() else model
+    loaded = load(place, dtype="auto", attn="sdpa", device=pick_device(device))
+    text = write(loaded.model, loaded.tokenizer, prompt, form=form or "plain", **settings)
+    click.echo(jsonlib.dumps({"model": model, "prompt": prompt, "text": text}) if as_json else text)
