@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors  # scaled in place: one backward a forward
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(incoming.to(grad_hidden.dtype))

@@ -148,7 +148,8 @@ class RotatingOptimizer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by `kind|name|field`, JSON counters): all that a bit-exact continuation needs."""
-        tensors, counters = {}, {"active": {}, "parked": {}}
+        tensors: dict[str, Tensor] = {}
+        counters: dict[str, Any] = {"active": {}, "parked": {}}
         for name, slot in self.slots.items():
             counters["active"][name] = slot.counters()
             tensors |= {f"active|{name}|{key}": t for key, t in slot.tensors().items()}

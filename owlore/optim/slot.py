@@ -80,8 +80,9 @@ def planned_bytes(shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, weight
     if not rule.projects(shape):
         return HeldBytes(masters=masters, moments=8 * count)
     assert rule.rank is not None
-    small = int(torch.Size(projected_shape(*shape, rule.rank)).numel())
-    basis = int(torch.Size(basis_shape(*shape, rule.rank)).numel())
+    rows, cols = shape
+    small = int(torch.Size(projected_shape(rows, cols, rule.rank)).numel())
+    basis = int(torch.Size(basis_shape(rows, cols, rule.rank)).numel())
     return HeldBytes(masters=masters, moments=8 * small, projectors=4 * basis)
 
 
@@ -94,7 +95,9 @@ class Slot:
         self.right = self.projected and projects_right(*parameter.shape)
         keeps_master = parameter.dtype != torch.float32 and weights is Weights.MASTER
         self.master: Tensor | None = parameter.detach().float() if keeps_master else None
-        shape = projected_shape(*parameter.shape, rule.rank or 0) if self.projected else parameter.shape
+        shape: tuple[int, ...] = tuple(parameter.shape)
+        if self.projected:
+            shape = projected_shape(shape[0], shape[1], rule.rank or 0)
         self.mean = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
         self.square = torch.zeros_like(self.mean)
         self.basis: Tensor | None = None

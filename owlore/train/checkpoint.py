@@ -61,7 +61,12 @@ def save(
 def complete(root: Path) -> list[Path]:
     """Complete checkpoints below `root`, oldest first; unfinished directories do not count."""
     found = [path for path in root.glob("step-*") if (path / COMPLETE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps done at the checkpoint in this directory."""
+    return int(path.name.removeprefix("step-"))
 
 
 def prune(root: Path, keep: int) -> None:

@@ -59,12 +59,9 @@ def load(model: Any, *, dtype: str, attn: str, device: torch.device, tokenizer: 
     Raises: NotFound, BadInput (cannot be used as a causal language model), UsageError (a module without a tokenizer).
     """
     source = open_source(model)
-    try:
-        if isinstance(model, nn.Module):
-            return _adopt(model, source, dtype, device, tokenizer)
-        return _read(model, source, dtype, attn, device, tokenizer)
-    finally:
-        source.close()
+    if isinstance(model, nn.Module):
+        return _adopt(model, source, dtype, device, tokenizer)
+    return _read(model, source, dtype, attn, device, tokenizer)
 
 
 def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, tokenizer: Any) -> Loaded:
@@ -89,7 +86,7 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
         wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         with quiet_libraries():
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=attn, **gguf)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=attn, **gguf)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error

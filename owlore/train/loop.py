@@ -90,7 +90,12 @@ class Trainer:
             while self.step < self.pace.steps:
                 if self.period_begins:
                     self.switch()
-                on_row(self.advance())
+                try:
+                    on_row(self.advance())
+                except NotFinite:
+                    if self.step:  # the update did not happen: what is held is the last good state
+                        self.save()
+                    raise
                 last = self.step == self.pace.steps
                 if _due(self.step, self.pace.eval_every) and not last:
                     on_row(self.evaluate())

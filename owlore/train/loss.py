@@ -19,8 +19,8 @@ from owlore.kernels.cross_entropy import IGNORED, linear_cross_entropy
 class CausalLoss:
     """Calls as loss(input_ids, labels) -> fp32 scalar, summed over labels that count; labels are not shifted."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
@@ -65,7 +65,7 @@ class CausalLoss:
         return bool((own - ours).abs() <= tolerance * own.abs()) or not bool(torch.isfinite(own))
 
 
-def _parts(model: nn.Module) -> tuple[Any, Any]:
+def _parts(model: Any) -> tuple[Any, Any]:
     """(decoder, linear head), or (None, head) where the model does not expose them."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or decoder is model:

@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,22 @@ KEYS = (
 
 
 class MetricsLog:
-    """Appends rows to a file and keeps them in memory; a row reaches the disk before `write` returns."""
+    """Appends rows to a file and keeps them in memory; a row is in the file when `write` returns."""
 
-    def __init__(self, path: Path, rows: Iterable[dict[str, Any]] = ()) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows = list(rows)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
-        temporary.replace(path)
+        self.rows: list[dict[str, Any]] = []
 
-    @classmethod
-    def continued(cls, path: Path, step: int) -> MetricsLog:
-        """The log as it stood at the checkpoint of `step`: later rows, and a last line cut short by a kill, go."""
-        kept: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if row["step"] <= step:
-                kept.append(row)
-        return cls(path, kept)
+    def open(self, *, after: int | None) -> None:
+        """Start the file; a run that goes on from step `after` keeps the rows up to it.
+
+        Later rows, and a last line cut short by a kill, are dropped.
+        """
+        if after is not None and self.path.exists():
+            self.rows = _rows_until(self.path, after)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
+        temporary.replace(self.path)
 
     def write(self, **row: Any) -> dict[str, Any]:
         unknown = set(row) - set(KEYS)
@@ -62,6 +56,18 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(full, allow_nan=False) + "\n")
         return full
+
+
+def _rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
 
 
 def memory_held(device: torch.device) -> int:

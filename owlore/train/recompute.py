@@ -25,7 +25,7 @@ class Recompute:
             return
         for index, block in enumerate(blocks):
             self._originals.append((block, block.forward))
-            block.forward = self._wrapped(block.forward, index)  # type: ignore[method-assign]
+            block.forward = self._wrapped(block.forward, index)
 
     def _wrapped(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         @wraps(forward)

@@ -1,0 +1,154 @@
+"""What a run leaves behind: run.json, its plots, and the object that Python gets."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from owlore.config import TrainConfig
+from owlore.data.prepare import Prepared
+from owlore.train.loading import Loaded
+from owlore.train.loop import Trainer
+from owlore.train.metrics import memory_peak
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from htsr.probability import LayerTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run.
+
+    record is the content of run.json. model is the trained model, on its device, in evaluation mode.
+    """
+
+    directory: Path
+    model: Any
+    tokenizer: Any
+    table: LayerTable | None
+    record: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """metrics.jsonl as a frame, one row an optimizer step or evaluation."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows))
+
+    @property
+    def plot(self) -> RunPlots:
+        return RunPlots(self)
+
+
+class RunPlots:
+    """`run.plot.loss()`, `run.plot.draws()`, `run.plot.draw_counts()`: each returns matplotlib Axes."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def loss(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_loss(self._run.history, _axes(ax))
+
+    def draws(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_draws(self._run.history, len(self._run.record["draws"]), _axes(ax))
+
+    def draw_counts(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_draw_counts(self._run.record["draws"], self._run.record["inclusion"], _axes(ax))
+
+
+def run_record(
+    config: TrainConfig, trainer: Trainer, loaded: Loaded, prepared: Prepared, table: LayerTable | None, seconds: float
+) -> dict[str, Any]:
+    """The content of run.json: provenance, and what was counted and measured."""
+    import transformers
+
+    import htsr
+    import owlore
+
+    tally = trainer.tally
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    evals = [row["loss"] for row in trainer.metrics.rows if row["split"] == "eval"]
+    held = max((row["state_bytes"] for row in trainer.metrics.rows), default=0)
+    return {
+        "schema": "owlore-run/1",
+        "status": "finished",
+        "config": config.to_dict(),
+        "model": {"id": loaded.id, "revision": loaded.revision, "weights_sha256": loaded.weights_sha256,
+                  "config_sha256": loaded.config_sha256, "parameters": parameters,
+                  "num_blocks": trainer.units.num_blocks},
+        "data": prepared.provenance["train"],
+        "eval_data": prepared.provenance.get("eval"),
+        "data_report": prepared.report.to_dict(),
+        "table": None if table is None else {"rule": table.rule, "model": table.model, "gamma": table.gamma},
+        "inclusion": trainer.identity["inclusion"],
+        "draws": tally.draws,
+        "trained_parameters": len(trainer.trained),
+        "trainable": tally.trainable_steps / max(1, trainer.step) / parameters,
+        "steps": trainer.step,
+        "tokens": tally.tokens,
+        "seconds": seconds,
+        "median_step_seconds": statistics.median(tally.step_seconds),
+        "tokens_per_s": tally.tokens / sum(tally.step_seconds),
+        "peak_state_bytes": held,
+        "lost_norm": tally.lost_norm,
+        "eval_loss_first": evals[0] if evals else None,
+        "eval_loss_last": evals[-1] if evals else None,
+        "loss": "chunked" if trainer.loss.chunked else "whole logits: the model's own differ from head(decoder(x))",
+        "device": str(trainer.device),
+        "versions": {"owlore": owlore.__version__, "htsr": htsr.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__, "python": platform.python_version()},
+        **memory_peak(trainer.device),
+    }  # fmt: skip
+
+
+def save_plots(run: Run) -> None:
+    """plots/loss.png, draws.png and draw_counts.png."""
+    from matplotlib.figure import Figure
+
+    directory = run.directory / "plots"
+    directory.mkdir(exist_ok=True)
+    for name in ("loss", "draws", "draw_counts"):
+        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+        getattr(run.plot, name)(figure.add_subplot())
+        figure.savefig(directory / f"{name}.png")
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(trainer: Trainer, config: TrainConfig) -> str:
+    """What is held, as counted, and what smaller settings would free."""
+    weights = sum(p.numel() * p.element_size() for p in trainer.units.model.parameters())
+    held = trainer.optimizer.held()
+    peak = memory_peak(trainer.device)["peak_bytes"]
+    rest = max(0, peak - weights - held.total)
+    return (
+        f"out of memory at step {trainer.step + 1}: weights {weights / 1e9:.2f} GB, masters {held.masters / 1e9:.2f}, "
+        f"moments {held.moments / 1e9:.2f}, projectors {held.projectors / 1e9:.2f}, activations and the rest up to "
+        f"{rest / 1e9:.2f}; --batch {max(1, config.batch // 2)} with --accum {config.accum * 2} halves the last, "
+        f"--checkpointing on keeps one block of it, --active 1 keeps 1/{max(1, len(trainer.active))} of the state"
+    )

@@ -1,0 +1,277 @@
+"""A whole run: assemble the pieces, train, export, and write down what happened."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from htsr.console import notice, progress
+from htsr.errors import OutOfMemory
+from owlore.blocks import Units, find_units, freeze
+from owlore.config import TrainConfig
+from owlore.data.batches import num_steps, total_rows
+from owlore.data.prepare import Prepared, prepare
+from owlore.optim import RotatingOptimizer, Weights
+from owlore.strategies import Hyper, Strategy
+from owlore.train.card import model_card
+from owlore.train.export import export
+from owlore.train.loading import Loaded, load, pick_device
+from owlore.train.loop import Pace, Tally, Trainer
+from owlore.train.loss import CausalLoss
+from owlore.train.metrics import MetricsLog
+from owlore.train.recompute import Recompute
+from owlore.train.record import Run, is_out_of_memory, memory_advice, run_record, save_plots
+from owlore.train.settings import Place, check_same_run, find_place, resolve
+from owlore.train.tables import find_table, run_inclusion, scanned_table
+
+if TYPE_CHECKING:
+    from htsr.probability import LayerTable
+
+FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are gathered
+CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
+
+
+def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **settings: Any) -> Run:
+    """Fine-tune a causal language model; the Python form of `owlore train`.
+
+    model: Hugging Face id, directory, GGUF file, `demo`, or an `nn.Module` (with `tokenizer`). data: path, name, list
+    of dicts, DataFrame or Dataset. table: `auto`, `uniform`, a file or a `htsr.LayerTable`. settings: any other option
+    of the command line by its Python name (`steps=60`, `method="owlore"`, `lr=3e-4` ...).
+
+    Raises: the errors of `htsr.errors`, whose classes are also ValueError, FileNotFoundError and so on.
+    """
+    named: dict[str, Any] = {"quiet": True, **settings}
+    named |= {"model": model if isinstance(model, str | Path) else "(model in memory)"}
+    named |= {"data": data if isinstance(data, str | Path) else "(data in memory)"}
+    if isinstance(table, str | Path):
+        named["table"] = str(table)
+    config = TrainConfig.build(named)
+    return train_from_config(config, model=model, data=data, tokenizer=tokenizer, table=table)
+
+
+def train_from_config(
+    config: TrainConfig, *, model: Any = None, data: Any = None, tokenizer: Any = None, table: Any = None
+) -> Run:
+    """Run what `config` describes; the objects, where given, stand for what its fields of the same name call them.
+
+    Nothing is written before the model, the data and the table are known to be usable.
+    """
+    started = time.perf_counter()
+    say = _speaker(config)
+    model = config.model if model is None else model
+    config, strategy_class = resolve(config)
+    place = find_place(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
+    device = pick_device(config.device)
+    loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=device, tokenizer=tokenizer)
+    freeze(loaded.model)
+    units = find_units(loaded.model)
+    prepared = prepare(
+        config.data if data is None else data,
+        loaded.tokenizer,
+        seq_len=_seq_len(config, loaded, say),
+        eval_data=config.eval_data,
+        seed=config.seed,
+    )
+    say(f"data: {prepared.report}")
+    found = find_table(
+        table if table is not None else (config.table if strategy_class.table is not None else None),
+        num_blocks=units.num_blocks,
+        weights_sha256=loaded.weights_sha256,
+        say=say,
+        scan=lambda: scanned_table(model, tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet),
+    )
+    trainer = assemble(config, strategy_class, units, loaded, prepared, found, place, device)
+    return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
+
+
+def assemble(
+    config: TrainConfig,
+    strategy_class: type[Strategy],
+    units: Units,
+    loaded: Loaded,
+    prepared: Prepared,
+    table: LayerTable | None,
+    place: Place,
+    device: torch.device,
+) -> Trainer:
+    """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
+    inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
+    strategy = strategy_class(units, _hyper(config, inclusion))
+    optimizer = RotatingOptimizer(
+        units.parameters(range(units.num_blocks), units.groups),
+        seed=config.seed,
+        weights={"bf16": Weights.NEAREST, "bf16-sr": Weights.STOCHASTIC}.get(config.weights, Weights.MASTER),
+        on_switch=config.on_switch,
+        grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
+    )
+    identity = {
+        "weights_sha256": loaded.weights_sha256,
+        "data_sha256": prepared.provenance["train"]["sha256"],
+        "inclusion": None if inclusion is None else inclusion.tolist(),
+        "config": config.to_dict(),
+    }
+    if place.saved is not None:
+        check_same_run(identity, place.saved.state["identity"])
+    trainer = Trainer(
+        units=units,
+        strategy=strategy,
+        optimizer=optimizer,
+        loss=CausalLoss(loaded.model),
+        recompute=Recompute(units.modules, enabled=_recomputes(config, units)),
+        pace=_pace(config, strategy_class, len(prepared.train)),
+        data=prepared.train,
+        eval_data=prepared.heldout,
+        metrics=MetricsLog(place.directory / "metrics.jsonl"),
+        checkpoints=place.checkpoints,
+        device=device,
+        identity=identity,
+        tally=Tally(draws=[0] * units.num_blocks),
+    )
+    if place.saved is not None:
+        trainer.restore(place.saved)
+    return trainer
+
+
+def _train(
+    config: TrainConfig,
+    strategy_class: type[Strategy],
+    trainer: Trainer,
+    loaded: Loaded,
+    prepared: Prepared,
+    table: LayerTable | None,
+    place: Place,
+    started: float,
+    say: Callable[[str], None],
+) -> Run:
+    """Train, export and report; a run that fails before its first step leaves no directory behind."""
+    first_step = trainer.step
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    try:
+        place.directory.mkdir(parents=True, exist_ok=True)
+        trainer.metrics.open(after=None if place.saved is None else place.saved.step)
+        (place.directory / "config.yaml").write_text(config.to_yaml())
+        if table is not None:
+            table.save(place.directory / "table.json")
+        with progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar:
+            trainer.run(_reporter(bar, say, trainer.pace.steps))
+    except BaseException as error:
+        if trainer.step == 0 and not place.existed:
+            shutil.rmtree(place.directory, ignore_errors=True)
+        if is_out_of_memory(error):
+            raise OutOfMemory(memory_advice(trainer, config)) from error
+        raise
+    finally:
+        trainer.recompute.remove()
+    loaded.model.eval()
+    export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed)
+    record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
+    (place.directory / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    (place.directory / "README.md").write_text(model_card(record, paper=strategy_class.paper))
+    run = Run(
+        directory=place.directory,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        table=table,
+        record=record,
+        rows=tuple(trainer.metrics.rows),
+    )
+    save_plots(run)
+    return run
+
+
+# -- settings to pieces ----------------------------------------------------------------------------------------------
+
+
+def _hyper(config: TrainConfig, inclusion: Any) -> Hyper:
+    return Hyper(
+        seed=config.seed,
+        every=config.every,
+        draw=config.draw,
+        inclusion=inclusion,
+        always_on=config.always_on,
+        rank=None if config.rank == "full" else int(config.rank),
+        refresh=None if config.refresh == "per-activation" else int(config.refresh),
+        scale=config.scale,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _pace(config: TrainConfig, strategy: type[Strategy], rows: int) -> Pace:
+    epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
+    return Pace(
+        seed=config.seed,
+        steps=int(config.steps or 0)
+        if epochs is None
+        else num_steps(rows, epochs=epochs, batch=config.batch, accum=config.accum),
+        batch=config.batch,
+        accum=config.accum,
+        total_rows=None if epochs is None else total_rows(rows, epochs),
+        every=config.every if "every" in strategy.reads else None,
+        lr=config.lr,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        clip=config.clip,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        keep=config.keep,
+    )
+
+
+def _load_dtype(config: TrainConfig) -> str:
+    return "float32" if config.weights == "fp32" else config.dtype
+
+
+def _seq_len(config: TrainConfig, loaded: Loaded, say: Callable[[str], None]) -> int:
+    """The asked length, at most what the model's positions allow."""
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.seq_len > limit:
+        say(f"note: --seq-len {config.seq_len} is cut to the model's {limit} positions")
+        return int(limit)
+    return config.seq_len
+
+
+def _recomputes(config: TrainConfig, units: Units) -> bool:
+    if config.checkpointing != "auto":
+        return config.checkpointing == "on"
+    return sum(p.numel() for p in units.model.parameters()) >= CHECKPOINTING_FROM
+
+
+def slug(name: str) -> str:
+    """A model's name as part of a path: letters, digits, dots and dashes."""
+    base = Path(name).name if Path(name).exists() else name
+    return re.sub(r"[^A-Za-z0-9.]+", "-", base.removesuffix(".gguf")).strip("-.").lower() or "model"
+
+
+# -- telling -----------------------------------------------------------------------------------------------------------
+
+
+def _speaker(config: TrainConfig) -> Callable[[str], None]:
+    return lambda message: notice(message, quiet=config.quiet)
+
+
+def _reporter(bar: Any, say: Callable[[str], None], steps: int) -> Callable[[dict[str, Any]], None]:
+    """Shows rows on the bar or, where there is no terminal, as about twenty lines over the run."""
+    stride = max(1, steps // 20)
+
+    def show(row: dict[str, Any]) -> None:
+        if row.get("split") == "eval":
+            say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
+        elif row:
+            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            blocks = ",".join(map(str, row["active_blocks"]))
+            bar.update(row["step"] - bar.n)
+            bar.set_postfix_str(
+                f"loss {loss}, {row['tokens_per_s']:.0f} tok/s, {row['mem_bytes'] / 1e9:.2f} GB, blocks {blocks}"
+            )
+            if bar.disable and (row["step"] % stride == 0 or row["step"] == steps):
+                say(f"step {row['step']}/{steps}: loss {loss}, {row['tokens_per_s']:.0f} tokens/s, blocks {blocks}")
+
+    return show
