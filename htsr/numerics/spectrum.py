@@ -57,9 +57,10 @@ def gram(slices: Iterable[Any], side: int, dtype: type = np.float64) -> np.ndarr
     if side >= IN_PLACE_SIDE:
         return _gram_in_place(slices, side, dtype)
     G: np.ndarray = np.zeros((side, side), dtype)
-    for block in slices:
-        S = as_array(block, dtype)
-        G += S.T @ S  # numpy recognises S^T S and computes one triangle (syrk)
+    with np.errstate(invalid="ignore", over="ignore"):  # a NaN or an infinity is found in G
+        for block in slices:
+            S = as_array(block, dtype)
+            G += S.T @ S  # numpy recognises S^T S and computes one triangle (syrk)
     return G
 
 

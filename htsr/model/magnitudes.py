@@ -1,0 +1,47 @@
+"""Outlying weights by magnitude alone, read with NumPy a slice at a time: a scan without text needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from htsr.numerics.spectrum import Block
+
+if TYPE_CHECKING:
+    from htsr.model.layers import LayerView
+    from htsr.model.source import Source
+
+SLICE_ELEMENTS = 1 << 20
+
+
+def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: str) -> dict[str, float]:
+    """tensor name -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block; NaN for NaN weights.
+
+    The mean is the block's under scope `block` and the matrix's own under `matrix`.
+    """
+    blocks: dict[int, list[LayerView]] = {}
+    for view in views:
+        if view.block is not None and not view.reason:
+            blocks.setdefault(view.block, []).append(view)
+    result = {}
+    for members in blocks.values():
+        for pool in [members] if scope == "block" else [[view] for view in members]:
+            total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in pool for part in _parts(source, view))
+            limit = tau * total / sum(view.rows * view.cols for view in pool)
+            result |= {view.tensor: _percent_above(source, view, limit) for view in pool}
+    return result
+
+
+def _percent_above(source: Source, view: LayerView, limit: float) -> float:
+    if not np.isfinite(limit):
+        return np.nan
+    count = sum(int(np.count_nonzero(np.abs(part).astype(np.float64) > limit)) for part in _parts(source, view))
+    return 100.0 * count / (view.rows * view.cols)
+
+
+def _parts(source: Source, view: LayerView) -> Iterator[np.ndarray]:
+    step = max(SLICE_ELEMENTS // view.cols, 1)
+    for start in range(0, view.rows, step):
+        yield source.array(view.tensor, Block(axis=0, start=start, stop=min(start + step, view.rows)))

@@ -1,0 +1,32 @@
+"""What a result has to say about how it came to be: versions, settings, memory."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+
+LIBRARIES = ("numpy", "scipy", "torch", "transformers", "safetensors", "pandas")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of the libraries that numbers depend on; none is imported."""
+    found = {"htsr": _version("htsr-owlore"), "python": platform.python_version()}
+    return found | {name: _version(name) for name in LIBRARIES}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

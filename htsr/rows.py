@@ -1,0 +1,87 @@
+"""One matrix of a model: its spectrum, its fit and its metrics, as a row of the scan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from htsr.errors import BadInput
+from htsr.model.layers import LayerView
+from htsr.model.source import Source
+from htsr.numerics.metrics import EIGENVALUE_CUT, alpha_hat, spectrum_metrics
+from htsr.numerics.powerlaw import FitStatus, fit_power_law
+from htsr.numerics.spectrum import gram, gram_eigenvalues, plan_blocks
+
+PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
+COLUMNS = (
+    "block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail",
+    "alpha_hill", "alpha_hat", "log10_norm", "log10_spectral_norm", "lambda_max", "stable_rank", "entropy",
+    "lod", "lod_weight", "status", "reason", "seconds",
+)  # fmt: skip
+
+
+def cost(view: LayerView) -> float:
+    """Floating-point operations of a spectrum: n^2 m for the Gram matrix and 4/3 n^3 to make it tridiagonal."""
+    n, m = sorted((view.rows, view.cols))
+    return float(n * n * m + 4 / 3 * n**3)
+
+
+def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
+    """The row of a tensor about which nothing was computed."""
+    known = {name: getattr(view, name) for name in ("block", "role", "tensor", "rows", "cols", "dtype")}
+    return {**dict.fromkeys(COLUMNS, np.nan), **known, "status": status, "reason": reason}
+
+
+def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[dict[str, Any], np.ndarray | None]:
+    """The row of a tensor and its eigenvalues (None where there are none). Bad numbers make a failed row, no error."""
+    if view.reason:
+        return empty_row(view, "skipped", view.reason), None
+    start = time.perf_counter()
+    row = empty_row(view, "ok", "")
+    try:
+        values = gram_eigenvalues(gram(slices(source, view), min(view.rows, view.cols), PRECISIONS[precision]))
+    except (BadInput, np.linalg.LinAlgError) as error:
+        reason = why_failed(source, view, error)
+        return {**row, "status": "failed", "reason": reason, "seconds": time.perf_counter() - start}, None
+    row.update(measure(values, max(view.rows, view.cols)))
+    row["seconds"] = time.perf_counter() - start
+    return row, values
+
+
+def measure(eigenvalues: np.ndarray, longer_side: int) -> dict[str, Any]:
+    """Fit and metrics of a spectrum. The fit sees the eigenvalues above 1e-5, the metrics see all of them."""
+    above = eigenvalues[eigenvalues > EIGENVALUE_CUT]
+    fit, metrics = fit_power_law(above), spectrum_metrics(eigenvalues, longer_side)
+    row = {**asdict(metrics), "status": "ok", "reason": ""}
+    if fit.status is not FitStatus.OK:
+        left = f" ({len(above)} of {len(eigenvalues)} eigenvalues are above {EIGENVALUE_CUT:g})"
+        return {**row, "status": "failed", "reason": fit.status.sentence + left}
+    return {
+        **row,
+        "alpha": fit.alpha,
+        "alpha_sigma": fit.sigma,
+        "ks_d": fit.ks_d,
+        "xmin": fit.xmin,
+        "n_tail": fit.n_tail,
+        "alpha_hat": alpha_hat(fit.alpha, metrics.lambda_max),
+    }
+
+
+def slices(source: Source, view: LayerView) -> Iterator[np.ndarray]:
+    """The matrix in slices of its shorter side's width, read from the source one at a time."""
+    for block in plan_blocks(view.rows, view.cols):
+        part = source.array(view.tensor, block)
+        yield part if view.rows >= view.cols else part.T
+
+
+def why_failed(source: Source, view: LayerView, error: Exception) -> str:
+    """The number of NaN and infinite entries when there are any, else what the error says."""
+    try:
+        bad = sum(int(part.size - np.isfinite(part).sum()) for part in slices(source, view))
+    except BadInput:  # the file itself cannot be read
+        bad = 0
+    return f"{bad} of {view.rows * view.cols} entries are NaN or infinite" if bad else str(error)

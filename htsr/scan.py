@@ -1,0 +1,222 @@
+"""The scan: every matrix of a model -> spectrum, fit and metrics; every block -> outliers; all of it -> a ScanResult.
+
+open the source (headers only) -> views -> LOD (text through the blocks) -> spectra, the largest first -> frame
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from htsr.console import notice, progress
+from htsr.errors import BadInput, UsageError
+from htsr.model.layers import LayerView, num_blocks, views
+from htsr.model.magnitudes import weight_lod
+from htsr.model.source import Source, open_source
+from htsr.provenance import peak_bytes, versions
+from htsr.rows import COLUMNS, PRECISIONS, analyse, cost
+from htsr.table import ScanResult
+from htsr.workers import run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from htsr.model.calibration import Calibration
+
+SCHEMA = "htsr-scan/1"
+GIGA = 1e9  # the progress bar counts in Gflop
+
+
+def scan(
+    model: str | Path | nn.Module | Mapping[str, torch.Tensor],
+    *,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    calibration: str | Path | None = "builtin",
+    tau: float = 13.0,
+    lod_scope: str = "block",
+    samples: int = 32,
+    seq_len: int = 512,
+    seed: int = 0,
+    workers: int | None = None,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    plots: bool = True,
+    quiet: bool = False,
+    tokenizer: Any = None,
+) -> ScanResult:
+    """Read the spectra and the outliers of every layer of a model.
+
+    Args:
+        model: `demo`, a directory, a .safetensors or .gguf file, a Hugging Face id, an nn.Module or a state dict.
+        out: a directory to save the result to; nothing is written without it.
+        device: where the calibration text runs; spectra are computed on the CPU.
+        precision: of the spectra: fp64 (`auto`) or fp32.
+        calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
+        tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
+        workers: threads that analyse matrices side by side; the number of usable cores by default.
+        allow_pickle: accept pickled weights (unpickled with weights_only).
+        revision: of a Hugging Face id.
+        plots: whether saving to `out` draws plots.
+        quiet: no progress bar, no notices.
+        tokenizer: for an nn.Module.
+
+    Raises:
+        UsageError, BadInput, NotFound: an option, a model or a text that cannot be used.
+    """
+    settings = {
+        "device": device, "precision": precision, "calibration": None if calibration is None else str(calibration),
+        "tau": tau, "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed,
+    }  # fmt: skip
+    check_settings(settings)
+    clock = Clock()
+    source = open_source(model, revision=revision, allow_pickle=allow_pickle)
+    layers = views(source)
+    identity = {
+        "id": source.id,
+        "revision": source.revision,
+        "num_blocks": num_blocks(source),
+        "config_sha256": source.config_sha256() if calibration is not None else None,
+        "weights_sha256": source.weights_sha256(),
+    }
+    clock.lap("load")
+    outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
+    clock.lap("lod")
+    rows, spectra = analyse_all(source, layers, precision, workers, quiet)
+    clock.lap("alpha")
+    frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
+    clock.lap("lod")
+    provenance = {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": identity,
+        "settings": settings,
+        "calibration": None if outliers is None else outliers.record(),
+        "lod_reason": lod_reason,
+        "versions": versions(),
+        "seconds": clock.seconds,
+        "peak_bytes": peak_bytes(),
+    }
+    result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, calibration=outliers)
+    if out is not None:
+        result.save(out, plots=plots)
+    return result
+
+
+class Clock:
+    """Wall seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("load", "alpha", "lod", "plots"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise UsageError for a value that no scan can use."""
+    if settings["precision"] not in PRECISIONS:
+        raise UsageError(f"precision: got {settings['precision']!r}, expected one of {', '.join(PRECISIONS)}")
+    if settings["lod_scope"] not in ("block", "matrix"):
+        raise UsageError(f"lod-scope: got {settings['lod_scope']!r}, expected block or matrix")
+    if not (isinstance(settings["tau"], int | float) and 0 < settings["tau"] < math.inf):
+        raise UsageError(f"tau: got {settings['tau']!r}, expected a positive number")
+    for name, least in (("samples", 1), ("seq_len", 2)):
+        if not isinstance(settings[name], int) or settings[name] < least:
+            raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
+
+
+def analyse_all(
+    source: Source, layers: Sequence[LayerView], precision: str, workers: int | None, quiet: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """tensor -> row and tensor -> eigenvalues, the largest matrices first; the bar knows what each costs."""
+    rows: dict[str, dict[str, Any]] = {}
+    spectra: dict[str, np.ndarray] = {}
+    order = sorted(layers, key=lambda view: 0.0 if view.reason else -cost(view))
+    total = sum(cost(view) for view in layers if not view.reason)
+    done = run(lambda view: analyse(source, view, precision), order, lambda view: min(view.rows, view.cols), workers)
+    with progress(round(total / GIGA, 3), "spectra", "Gflop", quiet=quiet) as bar:
+        for view, (row, values) in done:
+            rows[view.tensor] = row
+            if values is not None:
+                spectra[view.tensor] = values
+            if not view.reason:
+                bar.update(round(cost(view) / GIGA, 3))
+    return rows, spectra
+
+
+def measure_outliers(
+    source: Source, settings: Mapping[str, Any], calibration: str | Path | None, tokenizer: Any, quiet: bool
+) -> tuple[Calibration | None, str]:
+    """LOD, or None and the reason: a model that cannot run loses its LOD, unless a text was named explicitly."""
+    if calibration is None or str(calibration) == "none":
+        return None, "no calibration was wanted"
+    from htsr.model.calibration import calibrate
+
+    try:
+        with progress(num_blocks(source), "outliers", "block", quiet=quiet) as bar:
+            return calibrate(
+                source,
+                calibration,
+                tau=settings["tau"],
+                scope=settings["lod_scope"],
+                samples=settings["samples"],
+                seq_len=settings["seq_len"],
+                seed=settings["seed"],
+                device=pick_device(settings["device"]),
+                tokenizer=tokenizer,
+                progress=lambda count, _: bar.update(count - bar.n),
+            ), ""
+    except BadInput as error:
+        if str(calibration) != "builtin":
+            raise
+        notice(f"no LOD: {error}", quiet=quiet)
+        return None, str(error)
+
+
+def pick_device(device: str) -> str:
+    """`auto` is the first CUDA device when there is one, else the CPU. Raises UsageError for a device that is not."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"device: got {device!r}, expected auto, cpu or a CUDA device that this machine has"
+        ) from error
+    return device
+
+
+def assemble(
+    rows: Mapping[str, dict[str, Any]],
+    layers: Sequence[LayerView],
+    outliers: Calibration | None,
+    weight_only: Mapping[str, float],
+) -> pd.DataFrame:
+    """The rows in the order of the layers, with the outliers of each matrix beside its spectrum."""
+    records = []
+    for view in layers:
+        row = dict(rows[view.tensor])
+        if outliers is not None and view.block is not None and not view.reason:
+            found = outliers.matrices.get((view.block, view.role))
+            row["lod"], row["lod_weight"] = (found.lod, found.lod_weight) if found else (np.nan, np.nan)
+        elif view.tensor in weight_only:
+            row["lod_weight"] = weight_only[view.tensor]
+        records.append(row)
+    frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
+    return frame.astype({"block": "Int64", "n_tail": "Int64"})
