@@ -115,3 +115,19 @@ def exhaustive_power_law(eigenvalues):  # type: ignore[no-untyped-def]
             D[0] = np.max(np.abs(1 - (x / x[0]) ** (-alphas[0] + 1) - np.arange(N) / N))
     best = np.argmin(D)
     return alphas[best], x[best], D[best], (alphas[best] - 1) / np.sqrt(N - best), N - best
+
+
+def owl_lod(weights: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], tau: float) -> float:
+    """OWL's check_outlier_mean for one block: pooled mean of |W| * ||X||_2, strict >, percent.
+
+    weights[m] is (out, in); inputs[m] holds the samples (tokens, in) that the m-th linear map of the block read.
+    """
+    scores = []
+    for weight, samples in zip(weights, inputs, strict=True):
+        scaler_row = torch.zeros(weight.shape[1], dtype=torch.float64)
+        for x in samples:
+            scaler_row += torch.norm(x.double(), p=2, dim=0) ** 2 / len(samples)
+        metric = torch.abs(weight.double()) * torch.sqrt(scaler_row.reshape((1, -1)))
+        scores.append(torch.flatten(metric))
+    pooled = torch.cat(scores)
+    return float((pooled > tau * torch.mean(pooled)).sum() / pooled.numel() * 100)

@@ -1,0 +1,240 @@
+"""Walk a model block by block over calibration windows and measure what enters each linear map.
+
+Streaming: recorders stand in for the blocks while the windows are embedded and note what each block is called with;
+then one block at a time is filled, run over every window and emptied again. A model that cannot be streamed, or is
+no Hugging Face model, is run as it is, with hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htsr.errors import BadInput
+from htsr.model.layers import find_blocks, linear_maps
+from htsr.model.skeleton import CannotStreamError, Skeleton
+
+TOKENS_PER_FORWARD = 4096  # enough to keep the matrix units busy; activations of a block stay small beside its weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredMap:
+    """A linear map y = W x: `weight` as (out, in), and the sum over tokens of x_j squared, shape (in,), float64."""
+
+    role: str
+    weight: Tensor
+    square_sums: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBlock:
+    """The linear maps of block `index`; the weights are valid only until the next block is asked for."""
+
+    index: int
+    maps: tuple[MeasuredMap, ...]
+
+
+@torch.no_grad()
+def record_calls(skeleton: Skeleton, windows: Tensor) -> list[list[Call]]:
+    """For each batch of windows (n, T) what each block is called with, once no earlier block has been run.
+
+    Raises:
+        CannotStreamError: what a block is called with depends on what earlier blocks return.
+    """
+    batches = batched(windows.to(skeleton.device))
+    probe = batches[0][:1, :8]
+    for as_tuple in (False, True):
+        if (calls := _pass(skeleton, probe, as_tuple, shift=0.0)) is not None:
+            break
+    else:
+        raise CannotStreamError("its blocks are not called one after the other on hidden states")
+    shifted = _pass(skeleton, probe, as_tuple, shift=1.0)
+    if shifted is None or not _same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in shifted]):
+        raise CannotStreamError("a block is called with what an earlier block returned beside the hidden states")
+    if skeleton.missing and not calls[0].hidden.isfinite().all():
+        raise CannotStreamError(f"the file has no tensor for parameter {skeleton.missing[0]}")
+    recorded = [_pass(skeleton, batch, as_tuple, shift=0.0) for batch in batches]
+    if any(calls is None for calls in recorded):
+        raise CannotStreamError("its blocks are called differently on longer windows")
+    return [calls for calls in recorded if calls is not None]
+
+
+def stream_blocks(skeleton: Skeleton, calls: Sequence[Sequence[Call]]) -> Iterator[MeasuredBlock]:
+    """Measure the blocks in order on recorded calls, each block filled only while it is measured."""
+    hidden = [call[0].hidden for call in calls]
+    for index in range(len(skeleton.stack.modules)):
+        with skeleton.filled(index) as block:
+            with InputMeter(block) as meter, torch.no_grad():
+                for position, call in enumerate(calls):
+                    hidden[position] = call[index].run(block, hidden[position])
+            yield meter.measured(index)
+
+
+def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
+    """Measure the blocks of a loaded model in one pass with hooks; the model is left exactly as it was found.
+
+    An encoder-decoder model reads the windows on both sides; its blocks are numbered encoder first.
+    """
+    stack = find_blocks(model).modules
+    model = getattr(model, "base_model", model)  # without the head: nobody reads the logits
+    modes = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    arguments = _call_arguments(model)
+    try:
+        model.eval()
+        with ExitStack() as hooks, torch.no_grad():
+            meters = [hooks.enter_context(InputMeter(block)) for block in stack]
+            for batch in batched(windows.to(device)):
+                model(**{name: batch if value is None else value for name, value in arguments.items()})
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    for index, meter in enumerate(meters):
+        yield meter.measured(index)
+
+
+def batched(windows: Tensor) -> list[Tensor]:
+    """The windows (n, T) in batches of about TOKENS_PER_FORWARD tokens."""
+    return list(windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])))
+
+
+class InputMeter:
+    """Sums the squares of what enters each linear map of a block, while its context is open."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.maps = linear_maps(block)
+        if stacks := [name for name, parameter in block.named_parameters() if parameter.ndim == 3]:
+            raise BadInput(
+                f"{stacks[0]}: fused experts have no input norms here, expected 2-D weights; scan without LOD"
+            )
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> InputMeter:
+        for role, (module, _) in self.maps.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(role)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+
+    def measured(self, index: int) -> MeasuredBlock:
+        """What was summed so far; a map that no token reached has zero norms."""
+        maps = []
+        for role, (module, transposed) in self.maps.items():
+            weight = module.get_parameter("weight").detach()
+            weight = weight.t() if transposed else weight
+            sums = self.sums.get(role, weight.new_zeros(weight.shape[1], dtype=torch.float64))
+            maps.append(MeasuredMap(role=role, weight=weight, square_sums=sums))
+        return MeasuredBlock(index=index, maps=tuple(maps))
+
+    def _hook(self, role: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = self._squares(inputs[0])
+            self.sums[role] = self.sums[role] + squares if role in self.sums else squares
+
+        return add
+
+    def _squares(self, x: Tensor) -> Tensor:
+        """Sum over tokens of x squared; q, k and v read the same tensor, so the last answer is kept."""
+        if self._last is not None and self._last[0] is x and self._last[1] == x._version:
+            return self._last[2]
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        squares = rows.square().sum(dim=0, dtype=torch.float64)
+        self._last = (x, x._version, squares)
+        return squares
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with: its hidden states, and the other arguments."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_name: bool
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for other hidden states."""
+        kwargs = self.kwargs | ({"hidden_states": hidden} if self.by_name else {})
+        out = block(**kwargs) if self.by_name else block(hidden, *self.args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+@dataclass
+class _Recorder:
+    """The plan of a recording pass: what a stand-in returns, and the calls it saw."""
+
+    as_tuple: bool
+    shift: float
+    calls: list[Call] = field(default_factory=list)
+
+
+class _StandIn(nn.Module):
+    """In a block's place: notes its call and passes the hidden states on; other attributes are the block's."""
+
+    def __init__(self, block: nn.Module, recorder: _Recorder) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a child: its parameters stay out of the model's
+        object.__setattr__(self, "_recorder", recorder)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        by_name = not args
+        hidden = kwargs.pop("hidden_states") if by_name else args[0]
+        self._recorder.calls.append(Call(hidden, args[1:], kwargs, by_name))
+        passed = hidden + self._recorder.shift if self._recorder.shift else hidden
+        return (passed,) if self._recorder.as_tuple else passed
+
+
+def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> list[Call] | None:
+    """One forward pass with stand-ins; None when hidden states did not come through all of them unharmed."""
+    places = list(zip(skeleton.stack.names, skeleton.stack.modules, strict=True))
+    recorder = _Recorder(as_tuple, shift)
+    try:
+        for name, block in places:
+            skeleton.model.set_submodule(name, _StandIn(block, recorder))
+        skeleton.model(input_ids=batch)
+    except (AttributeError, TypeError, IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return None  # tensors and tuples are told apart by what the model can do with them
+    finally:
+        for name, block in places:
+            skeleton.model.set_submodule(name, block)
+    shapes = {call.hidden.shape for call in recorder.calls if isinstance(call.hidden, Tensor)}
+    whole = len(recorder.calls) == len(skeleton.stack.modules) and len(shapes) == 1
+    return recorder.calls if whole and all(isinstance(c.hidden, Tensor) for c in recorder.calls) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two recorded arguments are equal, tensors by value."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b)
+
+
+def _call_arguments(model: nn.Module) -> dict[str, Any]:
+    """How the model is called: None marks where the token ids go."""
+    known = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": None}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = None
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    return arguments

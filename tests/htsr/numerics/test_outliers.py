@@ -1,0 +1,92 @@
+"""Outlier counts without a score matrix, against OWL's definition with one."""
+
+from __future__ import annotations
+
+import makers
+import numpy as np
+import paper
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from htsr.numerics.outliers import OutlierSum, count_above, importance_sum, percent, pool_limits
+
+TAUS = (0.5, 2.0, 5.0, 13.0)
+
+
+def heavy(rows: int, cols: int, seed: int) -> Tensor:
+    g = makers.generator(seed)
+    return torch.randn(rows, cols, generator=g) / torch.rand(rows, 1, generator=g)
+
+
+def pooled_lod(weights: list[Tensor], norms: list[Tensor], taus: tuple[float, ...], step: int = 7) -> list[float]:
+    slices = [w.split(step) for w in weights]
+    sums = [importance_sum(s, n) for s, n in zip(slices, norms, strict=True)]
+    limits = pool_limits(sums, taus)
+    counts = sum(count_above(s, limits, n) for s, n in zip(slices, norms, strict=True))
+    return [percent(int(c), sum(s.numel for s in sums), limit) for c, limit in zip(counts, limits, strict=True)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pooled_lod_equals_the_papers_definition_at_several_taus(seed: int) -> None:
+    weights = [heavy(40, 24, seed), heavy(96, 24, seed + 10), heavy(24, 96, seed + 20)]
+    inputs = [[torch.randn(50, w.shape[1], generator=makers.generator(9)) for _ in range(3)] for w in weights]
+    norms = [sum(x.double().square().sum(0) for x in samples).sqrt() for samples in inputs]
+    expected = [paper.owl_lod(weights, inputs, tau) for tau in TAUS]
+    assert pooled_lod(weights, norms, TAUS) == pytest.approx(expected, rel=1e-6)
+    assert expected[0] > expected[2] > 0
+
+
+def test_an_importance_equal_to_the_limit_is_no_outlier() -> None:
+    weights = torch.ones(4, 4)
+    assert pooled_lod([weights], [torch.ones(4)], (1.0, 0.999)) == [0.0, 100.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.integers(0, 99))
+def test_the_size_of_the_slices_changes_nothing(rows: int, cols: int, step: int, seed: int) -> None:
+    weights, norms = heavy(rows, cols, seed), torch.rand(cols, generator=makers.generator(seed))
+    whole = importance_sum([weights], norms)
+    parts = importance_sum(weights.split(step), norms)
+    assert parts.numel == whole.numel == rows * cols
+    assert parts.total == pytest.approx(whole.total, rel=1e-12)
+    limits = [whole.total / whole.numel * tau for tau in TAUS]
+    assert count_above(weights.split(step), limits, norms).tolist() == count_above([weights], limits, norms).tolist()
+
+
+def test_scaling_weights_or_norms_changes_no_lod() -> None:
+    weights, norms = heavy(64, 32, 3), torch.rand(32, generator=makers.generator(4))
+    lod = pooled_lod([weights], [norms], TAUS)
+    assert pooled_lod([8 * weights], [norms], TAUS) == lod
+    assert pooled_lod([weights], [4 * norms], TAUS) == lod
+
+
+def test_weights_alone_are_counted_as_with_norms_of_one() -> None:
+    weights = heavy(64, 32, 5)
+    assert importance_sum([weights]) == importance_sum([weights], torch.ones(32))
+    assert np.array_equal(count_above([weights], [1.0, 9.0]), count_above([weights], [1.0, 9.0], torch.ones(32)))
+
+
+def test_half_precision_weights_are_compared_in_double_precision() -> None:
+    weights = heavy(64, 32, 6).to(torch.bfloat16)
+    norms = torch.rand(32, generator=makers.generator(7))
+    assert pooled_lod([weights], [norms], TAUS) == pooled_lod([weights.double()], [norms], TAUS)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_leaves_the_lod_unknown(bad: float) -> None:
+    weights = heavy(16, 16, 8)
+    weights[3, 3] = bad
+    assert np.isnan(pooled_lod([weights], [torch.ones(16)], TAUS)).all()
+
+
+def test_a_zero_matrix_has_no_outliers() -> None:
+    assert pooled_lod([torch.zeros(5, 5)], [torch.ones(5)], TAUS) == [0.0] * 4
+
+
+def test_other_shapes_than_matrices_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected rows of a matrix"):
+        importance_sum([torch.ones(2, 3, 4)])
+    assert OutlierSum(total=1.0, numel=2).numel == 2
