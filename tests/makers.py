@@ -72,3 +72,83 @@ def save_tiny(directory: Path, model: nn.Module | None = None, **settings: Any) 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def bpe_tokenizer(*, spaced: bool = False, merges: int = 200) -> Any:
+    """A BPE tokenizer with real merges: byte-level like GPT-2's, or `spaced` (a space before any text) like Llama's.
+
+    The spaced one adds <s> to what it encodes.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
+    text = ["the answer is true or false and the question is what the answer to the question is. "] * 20
+    text += ["### Instruction:\nname the colour of the sky\n\n### Response:\nthe sky is blue\n\n"] * 20
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=spaced))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if spaced:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special += [f"<0x{i:02X}>" for i in range(256)]
+        alphabet = list("▁" + "".join(chr(i) for i in range(33, 127)))
+        text = [line for part in text for line in part.split("\n")]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    size = len(special) + len(alphabet) + merges
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    if spaced:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def tiny_models() -> dict[str, Any]:
+    """Tiny random causal language models of several families, by name: makers that take a seed."""
+    import transformers as t
+
+    common = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.1}
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }  # fmt: skip
+    grouped = {**sizes, "num_key_value_heads": 2}
+    gpt2 = {"n_embd": 32, "n_inner": 48, "n_layer": 3, "n_head": 4, "n_positions": 128}
+    configs: dict[str, Any] = {
+        "llama": (t.LlamaForCausalLM, t.LlamaConfig(**common, **grouped)),
+        "llama-tied": (t.LlamaForCausalLM, t.LlamaConfig(**common, **grouped, tie_word_embeddings=True)),
+        "mistral": (t.MistralForCausalLM, t.MistralConfig(**common, **grouped, sliding_window=8)),
+        "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**common, **grouped)),
+        "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config(**common, **grouped, head_dim=8)),
+        "gemma": (t.GemmaForCausalLM, t.GemmaConfig(**common, **grouped, head_dim=8)),
+        "gemma2": (
+            t.Gemma2ForCausalLM,
+            t.Gemma2Config(**common, **grouped, head_dim=8, final_logit_softcapping=5.0, sliding_window=8),
+        ),
+        "phi": (t.PhiForCausalLM, t.PhiConfig(**common, **sizes)),
+        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(**common, **gpt2)),
+        "gpt-neox": (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**common, **sizes)),
+        "granite": (t.GraniteForCausalLM, t.GraniteConfig(**common, **grouped, logits_scaling=3.0)),
+    }
+
+    def maker(cls: Any, config: Any) -> Any:
+        def make(seed: int = 0) -> nn.Module:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                return cls(config).eval()
+
+        return make
+
+    return {name: maker(cls, config) for name, (cls, config) in configs.items()}
+
+
+FAMILIES = (
+    "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "gpt2", "gpt-neox", "granite",
+)  # fmt: skip
