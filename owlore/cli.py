@@ -68,11 +68,10 @@ def train(file: str | None, **options: Any) -> None:
     from owlore.train.run import train_from_config
 
     run = train_from_config(config)
-    record = jsonlib.loads((run.directory / "run.json").read_text(encoding="utf-8"))
     if config.json:
-        click.echo(jsonlib.dumps({"directory": str(run.directory), **record}))
+        click.echo(jsonlib.dumps({"directory": str(run.directory), **run.record}))
     else:
-        click.echo(render_run(run.directory, record))
+        click.echo(render_run(run.directory, run.record))
 
 
 def render_run(directory: Path, record: dict[str, Any]) -> str:

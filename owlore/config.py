@@ -81,7 +81,9 @@ class TrainConfig:
         "exact", choice("exact", "sequential", "cyclic", "shuffled"), "How blocks are drawn.", method=True
     )
     floor: float = option(0.0, number(0, below=1), "Lower bound of each block's inclusion probability.", method=True)
-    on_switch: str = option("drop", choice("drop"), "What becomes of the state of blocks that leave.", method=True)
+    on_switch: str = option(
+        "drop", choice("drop", "host", "keep"), "State of blocks that leave: freed, or kept (on the host).", method=True
+    )
     always_on: tuple[str, ...] = option((), names(*GROUPS), "Parameters outside the blocks that always train.")
     preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
     weights: str = option(

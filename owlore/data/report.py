@@ -69,9 +69,11 @@ def masked_text(encoded: Encoded, row: int, tokenizer: Any) -> str:
     """One row as text, special tokens included, with the trained stretches between « and »."""
     ids, trained = encoded.row(row)
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    parts = []
+    parts, before = [], ""
     for start, stop in pairwise(edges):
-        text = printable(tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False))
+        # a stretch is what it adds to the text so far: on its own a decoder may drop the space that it begins with
+        so_far = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=False)
+        text, before = printable(so_far[len(before) :]), so_far
         if len(text) > SAMPLE_CHARACTERS:
             text = f"{text[: SAMPLE_CHARACTERS // 2]} ... {text[-SAMPLE_CHARACTERS // 2 :]}"
         parts.append(f"«{text}»" if trained[start] else text)

@@ -14,6 +14,7 @@ import makers
 import pytest
 from click.testing import CliRunner
 
+from htsr import console
 from owlore.cli import cli, render_run
 from owlore.config import SETTINGS, TrainConfig, flag_name
 from owlore.methods import METHODS
@@ -130,15 +131,25 @@ def test_wrong_usage_ends_with_one_line_and_its_code(
         (["--data", "ROWS", "--method", "full", "--rank", "4"], 2, "--rank is not read by the method full"),
     ],
 )
-def test_bad_data_end_with_their_code(tmp_path: Path, options: list[str], code: int, message: str) -> None:
+def test_bad_data_end_with_their_code(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    options: list[str],
+    code: int,
+    message: str,
+) -> None:
     makers.save_tiny(tmp_path / "model", blocks=2)
     (tmp_path / "EMPTY").write_text('{"prompt": "a", "completion": ""}\n')
     (tmp_path / "COLUMNS").write_text('{"foo": "a"}\n')
     (tmp_path / "ROWS").write_text('{"prompt": "a", "completion": "b"}\n')
-    done = owlore("train", "model", *options, "--steps", 1, "--table", "uniform", "--quiet", cwd=tmp_path) \
-        if "full" not in options else owlore("train", "model", *options, "--steps", 1, "--quiet", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == code, done.stderr
-    (line,) = done.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        console.run(cli, ["train", "model", *options, "--steps", "1", "--quiet"])
+    shown = capfd.readouterr()
+    assert ended.value.code == code, shown.err
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
     assert message in line
     assert not (tmp_path / "runs").exists()
 
