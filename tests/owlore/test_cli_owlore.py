@@ -144,12 +144,14 @@ def test_bad_data_end_with_their_code(
     (tmp_path / "COLUMNS").write_text('{"foo": "a"}\n')
     (tmp_path / "ROWS").write_text('{"prompt": "a", "completion": "b"}\n')
     monkeypatch.chdir(tmp_path)
+    capfd.readouterr()  # saving the model draws a bar
     with pytest.raises(SystemExit) as ended:
         console.run(cli, ["train", "model", *options, "--steps", "1", "--quiet"])
     shown = capfd.readouterr()
     assert ended.value.code == code, shown.err
     assert shown.out == ""
-    (line,) = shown.err.splitlines()
+    assert len(shown.err.splitlines()) == 1, shown.err
+    line = shown.err
     assert message in line
     assert not (tmp_path / "runs").exists()
 
