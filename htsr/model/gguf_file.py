@@ -65,7 +65,7 @@ class GgufSource(Source):
         values, size = gguf.GGML_QUANT_SIZES[kind]  # this many values lie in this many bytes
         row_bytes = cols // values * size
         mapped = np.memmap(self._file, np.uint8, "r", offset + r0 * row_bytes, (r1 - r0, row_bytes))
-        data = np.ascontiguousarray(mapped[:, c0 // values * size : -(-c1 // values) * size])
+        data = np.array(mapped[:, c0 // values * size : -(-c1 // values) * size], order="C")
         if kind.name in ("F64", "F32", "F16"):
             return data.view(PLAIN[kind.name])
         return gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)

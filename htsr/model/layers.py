@@ -158,7 +158,7 @@ def role_of(name: str) -> str:
     role = next((role for pattern, role in _ROLES if pattern.search(path)), None)
     if _NORM.search(leaf):
         role = "norm"
-    role = role or leaf
+    role = role or (path if leaf.isdecimal() else leaf)
     if expert:
         role = f"experts.{expert.group(1)}.{role}"
     elif shared and role != "embeddings":

@@ -25,7 +25,7 @@ def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: st
     for view in views:
         if view.block is not None and not view.reason:
             blocks.setdefault(view.block, []).append(view)
-    result = {}
+    result: dict[str, float] = {}
     for members in blocks.values():
         for pool in [members] if scope == "block" else [[view] for view in members]:
             total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in pool for part in _parts(source, view))
