@@ -119,8 +119,8 @@ def progress(total: float, description: str, unit: str = "it", *, quiet: bool = 
 
 
 @contextlib.contextmanager
-def quiet_libraries(*, stdout: bool = False) -> Iterator[None]:
-    """Silence what libraries say on their own: warnings, log lines, progress bars; with `stdout` their prints too.
+def quiet_libraries(*, prints: bool = False) -> Iterator[None]:
+    """Silence what libraries say on their own: warnings, log lines, progress bars; with `prints` all they write.
 
     Warning filters, log levels and bars are as before afterwards. Bars are those of an already imported transformers:
     import it before. (A program sets LIBRARY_ENVIRONMENT instead.)
@@ -133,8 +133,9 @@ def quiet_libraries(*, stdout: bool = False) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_without_transformers_bars())
-        if stdout:
+        if prints:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             yield
         finally:

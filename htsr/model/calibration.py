@@ -20,7 +20,6 @@ from htsr.numerics.outliers import count_above, importance_sum, percent, pool_li
 from htsr.probability import check_choice
 
 if TYPE_CHECKING:
-    from htsr.model.layers import LayerView
     from htsr.model.source import Source
 
 log = logging.getLogger(__name__)
@@ -133,24 +132,6 @@ def block_outliers(measured: MeasuredBlock, tau: float, scope: str = "block") ->
     return Outliers(lod=weighed[0], lod_weight=plain[0]), roles
 
 
-def weight_outliers(
-    source: Source, views: Sequence[LayerView], tau: float = 13.0, scope: str = "block"
-) -> tuple[dict[int, float], dict[str, float]]:
-    """`lod_weight` by block and by tensor name, from the weights alone; what a scan without calibration can tell."""
-    check_choice("lod-scope", scope, SCOPES)
-    _check_tau(tau)
-    members: dict[int, list[LayerView]] = {}
-    for view in views:
-        if view.block is not None and not view.reason:
-            members.setdefault(view.block, []).append(view)
-    blocks: dict[int, float] = {}
-    tensors: dict[str, float] = {}
-    for index, inside in sorted(members.items()):
-        blocks[index], found = _pool([(v.tensor, _Slices(source, v), None) for v in inside], tau, scope)
-        tensors |= found
-    return blocks, tensors
-
-
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer that lies beside the source's weights.
 
@@ -161,9 +142,12 @@ def load_tokenizer(source: Source) -> Any:
         raise BadInput(f"{source.id}: no tokenizer comes with a model in memory, expected one; pass tokenizer=")
     from transformers import AutoTokenizer
 
+    from htsr.console import quiet_libraries
+
     folder, extra = _folder(source.path)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
+        with quiet_libraries(prints=True):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
     except Exception as error:  # whatever a broken tokenizer file makes the libraries raise
         raise BadInput(
             f"{source.id}: no usable tokenizer ({_brief(error)}), expected one beside the weights"
@@ -177,20 +161,6 @@ def longest_window(source: Source) -> int | None:
     text = model_config(source).get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
-class _Slices:
-    """The row slices of a stored matrix; iterated once for the sum and once for the count."""
-
-    def __init__(self, source: Source, view: LayerView) -> None:
-        self.source, self.view = source, view
-
-    def __iter__(self) -> Iterator[Tensor]:
-        rows = self.source.info(self.view.tensor).shape[0]
-        step = max(1, (1 << 24) // max(1, rows and self.view.rows * self.view.cols // rows))
-        for start in range(0, rows, step):
-            part = self.source.rows(self.view.tensor, start, min(rows, start + step))
-            yield part.reshape(part.shape[0], -1)
 
 
 def _pool(maps: Sequence[tuple[str, Any, Tensor | None]], tau: float, scope: str) -> tuple[float, dict[str, float]]:
@@ -239,7 +209,7 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
         raise BadInput(f"{source.id}: a state dict cannot be run, expected a model; give the module or a directory")
     folder, extra = _folder(source.path)
     try:
-        with quiet_libraries():
+        with quiet_libraries(prints=True):
             model: nn.Module = AutoModel.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **extra
             )

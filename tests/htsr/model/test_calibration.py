@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from htsr.errors import BadInput, NotFound, UsageError
-from htsr.model.calibration import Calibration, calibrate, weight_outliers
-from htsr.model.layers import views
+from htsr.model.calibration import Calibration, calibrate
 from htsr.model.source import Source, open_source
 from htsr.model.windows import cut_windows, read_texts
 
@@ -320,16 +319,6 @@ def test_what_cannot_be_calibrated_is_refused_with_a_reason(tmp_path: Path, text
     for settings in ({"tau": 0.0}, {"tau": float("nan")}, {"samples": 0}, {"seq_len": 0}):
         with pytest.raises(UsageError, match="expected"):
             run(open_source(model), text, **settings)
-
-
-def test_weights_alone_have_their_own_outliers(text: Path) -> None:
-    source = open_source(tiny_gpt2())
-    measured = run(source, text)
-    blocks, tensors = weight_outliers(source, views(source), TAU)
-    assert blocks == pytest.approx({i: b.lod_weight for i, b in measured.blocks.items()}, rel=1e-12)
-    by_tensor = {v.tensor: measured.matrices[v.block, v.role].lod_weight for v in views(source) if v.tensor in tensors}
-    assert tensors == pytest.approx(by_tensor, rel=1e-12)
-    assert max(blocks.values()) > 0
 
 
 def test_a_nan_leaves_lod_unknown_from_its_block_on(text: Path) -> None:

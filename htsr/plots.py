@@ -1,0 +1,239 @@
+"""Pictures of a scan: `(data, ax) -> ax`, no fitting, no global state; `Plots` binds them to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from htsr.errors import BadInput, NotFound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from htsr.probability import LayerTable
+    from htsr.table import ScanResult
+
+INK, GREY, LIGHT = "#22303c", "#7b8794", "#d9dee3"
+BLUE, ORANGE, GREEN = "#2f6fab", "#d9822b", "#3a8f6b"
+# Roles in the order data flows through a block; others follow by name.
+ROLE_ORDER = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "fc1", "down", "fc2")
+ESD_BINS = 60
+
+
+def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
+    """Power-law exponent of every matrix (dots) and each block's mean (line), by depth."""
+    inside = frame[frame["block"].notna() & frame["alpha"].notna()]
+    blocks = inside["block"].astype(int)
+    means = inside.groupby(blocks)["alpha"].mean()
+    ax.axhspan(2, 6, color=BLUE, alpha=0.07, lw=0)
+    ax.annotate("2 to 6", (1, 6), xycoords=("axes fraction", "data"), xytext=(-4, -4), textcoords="offset points",
+                ha="right", va="top", color=BLUE, fontsize=8)  # fmt: skip
+    jitter = _spread(inside["role"])
+    ax.scatter(blocks + jitter, inside["alpha"], s=16, color=BLUE, alpha=0.45, lw=0, label="matrix")
+    ax.plot(means.index, means, color=INK, lw=1.8, marker="o", ms=4, label="block mean")
+    _depth_axis(ax, blocks)
+    top = float(np.nanpercentile(inside["alpha"], 98)) * 1.15
+    beyond = int((inside["alpha"] > top).sum())
+    if beyond:
+        ax.annotate(f"{beyond} above", (0, 1), xycoords="axes fraction", xytext=(6, -6), textcoords="offset points",
+                    va="top", color=GREY, fontsize=8)  # fmt: skip
+        ax.set_ylim(min(1.5, float(inside["alpha"].min()) - 0.3), top)
+    return _style(ax, "How heavy-tailed each block is", "alpha (smaller = heavier tail)", legend=True)
+
+
+def lod_by_depth(blocks: pd.DataFrame, ax: Axes) -> Axes:
+    """Share of outlying weights of every block in percent, with input norms (bars) and by weights alone (dots)."""
+    ax.bar(blocks["block"], blocks["lod"], width=0.74, color=ORANGE, label="weights x input norms")
+    if blocks["lod_weight"].notna().any():
+        ax.plot(blocks["block"], blocks["lod_weight"], ls="", marker="o", ms=4, color=INK, label="weights alone")
+    _depth_axis(ax, blocks["block"])
+    ax.set_ylim(bottom=0)
+    return _style(ax, "How many outliers each block holds", "LOD in percent", legend=True)
+
+
+def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
+    """A number of every matrix by block (across) and role (down); blank where there is none."""
+    inside = frame[frame["block"].notna() & frame[value].notna()]
+    roles = sorted(inside["role"].unique(), key=_role_key)
+    grid = inside.pivot_table(index="role", columns=inside["block"].astype(int), values=value).reindex(roles)
+    low, high = np.nanpercentile(grid.to_numpy(), [2, 98])
+    columns = grid.columns.to_numpy()
+    edges = np.append(columns, columns[-1] + 1) - 0.5
+    mesh = ax.pcolormesh(edges, np.arange(len(roles) + 1) - 0.5, grid, cmap="viridis_r", vmin=low, vmax=high)
+    ax.set_yticks(range(len(roles)), roles)
+    ax.invert_yaxis()
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, extend="both")
+    bar.set_label(value, color=INK)
+    bar.outline.set_visible(False)
+    _style(ax, f"{value} of every matrix", "", grid=False)
+    ax.set_facecolor(LIGHT)
+    ax.set_xlabel("block", color=INK)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, title: str = "") -> Axes:
+    """Density of the eigenvalues on log axes, the fitted power law and where its tail begins.
+
+    Args:
+        eigenvalues: of W^T W.
+        fit: `alpha`, `xmin`, `n_tail` and `ks_d` as in a row of the scan; NaN draws no fit.
+    """
+    positive = eigenvalues[eigenvalues > max(1e-12 * eigenvalues.max(), 1e-30)]
+    if len(positive) == 0:
+        raise BadInput("spectrum: got no positive eigenvalue, expected some to draw")
+    bins = np.logspace(
+        np.log10(positive.min()), np.log10(positive.max() * 1.001), min(ESD_BINS, 8 + len(positive) // 6)
+    )
+    density, _ = np.histogram(positive, bins=bins, density=True)
+    middle = np.sqrt(bins[:-1] * bins[1:])
+    seen = density > 0
+    ax.stairs(
+        np.where(seen, density, np.nan), bins, color=BLUE, fill=True, alpha=0.25, baseline=density[seen].min() / 3
+    )
+    ax.plot(middle[seen], density[seen], ls="", marker="o", ms=3, color=BLUE)
+    alpha, xmin = float(fit["alpha"]), float(fit["xmin"])
+    if np.isfinite(alpha) and np.isfinite(xmin):
+        tail = positive[positive >= xmin]
+        x = np.geomspace(xmin, positive.max(), 100)
+        share = len(tail) / len(positive)
+        label = f"alpha = {alpha:.2f}\n{int(fit['n_tail'])} of {len(positive)} values, D = {float(fit['ks_d']):.3f}"
+        ax.plot(x, share * (alpha - 1) / xmin * (x / xmin) ** -alpha, color=ORANGE, lw=2, label=label)
+        ax.axvline(xmin, color=GREY, lw=1, ls=(0, (4, 3)))
+        ax.annotate("xmin", (xmin, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
+                    textcoords="offset points", ha="right", color=GREY, fontsize=8)  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("eigenvalue = singular value squared", color=INK)
+    return _style(ax, title or "Spectrum", "density", legend=np.isfinite(alpha))
+
+
+def table_bars(table: LayerTable, ax: Axes) -> Axes:
+    """Inclusion (chance that a draw of gamma blocks holds it) and probability (share of the scores) by block."""
+    ax.bar(table.index, table.inclusion, width=0.74, color=GREEN, alpha=0.85, label=f"inclusion (sum {table.gamma})")
+    ax.bar(table.index, table.probability, width=0.34, color=INK, label="probability (sum 1)")
+    uniform = table.gamma / table.num_blocks
+    ax.axhline(uniform, color=GREY, lw=1, ls=(0, (4, 3)))
+    ax.annotate("uniform", (1, uniform), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
+                ha="right", color=GREY, fontsize=8)  # fmt: skip
+    _depth_axis(ax, table.index)
+    ax.set_ylim(0, min(1.04, 1.15 * float(table.inclusion.max())))
+    return _style(ax, f"How often each block is trained (rule {table.rule.get('name')})", "share of draws", legend=True)
+
+
+@dataclass(frozen=True)
+class Plots:
+    """The pictures of one scan. Each method draws on `ax`, or on a new figure, and returns the Axes."""
+
+    result: ScanResult
+
+    def alpha(self, ax: Axes | None = None) -> Axes:
+        """Power-law exponents by depth."""
+        return alpha_by_depth(self.result.frame, ax if ax is not None else new_axes())
+
+    def lod(self, ax: Axes | None = None) -> Axes:
+        """Outliers by depth.
+
+        Raises: BadInput when the scan has no LOD.
+        """
+        if not self.has("lod"):
+            raise BadInput("this scan has no LOD, expected a calibrated one; scan with a calibration text")
+        return lod_by_depth(self.result.blocks, ax if ax is not None else new_axes())
+
+    def heatmap(self, value: str = "alpha", ax: Axes | None = None) -> Axes:
+        """A number (a column of the frame) by block and role."""
+        inside = self.result.frame[self.result.frame["block"].notna() & self.result.frame["alpha"].notna()]
+        rows = max(1, inside["role"].nunique())
+        return heatmap(self.result.frame, ax if ax is not None else new_axes(height=1.2 + 0.32 * min(rows, 40)), value)
+
+    def esd(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
+        """The spectrum of `tensor`; without a name those of the heaviest, the middle and the lightest tail.
+
+        Raises: NotFound for a tensor that this scan has no spectrum of.
+        """
+        if tensor is None:
+            return self._three()
+        rows = self.result.frame.set_index("tensor")
+        if self.result.spectra is None or tensor not in self.result.spectra:
+            raise NotFound(f"got {tensor!r}, expected the name of an analysed matrix, such as {self._ranked()[:1]}")
+        return esd(self.result.spectra[tensor], rows.loc[tensor], ax if ax is not None else new_axes(), tensor)
+
+    def table(self, table: LayerTable | None = None, ax: Axes | None = None) -> Axes:
+        """A layer table, the default one of this scan when none is given."""
+        table = table if table is not None else self.result.table()
+        return table_bars(table, ax if ax is not None else new_axes())
+
+    def has(self, name: str) -> bool:
+        """Whether the scan holds the numbers of picture `name`."""
+        frame, blocks = self.result.frame, self.result.blocks
+        match name:
+            case "alpha" | "heatmap":
+                return bool((frame["block"].notna() & frame["alpha"].notna()).any())
+            case "lod":
+                return bool(blocks["lod"].notna().any())
+            case "esd":
+                return bool(self.result.spectra) and bool(self._ranked())
+            case _:
+                return len(blocks) > 0
+
+    def _ranked(self) -> list[str]:
+        """Names of matrices with a spectrum and an alpha, the heaviest tail first."""
+        known = self.result.frame[self.result.frame["alpha"].notna()].sort_values("alpha")
+        return [name for name in known["tensor"] if name in (self.result.spectra or {})]
+
+    def _three(self) -> Axes:
+        names = self._ranked()
+        if not names:
+            raise NotFound("this scan kept no spectra, expected some to draw; scan again")
+        chosen = list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
+        figure = Figure(figsize=(4.2 * len(chosen), 3.6), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(chosen)))
+        for name, panel in zip(chosen, panels, strict=True):
+            self.esd(name, panel)
+            panel.set_title(name.removesuffix(".weight"), fontsize=9, color=INK, loc="left")
+        return panels[0]
+
+
+def new_axes(width: float = 8.0, height: float = 3.6) -> Axes:
+    """An Axes on a figure of its own, without pyplot."""
+    return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def _style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: bool = True) -> Axes:
+    ax.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+    ax.set_ylabel(ylabel, color=INK)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(LIGHT)
+    ax.tick_params(colors=INK, labelsize=9, color=LIGHT)
+    ax.set_axisbelow(True)
+    if grid:
+        ax.grid(axis="y", color=LIGHT, lw=0.7)
+    if legend:
+        ax.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    return ax
+
+
+def _depth_axis(ax: Axes, blocks: Any) -> None:
+    last = int(np.max(blocks))
+    ax.set_xlim(-0.7, last + 0.7)
+    ax.set_xlabel("block (0 is nearest the input)", color=INK)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+
+
+def _spread(roles: Sequence[str] | pd.Series) -> NDArray[np.float64]:
+    """A small fixed shift for each role, so that the dots of a block do not hide each other."""
+    codes = pd.Categorical(roles, categories=sorted(set(roles), key=_role_key)).codes.astype(float)
+    return (codes / max(1.0, codes.max()) - 0.5) * 0.5 if len(codes) else codes
+
+
+def _role_key(role: str) -> tuple[int, str]:
+    return (ROLE_ORDER.index(role) if role in ROLE_ORDER else len(ROLE_ORDER), role)

@@ -1,0 +1,154 @@
+"""report.html: one file that a phone can show and that loads nothing; and the notebook view of a scan."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from functools import cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from htsr.store import picture
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+    from htsr.table import ScanResult
+
+CAPTIONS = {
+    "alpha": "Each dot is a matrix, the line is the mean of a block. Between 2 and 6 is where trained layers of large "
+    "models are usually found; below 2 the tail is very heavy, above 6 the spectrum hardly has one. Small matrices "
+    "reach 2 to 6 by chance as well.",
+    "lod": "Weights whose importance |W| x ||X|| is above tau times the mean of their block, in percent of the block's "
+    "weights. A block with more outliers is drawn more often under rule lod.",
+    "heatmap": "The exponent of every matrix by role. A row that differs from the others is a property of the role; a "
+    "column, of the block.",
+    "esd": "Spectra of the matrices with the heaviest, the middle and the lightest tail. The line is the fitted power "
+    "law from xmin on; D is its distance from the data.",
+    "table": "The layer table: inclusion is the chance that a draw of gamma different blocks holds this one.",
+}
+MATRIX_COLUMNS = (
+    "block", "role", "tensor", "rows", "cols", "alpha", "alpha_sigma", "ks_d", "n_tail", "alpha_hill", "stable_rank",
+    "log10_norm", "lod", "status",
+)  # fmt: skip
+
+
+def report_html(result: ScanResult, pictures: Mapping[str, bytes]) -> str:
+    """The report as one HTML page; `pictures` are PNGs by the name of their plot."""
+    images = [
+        {"name": name, "data": base64.b64encode(png).decode(), "caption": CAPTIONS[name]}
+        for name, png in pictures.items()
+    ]
+    return _template().render(
+        title=f"Scan of {model_name(result)}",
+        images=images,
+        sentences=describe(result),
+        facts=facts(result),
+        blocks=cells(result.blocks),
+        matrices=cells(result.frame[result.frame["status"] != "skipped"], MATRIX_COLUMNS),
+        failed=cells(result.frame[result.frame["status"] == "failed"], ("tensor", "reason")),
+        skipped=int((result.frame["status"] == "skipped").sum()),
+    )
+
+
+def notebook_html(result: ScanResult) -> str:
+    """A summary, the pictures of alpha and LOD by depth, and the table of blocks, for a notebook's output cell."""
+    parts = [f"<h4>{escape(model_name(result))}</h4>", *(f"<p>{escape(s)}</p>" for s in describe(result))]
+    for name in ("alpha", "lod"):
+        if result.plot.has(name):
+            data = base64.b64encode(picture(getattr(result.plot, name))).decode()
+            parts.append(f'<img alt="{name} by depth" style="max-width:48%" src="data:image/png;base64,{data}">')
+    columns, *rows = cells(result.blocks)
+    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return "".join(parts) + f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def model_name(result: ScanResult) -> str:
+    """The model as the user named it."""
+    return str(result.provenance.get("model", {}).get("id") or "a model")
+
+
+def describe(result: ScanResult) -> list[str]:
+    """What the numbers show, in a few sentences."""
+    frame, blocks = result.frame, result.blocks
+    counts = frame["status"].value_counts()
+    sentences = [
+        f"{counts.get('ok', 0)} matrices analysed, {counts.get('failed', 0)} failed, "
+        f"{counts.get('skipped', 0)} tensors without a spectrum (vectors and the like), {len(blocks)} blocks."
+    ]
+    alpha = frame["alpha"].astype(float)
+    if alpha.notna().any():
+        inside = int(((alpha >= 2) & (alpha <= 6)).sum())
+        sentences.append(
+            f"The power-law exponent alpha has median {alpha.median():.2f} "
+            f"(from {alpha.min():.2f} to {alpha.max():.2f}); {inside} of {alpha.notna().sum()} lie between 2 and 6."
+        )
+    sentences += _extremes(blocks, "alpha", "lowest mean alpha (heaviest tails)", smallest=True)
+    sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
+    if {"alpha", "lod"} <= set(blocks) and len(both := blocks[["alpha", "lod"]].dropna()) > 2:
+        rank = float(both["alpha"].rank().corr(both["lod"].rank()))
+        if np.isfinite(rank):
+            sentences.append(f"Spearman correlation of alpha and LOD over the blocks: {rank:+.2f}.")
+    if reason := result.provenance.get("lod_reason"):
+        sentences.append(f"LOD was not computed: {reason}.")
+    if result.default_table is not None and result.default_table.note:
+        sentences.append(f"Layer table: {result.default_table.note}.")
+    return sentences
+
+
+def facts(result: ScanResult) -> list[tuple[str, str]]:
+    """Where the numbers come from, as names and values."""
+    record = result.provenance
+    model, calibration = record.get("model", {}), record.get("calibration")
+    rows: list[tuple[str, Any]] = [
+        ("model", model.get("id")),
+        ("revision", model.get("revision")),
+        ("weights sha256", model.get("weights_sha256")),
+        ("created", record.get("created")),
+        ("precision", record.get("settings", {}).get("precision")),
+        ("calibration", calibration and f"{calibration['source']}, {calibration['windows']} windows of "
+         f"{calibration['seq_len']} tokens, tau {calibration['tau']:g}, {calibration['scope']} scope"),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in record.get("seconds", {}).items())),
+        ("peak memory", record.get("peak_bytes") and f"{record['peak_bytes'] / 1e9:.2f} GB"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items() if v)),
+    ]  # fmt: skip
+    return [(name, str(value)) for name, value in rows if value]
+
+
+def cells(frame: pd.DataFrame, columns: tuple[str, ...] | None = None) -> list[list[str]]:
+    """Header and rows of a frame as short text; nothing where there is no number."""
+    frame = frame[list(columns)] if columns is not None else frame
+    return [list(map(str, frame.columns)), *([short(value) for value in row] for row in frame.itertuples(index=False))]
+
+
+def short(value: Any) -> str:
+    """A value for reading: four significant digits, thousands apart, nothing for NaN."""
+    if value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
+        return ""
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}"
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return str(value)
+
+
+def _extremes(blocks: pd.DataFrame, column: str, words: str, *, smallest: bool) -> list[str]:
+    known = blocks[blocks[column].notna()].sort_values(column, ascending=smallest, kind="stable")
+    if len(known) < 2:
+        return []
+    named = ", ".join(f"{int(b)} ({v:.3g})" for b, v in zip(known["block"][:3], known[column][:3], strict=True))
+    return [f"Blocks with the {words}: {named}."]
+
+
+@cache
+def _template() -> Template:
+    from importlib import resources
+
+    from jinja2 import Environment
+
+    text = resources.files("htsr").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)

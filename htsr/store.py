@@ -1,0 +1,180 @@
+"""The files of a scan: written so that each appears whole, read back to the same numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from htsr.errors import BadInput, NotFound, UsageError
+from htsr.files import read_json
+
+if TYPE_CHECKING:
+    from htsr.table import ScanResult
+
+SCHEMA = "htsr-scan/1"
+WHOLE = ("block", "rows", "cols", "n_tail")  # columns of whole numbers, empty where unknown
+TEXT = ("role", "tensor", "dtype", "status", "reason")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
+PICTURES = ("alpha", "lod", "heatmap", "esd", "table")
+
+
+def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Path:
+    """Write the files of a scan; pictures of an earlier one are removed when `plots` is off."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: got a file, expected a directory to write the scan to")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        (staging / "plots").mkdir(parents=True)
+        _write(result, staging, plots=plots)
+        _move(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return directory
+
+
+def load_scan(directory: str | Path) -> ScanResult:
+    """The scan in a directory that `ScanResult.save` wrote.
+
+    Raises:
+        NotFound: no such directory, or no scan in it.
+        BadInput: files that are not a scan's.
+    """
+    from htsr.table import ScanResult
+
+    directory = Path(directory)
+    if not directory.exists():
+        raise NotFound(f"{directory}: no such directory; make it with `htsr scan MODEL --out {directory}`")
+    if not (directory / "scan.csv").is_file():
+        raise NotFound(f"{directory}: holds no scan.csv, expected the directory of a scan")
+    provenance = read_json(directory / "scan.json", expected="a scan's record (scan.json)")
+    if not isinstance(provenance, dict) or provenance.get("schema") != SCHEMA:
+        got = provenance.get("schema") if isinstance(provenance, dict) else provenance
+        raise BadInput(f"{directory / 'scan.json'}: got schema {got!r}, expected {SCHEMA!r}; scan again")
+    return ScanResult(
+        frame=read_frame(directory / "scan.csv"),
+        provenance=provenance,
+        spectra=_read_spectra(directory / "spectra.npz"),
+    )
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """scan.csv with the types it was written from."""
+    try:
+        types = dict.fromkeys(TEXT, str)
+        frame = pd.read_csv(path, float_precision="round_trip", dtype=types, keep_default_na=False, na_values=[""])
+        for name in WHOLE:
+            frame[name] = frame[name].astype("Int64" if name in ("block", "n_tail") else "int64")
+        for name in TEXT:
+            frame[name] = frame[name].fillna("").map(_plain)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a scan's table ({error}), expected the scan.csv of `htsr scan`") from error
+    return frame
+
+
+def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """Text that a spreadsheet would run as a formula gets an apostrophe in front; numbers are left alone."""
+    text = [name for name in frame.columns if name in TEXT]
+    return frame.assign(
+        **{name: frame[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}
+    )
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """CSV with numbers at full precision and empty cells for what was not computed."""
+    return safe_cells(frame).to_csv(index=False, lineterminator="\n")
+
+
+def picture(draw: Any) -> bytes:
+    """The PNG of a figure that `draw()` returns an Axes of."""
+    buffer = io.BytesIO()
+    draw().figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def pictures(result: ScanResult) -> dict[str, bytes]:
+    """name -> PNG of every picture that the scan has numbers for."""
+    drawn = {}
+    for name in PICTURES:
+        if result.plot.has(name):
+            drawn[name] = picture(getattr(result.plot, name))
+    return drawn
+
+
+def _write(result: ScanResult, staging: Path, *, plots: bool) -> None:
+    from htsr.report import report_html
+
+    start = time.perf_counter()
+    drawn = pictures(result) if plots else {}
+    for name, png in drawn.items():
+        (staging / "plots" / f"{name}.png").write_bytes(png)
+    (staging / "scan.csv").write_text(csv_text(result.frame), encoding="utf-8", newline="\n")
+    (staging / "blocks.csv").write_text(csv_text(result.blocks), encoding="utf-8", newline="\n")
+    if result.default_table is not None:
+        result.default_table.save(staging / "table.json")
+    if result.spectra:
+        _save_spectra(staging / "spectra.npz", result.spectra)
+    (staging / "report.html").write_text(report_html(result, drawn), encoding="utf-8", newline="\n")
+    record = dict(result.provenance)
+    record["seconds"] = {**record.get("seconds", {}), "plots": time.perf_counter() - start}
+    text = json.dumps(_without_nan(record), indent=1, allow_nan=False, default=str)
+    (staging / "scan.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _move(staging: Path, directory: Path) -> None:
+    """Rename the new files into place and drop those of an earlier scan that have no successor."""
+    (directory / "plots").mkdir(parents=True, exist_ok=True)
+    owned = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in PICTURES)]
+    for name in owned:
+        if not (staging / name).exists():
+            (directory / name).unlink(missing_ok=True)
+    files = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
+    for relative in files:
+        (staging / relative).replace(directory / relative)
+    if not any((directory / "plots").iterdir()):
+        (directory / "plots").rmdir()
+
+
+def _save_spectra(path: Path, spectra: Mapping[str, np.ndarray]) -> None:
+    """One flat array and the length of each spectrum in it: a tensor may have any name, a zip member may not."""
+    names, values = list(spectra), list(spectra.values())
+    lengths = np.array([len(v) for v in values])
+    np.savez_compressed(path, names=np.array(names, dtype=str), lengths=lengths, values=np.concatenate(values))
+
+
+def _read_spectra(path: Path) -> dict[str, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            parts = np.split(stored["values"], np.cumsum(stored["lengths"])[:-1])
+            return dict(zip(stored["names"].tolist(), parts, strict=True))
+    except (ValueError, KeyError, OSError, EOFError) as error:
+        raise BadInput(f"{path}: not readable ({error}), expected the spectra of a scan; scan again") from error
+
+
+def _defused(cell: Any) -> Any:
+    return f"'{cell}" if str(cell).startswith(FORMULA) else cell
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and infinities as null: JSON has no other word for them."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
