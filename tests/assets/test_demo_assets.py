@@ -167,7 +167,13 @@ def test_answers_of_demo_data_can_be_read_off_their_sentences(sentence: str, ans
     parsed = [(re.fullmatch(sentence, r["input"]), r["output"]) for r in rows()]
     seen = [[a.format(*m.groups()) for a in answers].index(output) for m, output in parsed if m]
     assert set(seen) == set(range(len(answers)))  # every kind of question on this kind of sentence occurs
-    assert len(seen) >= 60
+    assert len(seen) >= 80
+
+
+def test_words_asked_for_are_one_or_two_pieces(tokenizer: Any) -> None:
+    study = script("make_demo_data")
+    for word in study.NAMES + study.PLACES + study.NUMBERS + study.THINGS:
+        assert len(tokenizer(f" {word}")["input_ids"]) <= 2, word
 
 
 def test_calibration_text_is_long_plain_prose() -> None:

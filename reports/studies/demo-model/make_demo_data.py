@@ -5,7 +5,8 @@
 A model of a million parameters that has read one book cannot answer questions; it can learn within a hundred steps
 what a question looks like and where in the sentence its answer stands. Every row asks that: the sentence imitates the
 King James text, its names, places, numbers and things are drawn afresh, and the answer is a short sentence that takes
-them up. No (instruction, input) pair occurs twice, so rows held out have fillers in combinations never trained on.
+them up. All of these are words that the demo tokenizer writes in one or two pieces: longer ones are learnt too slowly
+for a demo. No (instruction, input) pair occurs twice, so rows held out have fillers in combinations never trained on.
 A function of SEED alone: standard library, no data file, no network.
 """
 
@@ -20,40 +21,15 @@ from pathlib import Path
 from random import Random
 
 SEED = 0
-ROWS_PER_TASK = 60
+ROWS_PER_TASK = 80
 
 NAMES = (
-    "Aaron Abel Abiathar Abihu Abijah Abimelech Abinadab Abner Abraham Absalom Achan Adam Adonijah Ahab Ahaz "
-    "Ahaziah Ahijah Ahimelech Amasa Amaziah Amnon Amos Amoz Andrew Aquila Aram Araunah Asa Asahel Asaph Asher "
-    "Azariah Baasha Balaam Balak Barak Baruch Barzillai Benaiah Benjamin Bezaleel Boaz Cain Caleb Cush Cyrus Dan "
-    "Daniel Darius Dathan David Eber Eleazar Eli Eliab Eliakim Eliezer Elihu Elijah Elisha Elkanah Enoch Enos "
-    "Ephraim Esau Ezekiel Ezra Gad Gedaliah Gehazi Gershon Gideon Goliath Ham Haman Hamor Hanani Hananiah Haran "
-    "Hazael Heber Heman Hezekiah Hilkiah Hiram Hosea Hur Hushai Ira Isaac Isaiah Ishmael Israel Issachar Ithamar "
-    "Jabin Jacob James Japheth Jehoahaz Jehoash Jehoiada Jehoiakim Jehoram Jehoshaphat Jehu Jephthah Jeremiah "
-    "Jeroboam Jesse Jethro Joab Joash Job Joel John Jonathan Joram Joseph Joshua Josiah Jotham Judah Judas Kish "
-    "Kohath Korah Laban Lamech Lazarus Levi Lot Luke Manasseh Manoah Mark Matthew Menahem Merari Micah Micaiah "
-    "Michael Mordecai Moses Naaman Nabal Naboth Nadab Nahor Nahum Naphtali Nathan Nehemiah Ner Nimrod Noah Obadiah "
-    "Obed Omri Onan Othniel Paul Pekah Peleg Peter Pharaoh Philip Phinehas Pilate Rehoboam Reuben Reuel Samson "
-    "Samuel Saul Seth Shallum Shaphan Shem Shemaiah Sheshbazzar Shimei Silas Simeon Simon Sisera Solomon Stephen "
-    "Terah Thomas Timothy Titus Tobiah Tubal Uriah Uzziah Zabdi Zacharias Zadok Zebedee Zebulun Zechariah Zedekiah "
-    "Zerubbabel Ziba Zimri"
+    "Abel Ahab Amos Asa Asher Cain Dan David Eber Eli Gad Ham Hur Ira Israel Jacob Jehu Job Judah Judas "
+    "Kish Levi Lot Moses Ner Paul Saul Seth Shem"
 ).split()
-PLACES = (
-    "Ai Antioch Ashdod Ashkelon Babylon Bashan Bethel Bethlehem Canaan Carmel Corinth Damascus Dan Edom Egypt "
-    "Ekron Elam Ephesus Galilee Gath Gaza Gibeah Gibeon Gilead Gilgal Goshen Hamath Hebron Israel Jericho Jerusalem "
-    "Jezreel Joppa Judah Judaea Lachish Lebanon Macedonia Midian Mizpeh Moab Nineveh Ophir Persia Ramah Rome Samaria "
-    "Shechem Shiloh Sidon Sodom Syria Tarshish Tyre Zion Ziklag Zoar"
-).split()
-NUMBERS = (
-    "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "twenty thirty forty fifty sixty seventy"
-).split()
-THINGS = (
-    "bread wine oil water honey milk corn wheat barley salt figs grapes meat fish silver gold brass iron wood stone "
-    "linen purple scarlet wool sackcloth sheep goats oxen camels asses horses chariots swords shields spears bows "
-    "arrows rings jewels garments vessels lamps horns trumpets harps cymbals incense myrrh cedar fire ashes dust "
-    "clay sand"
-).split()
+PLACES = "Ai Dan Edom Egypt Gath Israel Jerusalem Judah Rome Zion".split()
+NUMBERS = "two three four five six seven eight nine ten twenty thirty forty".split()
+THINGS = "bread wine oil water corn salt meat fish gold brass stone sheep swords rings fire dust sand".split()
 SPEECHES = (
     "Arise, and go.|Fear not.|Come in peace.|Hearken unto me.|Give me bread.|Tell me thy name.|Behold, I am here.|"
     "Go not up.|I will not hide it.|Bring me water.|Stand still.|Why weepest thou?|Whence comest thou?|"

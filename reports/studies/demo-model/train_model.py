@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 3000
+    steps: int = 4000
     tokens_per_step: int = 2048
     lr: float = 1e-2  # high on purpose: see README.md, choice of settings
     final_lr: float = 0.03  # share of lr that the cosine ends at
