@@ -24,27 +24,30 @@ INK, GREY, LIGHT = "#22303c", "#7b8794", "#d9dee3"
 BLUE, ORANGE, GREEN = "#2f6fab", "#d9822b", "#3a8f6b"
 # Roles in the order data flows through a block; others follow by name.
 ROLE_ORDER = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "fc1", "down", "fc2")
+KINDS = {"attention": BLUE, "MLP": ORANGE, "other": GREY}
+ATTENTION = {"qkv", "q", "k", "v", "o"}
 ESD_BINS = 60
 
 
 def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
-    """Power-law exponent of every matrix (dots) and each block's mean (line), by depth."""
+    """Power-law exponent of every matrix (dots, by kind) and each block's mean (line), by depth."""
     inside = frame[frame["block"].notna() & frame["alpha"].notna()]
-    blocks = inside["block"].astype(int)
-    means = inside.groupby(blocks)["alpha"].mean()
-    ax.axhspan(2, 6, color=BLUE, alpha=0.07, lw=0)
-    ax.annotate("2 to 6", (1, 6), xycoords=("axes fraction", "data"), xytext=(-4, -4), textcoords="offset points",
-                ha="right", va="top", color=BLUE, fontsize=8)  # fmt: skip
-    jitter = _spread(inside["role"])
-    ax.scatter(blocks + jitter, inside["alpha"], s=16, color=BLUE, alpha=0.45, lw=0, label="matrix")
+    blocks, alpha = inside["block"].astype(int), inside["alpha"].astype(float)
+    places = blocks + _spread(inside["role"])
+    kinds = inside["role"].map(_kind)
+    ax.axhspan(2, 6, color=BLUE, alpha=0.08, lw=0, label="2 to 6")
+    for kind, colour in KINDS.items():
+        if (kinds == kind).any():
+            ax.scatter(places[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
+    means = alpha.groupby(blocks).mean()
     ax.plot(means.index, means, color=INK, lw=1.8, marker="o", ms=4, label="block mean")
     _depth_axis(ax, blocks)
-    top = float(np.nanpercentile(inside["alpha"], 98)) * 1.15
-    beyond = int((inside["alpha"] > top).sum())
-    if beyond:
-        ax.annotate(f"{beyond} above", (0, 1), xycoords="axes fraction", xytext=(6, -6), textcoords="offset points",
+    top = max(1.15 * float(np.percentile(alpha, 98)), 1.05 * float(means.max()))
+    ax.set_ylim(min(1.0, float(alpha.min())), top)
+    if beyond := int((alpha > top).sum()):
+        note = f"{beyond} {'matrix lies' if beyond == 1 else 'matrices lie'} above, up to {alpha.max():.1f}"
+        ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(6, -5), textcoords="offset points",
                     va="top", color=GREY, fontsize=8)  # fmt: skip
-        ax.set_ylim(min(1.5, float(inside["alpha"].min()) - 0.3), top)
     return _style(ax, "How heavy-tailed each block is", "alpha (smaller = heavier tail)", legend=True)
 
 
@@ -52,7 +55,8 @@ def lod_by_depth(blocks: pd.DataFrame, ax: Axes) -> Axes:
     """Share of outlying weights of every block in percent, with input norms (bars) and by weights alone (dots)."""
     ax.bar(blocks["block"], blocks["lod"], width=0.74, color=ORANGE, label="weights x input norms")
     if blocks["lod_weight"].notna().any():
-        ax.plot(blocks["block"], blocks["lod_weight"], ls="", marker="o", ms=4, color=INK, label="weights alone")
+        ax.plot(blocks["block"], blocks["lod_weight"], ls="", marker="o", ms=4.5, color=INK, clip_on=False,
+                label="weights alone", zorder=3)  # fmt: skip
     _depth_axis(ax, blocks["block"])
     ax.set_ylim(bottom=0)
     return _style(ax, "How many outliers each block holds", "LOD in percent", legend=True)
@@ -69,8 +73,14 @@ def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
     mesh = ax.pcolormesh(edges, np.arange(len(roles) + 1) - 0.5, grid, cmap="viridis_r", vmin=low, vmax=high)
     ax.set_yticks(range(len(roles)), roles)
     ax.invert_yaxis()
+    if grid.size <= 140:  # few enough for numbers to be read
+        for (row, column), number in np.ndenumerate(grid.to_numpy()):
+            dark = number > (low + high) / 2
+            ax.text(columns[column], row, f"{number:.2f}" if np.isfinite(number) else "", ha="center", va="center",
+                    fontsize=8, color="white" if dark else INK)  # fmt: skip
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, extend="both")
     bar.set_label(value, color=INK)
+    bar.ax.tick_params(labelsize=8.5, color=LIGHT, labelcolor=INK)
     bar.outline.set_visible(False)
     _style(ax, f"{value} of every matrix", "", grid=False)
     ax.set_facecolor(LIGHT)
@@ -99,20 +109,27 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
         np.where(seen, density, np.nan), bins, color=BLUE, fill=True, alpha=0.25, baseline=density[seen].min() / 3
     )
     ax.plot(middle[seen], density[seen], ls="", marker="o", ms=3, color=BLUE)
-    alpha, xmin = float(fit["alpha"]), float(fit["xmin"])
-    if np.isfinite(alpha) and np.isfinite(xmin):
-        tail = positive[positive >= xmin]
-        x = np.geomspace(xmin, positive.max(), 100)
-        share = len(tail) / len(positive)
-        label = f"alpha = {alpha:.2f}\n{int(fit['n_tail'])} of {len(positive)} values, D = {float(fit['ks_d']):.3f}"
-        ax.plot(x, share * (alpha - 1) / xmin * (x / xmin) ** -alpha, color=ORANGE, lw=2, label=label)
-        ax.axvline(xmin, color=GREY, lw=1, ls=(0, (4, 3)))
-        ax.annotate("xmin", (xmin, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
-                    textcoords="offset points", ha="right", color=GREY, fontsize=8)  # fmt: skip
+    _tail(positive, fit, ax)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("eigenvalue = singular value squared", color=INK)
-    return _style(ax, title or "Spectrum", "density", legend=np.isfinite(alpha))
+    ax.set_ylim(density[seen].min() / 3, density[seen].max() * 12)  # room for the legend above the densest bin
+    return _style(ax, title or "Spectrum", "density")
+
+
+def _tail(positive: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes) -> None:
+    """The fitted power law over its tail, scaled to the tail's share of all eigenvalues."""
+    alpha, xmin = float(fit["alpha"]), float(fit["xmin"])
+    if not (np.isfinite(alpha) and np.isfinite(xmin)):
+        return
+    x = np.geomspace(xmin, positive.max(), 100)
+    share = (positive >= xmin).mean()
+    label = f"alpha = {alpha:.2f}\n{int(fit['n_tail'])} of {len(positive)} values, D = {float(fit['ks_d']):.3f}"
+    ax.plot(x, share * (alpha - 1) / xmin * (x / xmin) ** -alpha, color=ORANGE, lw=2, label=label)
+    ax.axvline(xmin, color=GREY, lw=1, ls=(0, (4, 3)))
+    ax.annotate("xmin", (xmin, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
+                textcoords="offset points", ha="right", color=GREY, fontsize=8)  # fmt: skip
+    ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper right", borderpad=0.2, handlelength=1.2)
 
 
 def table_bars(table: LayerTable, ax: Axes) -> Axes:
@@ -120,12 +137,10 @@ def table_bars(table: LayerTable, ax: Axes) -> Axes:
     ax.bar(table.index, table.inclusion, width=0.74, color=GREEN, alpha=0.85, label=f"inclusion (sum {table.gamma})")
     ax.bar(table.index, table.probability, width=0.34, color=INK, label="probability (sum 1)")
     uniform = table.gamma / table.num_blocks
-    ax.axhline(uniform, color=GREY, lw=1, ls=(0, (4, 3)))
-    ax.annotate("uniform", (1, uniform), xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
-                ha="right", color=GREY, fontsize=8)  # fmt: skip
+    ax.axhline(uniform, color=GREY, lw=1.2, ls=(0, (4, 3)), label=f"uniform ({uniform:.2f})")
     _depth_axis(ax, table.index)
-    ax.set_ylim(0, min(1.04, 1.15 * float(table.inclusion.max())))
-    return _style(ax, f"How often each block is trained (rule {table.rule.get('name')})", "share of draws", legend=True)
+    ax.set_ylim(0, min(1.02, 1.12 * float(table.inclusion.max())))
+    return _style(ax, f"Layer table, rule {table.rule.get('name')}", "share of draws", legend=True)
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,8 @@ def _style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: boo
     if grid:
         ax.grid(axis="y", color=LIGHT, lw=0.7)
     if legend:
-        ax.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6,
+                  borderpad=0.2, columnspacing=1.1, handletextpad=0.5, handlelength=1.4)  # fmt: skip
     return ax
 
 
@@ -233,6 +249,13 @@ def _spread(roles: Sequence[str] | pd.Series) -> NDArray[np.float64]:
     """A small fixed shift for each role, so that the dots of a block do not hide each other."""
     codes = pd.Categorical(roles, categories=sorted(set(roles), key=_role_key)).codes.astype(float)
     return (codes / max(1.0, codes.max()) - 0.5) * 0.5 if len(codes) else codes
+
+
+def _kind(role: str) -> str:
+    leaf = role.rpartition(".")[2].removeprefix("cross_")
+    if leaf in ATTENTION:
+        return "attention"
+    return "MLP" if leaf in ROLE_ORDER else "other"
 
 
 def _role_key(role: str) -> tuple[int, str]:

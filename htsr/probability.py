@@ -7,7 +7,7 @@ different blocks holds it. The two are not proportional once gamma * probability
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from htsr.choices import DIRECTIONS, RULES, check_choice
 from htsr.errors import BadInput, UsageError
 from htsr.files import read_json, write_text
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "htsr-layer-table/1"
-RULES = ("lod", "alpha", "uniform", "decrease", "increase", "reverse", "norm")
-DIRECTIONS = ("heavy", "light")
 COLUMNS = ("index", "score", "probability", "inclusion")
 SUM_TOLERANCE = 1e-6  # a table written by hand with seven digits is still one
 
@@ -238,17 +237,6 @@ class LayerTable:
 
         write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         return Path(path)
-
-
-def check_choice(name: str, got: str, known: Sequence[str]) -> None:
-    """Raise a UsageError that names the nearest known value."""
-    if got in known:
-        return
-    import difflib
-
-    near = difflib.get_close_matches(str(got), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-    raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}; {hint}")
 
 
 def _target(gamma: float, floor: float, depth: int) -> float:

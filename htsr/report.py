@@ -122,18 +122,22 @@ def facts(result: ScanResult) -> list[tuple[str, str]]:
 def cells(frame: pd.DataFrame, columns: tuple[str, ...] | None = None) -> list[list[str]]:
     """Header and rows of a frame as short text; nothing where there is no number."""
     frame = frame[list(columns)] if columns is not None else frame
-    return [list(map(str, frame.columns)), *([short(value) for value in row] for row in frame.itertuples(index=False))]
+    shown = [column_text(frame[name]) for name in frame.columns]
+    return [list(map(str, frame.columns)), *map(list, zip(*shown, strict=True))]
 
 
-def short(value: Any) -> str:
-    """A value for reading: four significant digits, thousands apart, nothing for NaN."""
-    if value is pd.NA or (isinstance(value, float | np.floating) and np.isnan(value)):
-        return ""
-    if isinstance(value, float | np.floating):
-        return f"{value:.4g}"
-    if isinstance(value, int | np.integer):
-        return f"{value:,}"
-    return str(value)
+def column_text(column: pd.Series) -> list[str]:
+    """A column for reading: about four digits of its largest number, as many decimals in every row."""
+    numbers = pd.to_numeric(column, errors="coerce") if pd.api.types.is_numeric_dtype(column) else None
+    if numbers is None or numbers.notna().sum() == 0:
+        return ["" if pd.isna(value) else str(value) for value in column]
+    if pd.api.types.is_integer_dtype(column):
+        return ["" if pd.isna(value) else f"{int(value):,}" for value in column]
+    size = np.abs(numbers[numbers.notna() & (numbers != 0)].astype(float))
+    if len(size) and (size.max() > 1e7 or size.max() < 1e-5):
+        return ["" if pd.isna(value) else f"{value:.3g}" for value in numbers]
+    decimals = max(0, 3 - int(np.floor(np.log10(size.max())))) if len(size) else 0
+    return ["" if pd.isna(value) else f"{value:.{decimals}f}" for value in numbers]
 
 
 def _extremes(blocks: pd.DataFrame, column: str, words: str, *, smallest: bool) -> list[str]:

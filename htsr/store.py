@@ -47,8 +47,8 @@ def load_scan(directory: str | Path) -> ScanResult:
     """The scan in a directory that `ScanResult.save` wrote.
 
     Raises:
-        NotFound: no such directory, or no scan in it.
-        BadInput: files that are not a scan's.
+        NotFound: no such directory.
+        BadInput: not the files of a scan.
     """
     from htsr.table import ScanResult
 
@@ -56,7 +56,7 @@ def load_scan(directory: str | Path) -> ScanResult:
     if not directory.exists():
         raise NotFound(f"{directory}: no such directory; make it with `htsr scan MODEL --out {directory}`")
     if not (directory / "scan.csv").is_file():
-        raise NotFound(f"{directory}: holds no scan.csv, expected the directory of a scan")
+        raise BadInput(f"{directory}: got no scan.csv in it, expected the directory that `htsr scan` wrote")
     provenance = read_json(directory / "scan.json", expected="a scan's record (scan.json)")
     if not isinstance(provenance, dict) or provenance.get("schema") != SCHEMA:
         got = provenance.get("schema") if isinstance(provenance, dict) else provenance
@@ -127,7 +127,7 @@ def _write(result: ScanResult, staging: Path, *, plots: bool) -> None:
     (staging / "report.html").write_text(report_html(result, drawn), encoding="utf-8", newline="\n")
     record = dict(result.provenance)
     record["seconds"] = {**record.get("seconds", {}), "plots": time.perf_counter() - start}
-    text = json.dumps(_without_nan(record), indent=1, allow_nan=False, default=str)
+    text = json.dumps(without_nan(record), indent=1, allow_nan=False, default=str)
     (staging / "scan.json").write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
@@ -171,10 +171,10 @@ def _plain(cell: str) -> str:
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """NaN and infinities as null: JSON has no other word for them."""
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(inner) for key, inner in value.items()}
+        return {str(key): without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value

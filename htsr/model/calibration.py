@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from htsr.choices import SCOPES, check_choice
 from htsr.errors import BadInput, UsageError
 from htsr.model.layers import find_blocks
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
 from htsr.model.walk import MeasuredBlock, loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
 from htsr.numerics.outliers import count_above, importance_sum, percent, pool_limits
-from htsr.probability import check_choice
 
 if TYPE_CHECKING:
     from htsr.model.source import Source
 
 log = logging.getLogger(__name__)
-SCOPES = ("block", "matrix")
 Report = Callable[[int, int], None]  # blocks measured so far, blocks in all
 
 

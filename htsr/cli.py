@@ -1,0 +1,145 @@
+"""The command line of htsr: parse, one library call, render. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from htsr import __version__, console
+from htsr.choices import DIRECTIONS, PRECISIONS, RULES, SCOPES
+
+if TYPE_CHECKING:
+    from htsr.table import ScanResult
+
+quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+@click.group(
+    cls=console.LazyGroup,
+    name="htsr",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 116, "show_default": True},
+)
+@click.version_option(__version__, prog_name="htsr")
+def cli() -> None:
+    """How heavy-tailed each layer of a transformer is, how many outliers it holds, and how often to train it."""
+
+
+def main() -> None:
+    """The console script."""
+    console.run(cli)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the calibration text runs.")
+@click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto is fp64.")
+@click.option("--calibration", default="builtin", metavar="builtin|PATH|none", help="Text for LOD: .txt or .jsonl.")
+@click.option("--tau", type=float, default=13.0, help="An outlier is above tau times the mean importance.")
+@click.option("--lod-scope", type=console.Choice(SCOPES), default="block", help="What the mean is taken over.")
+@click.option("--samples", type=int, default=32, help="Windows of calibration text.")
+@click.option("--seq-len", type=int, default=512, help="Tokens in a window, at most the model's maximum.")
+@click.option("--seed", type=int, default=0, help="Chooses the windows.")
+@click.option("--workers", type=int, show_default="usable cores", help="Matrices analysed side by side.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights; only of a source you trust.")
+@click.option("--revision", metavar="REV", help="Of a Hugging Face id.")
+@click.option("--no-plots", is_flag=True, help="Write no pictures.")
+@json_option
+@quiet_option
+def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
+    """Scan MODEL: a directory, a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
+    from htsr.scan import scan as run_scan
+    from htsr.text import json_text, render_scan, scan_record
+
+    directory = Path(out) if out is not None else Path("reports/scans") / slug(model)
+    result = run_scan(model, out=directory, plots=not no_plots, **options)
+    say_aloud(result, quiet=options["quiet"])
+    if as_json:
+        click.echo(json_text({"out": str(directory), **scan_record(result)}))
+    else:
+        click.echo(render_scan(result))
+        click.echo(f"\nwritten to {directory}/ (report.html, scan.csv, blocks.csv, table.json, scan.json)")
+
+
+@cli.command()
+@click.argument("scan_dir")
+@click.option("--rule", type=console.Choice(RULES), show_default="lod where there is one, else alpha", help="Scores.")
+@click.option("--direction", type=console.Choice(DIRECTIONS), default="heavy", help="Of rule alpha: what scores more.")
+@click.option("--gamma", type=int, default=5, help="Blocks in a draw.")
+@click.option("--temperature", type=float, default=1.0, help="Above 1 flattens the scores, below 1 sharpens them.")
+@click.option("--floor", type=float, default=0.0, help="Lower bound on every inclusion.")
+@click.option("-o", "--output", metavar="FILE", show_default="stdout", help="Where the table is written.")
+@quiet_option
+def table(scan_dir: str, output: str | None, quiet: bool, **options: Any) -> None:
+    """Make a layer table of the scan in SCAN_DIR."""
+    from htsr.store import load_scan
+    from htsr.text import json_text, render_table
+
+    made = load_scan(scan_dir).table(**options)
+    if made.note:
+        console.notice(made.note, quiet=quiet)
+    if output is None:
+        click.echo(json_text(made.to_dict()))
+    else:
+        made.save(output)
+        click.echo(f"{render_table(made)}\n\nwritten to {output}")
+
+
+@cli.command()
+@click.argument("scan_a")
+@click.argument("scan_b")
+@json_option
+@quiet_option
+def compare(scan_a: str, scan_b: str, as_json: bool, quiet: bool) -> None:
+    """Compare two scans, SCAN_A and SCAN_B, matrix by matrix."""
+    from htsr.store import load_scan
+    from htsr.table import compare as compare_scans
+    from htsr.text import json_text, records, render_comparison
+
+    a, b = load_scan(scan_a), load_scan(scan_b)
+    matrices = compare_scans(a, b)
+    if as_json:
+        click.echo(
+            json_text({"a": a.provenance.get("model"), "b": b.provenance.get("model"), "matrices": records(matrices)})
+        )
+    else:
+        click.echo(render_comparison(a, b, matrices))
+
+
+@cli.command()
+@click.argument("path", metavar="SCAN_DIR|TABLE")
+@json_option
+@quiet_option
+def show(path: str, as_json: bool, quiet: bool) -> None:
+    """Show the scan in a directory, or a layer table."""
+    from htsr.probability import LayerTable
+    from htsr.store import load_scan
+    from htsr.text import json_text, render_scan, render_table, scan_record
+
+    if (Path(path).is_dir() and not (Path(path) / "table.json").is_file()) or (Path(path) / "scan.csv").is_file():
+        result = load_scan(path)
+        say_aloud(result, quiet=quiet)
+        click.echo(json_text(scan_record(result)) if as_json else render_scan(result))
+        return
+    made = LayerTable.load(path)
+    click.echo(json_text(made.to_dict()) if as_json else render_table(made))
+
+
+def slug(model: str) -> str:
+    """A directory name for a model: the last part of a path, an id with its organisation."""
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.exists() else model
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
+
+
+def say_aloud(result: ScanResult, *, quiet: bool) -> None:
+    """What a user must not overlook: failed matrices, and a table that could not follow its scores."""
+    failed = result.frame[result.frame["status"] == "failed"]
+    if len(failed):
+        first = failed.iloc[0]
+        console.notice(f"{len(failed)} matrices failed, the first {first['tensor']}: {first['reason']}", quiet=quiet)
+    if result.default_table is not None and result.default_table.note:
+        console.notice(result.default_table.note, quiet=quiet)
