@@ -85,7 +85,7 @@ def scan(
         "id": source.id,
         "revision": source.revision,
         "num_blocks": num_blocks(source),
-        "config_sha256": source.config_sha256() if calibration is not None else None,
+        "config_sha256": source.config_sha256(),
         "weights_sha256": source.weights_sha256(),
     }
     clock.lap("load")

