@@ -28,10 +28,11 @@ from htsr.errors import BadInput, NotFound, UsageError
 from htsr.model.layers import views
 from htsr.model.source import open_source
 
-CONTRACT = (
-    "block,role,tensor,rows,cols,dtype,alpha,alpha_sigma,ks_d,xmin,n_tail,alpha_hill,alpha_hat,log10_norm,"
-    "log10_spectral_norm,lambda_max,stable_rank,entropy,lod,lod_weight,status,reason,seconds"
-).split(",")
+CONTRACT = [
+    *("block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail", "alpha_hill"),
+    *("alpha_hat", "log10_norm", "log10_spectral_norm", "lambda_max", "stable_rank", "entropy", "lod", "lod_weight"),
+    *("status", "reason", "seconds"),
+]
 
 
 @pytest.fixture(scope="module")
