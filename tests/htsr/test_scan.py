@@ -29,8 +29,18 @@ from htsr.model.layers import views
 from htsr.model.source import open_source
 
 CONTRACT = [
-    *("block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail", "alpha_hill"),
-    *("alpha_hat", "log10_norm", "log10_spectral_norm", "lambda_max", "stable_rank", "entropy", "lod", "lod_weight"),
+    *("block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail"),
+    *(
+        "alpha_hill",
+        "alpha_hat",
+        "log10_norm",
+        "log10_spectral_norm",
+        "lambda_max",
+        "stable_rank",
+        "entropy",
+        "lod",
+        "lod_weight",
+    ),
     *("status", "reason", "seconds"),
 ]
 
