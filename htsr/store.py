@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SCHEMA = "htsr-scan/1"
 WHOLE = ("block", "rows", "cols", "n_tail")  # columns of whole numbers, empty where unknown
 TEXT = ("role", "tensor", "dtype", "status", "reason")
+NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
 PICTURES = ("alpha", "lod", "heatmap", "esd", "table")
 
@@ -71,15 +72,14 @@ def load_scan(directory: str | Path) -> ScanResult:
 def read_frame(path: Path) -> pd.DataFrame:
     """scan.csv with the types it was written from."""
     try:
-        types = dict.fromkeys(TEXT, str)
-        frame = pd.read_csv(path, float_precision="round_trip", dtype=types, keep_default_na=False, na_values=[""])
-        for name in WHOLE:
-            frame[name] = frame[name].astype("Int64" if name in ("block", "n_tail") else "int64")
-        for name in TEXT:
-            frame[name] = frame[name].fillna("").map(_plain)
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        for name in frame.columns:
+            frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], whole=name in WHOLE)
+        if missing := {*WHOLE, *TEXT, *NEEDED} - set(frame.columns):
+            raise KeyError(f"no column {min(missing)}")
+        return frame.astype({"rows": "int64", "cols": "int64"})
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a scan's table ({error}), expected the scan.csv of `htsr scan`") from error
-    return frame
 
 
 def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -161,6 +161,13 @@ def _read_spectra(path: Path) -> dict[str, np.ndarray] | None:
             return dict(zip(stored["names"].tolist(), parts, strict=True))
     except (ValueError, KeyError, OSError, EOFError) as error:
         raise BadInput(f"{path}: not readable ({error}), expected the spectra of a scan; scan again") from error
+
+
+def _numbers(column: pd.Series, *, whole: bool) -> pd.Series:
+    """A column of text as numbers, through Python's float, which reads back exactly what repr wrote."""
+    if whole:
+        return pd.Series([int(cell) if cell else pd.NA for cell in column], dtype="Int64", index=column.index)
+    return pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
 
 
 def _defused(cell: Any) -> Any:

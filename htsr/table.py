@@ -151,7 +151,7 @@ def compare(a: ScanResult, b: ScanResult) -> pd.DataFrame:
     left, right = _keyed(a.frame), _keyed(b.frame)
     if left.index.intersection(right.index).empty:
         raise BadInput("compare: the scans have no matrix in common (block and role), expected scans of related models")
-    both = left.join(right, how="outer", lsuffix="_a", rsuffix="_b", sort=False)
+    both = left.add_suffix("_a").join(right.add_suffix("_b"), how="outer")
     columns: dict[str, Any] = {"tensor": both["tensor_a"].where(both["tensor_a"].notna(), both["tensor_b"])}
     for name in COMPARED:
         first, second = both[f"{name}_a"].astype(float), both[f"{name}_b"].astype(float)
@@ -191,9 +191,6 @@ def _block_row(index: int, rows: pd.DataFrame, calibration: Calibration | None) 
 
 
 def _pooled(percents: pd.Series, sizes: pd.Series) -> float:
-    """The LOD of a block from its matrices': their counts, which are whole numbers, over their weights."""
+    """The LOD of a block from its matrices': their mean, weighed by the number of weights."""
     known = percents.notna()
-    if not known.any():
-        return float("nan")
-    counts = (percents[known] * sizes[known] / 100).round().sum()
-    return float(100 * counts / sizes[known].sum())
+    return float((percents[known] * sizes[known]).sum() / sizes[known].sum()) if known.any() else float("nan")

@@ -60,7 +60,7 @@ def render_table(made: LayerTable) -> str:
 def render_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame) -> str:
     """Blocks of both scans side by side, then the matrices whose alpha moved most."""
     sides = [r.blocks.set_index("block")[["alpha", "lod", "stable_rank"]] for r in (a, b)]
-    both = sides[0].join(sides[1], how="outer", lsuffix="_a", rsuffix="_b")
+    both = sides[0].add_suffix("_a").join(sides[1].add_suffix("_b"), how="outer")
     for name in ("alpha", "lod", "stable_rank"):
         both[f"{name}_diff"] = both[f"{name}_b"] - both[f"{name}_a"]
     known = both[sorted(both.columns)].dropna(axis="columns", how="all").reset_index()

@@ -152,3 +152,18 @@ def tiny_models() -> dict[str, Any]:
 FAMILIES = (
     "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "gpt2", "gpt-neox", "granite",
 )  # fmt: skip
+
+
+def scan_rows(**columns: list[object]) -> Any:
+    """A frame like a scan's with these columns; the others are not computed."""
+    import numpy as np
+    import pandas as pd
+
+    length = len(columns["tensor"])
+    numbers = ("alpha", "alpha_sigma", "ks_d", "xmin", "alpha_hill", "alpha_hat", "log10_norm", "log10_spectral_norm",
+               "lambda_max", "stable_rank", "entropy", "lod", "lod_weight", "seconds")  # fmt: skip
+    filled = {name: columns.get(name, [np.nan] * length) for name in numbers}
+    plain = {"role": "q", "rows": 10, "cols": 10, "dtype": "float32", "status": "ok", "reason": "", "n_tail": pd.NA}
+    given = {name: columns.get(name, [value] * length) for name, value in plain.items()}
+    frame = pd.DataFrame({"block": columns["block"], "tensor": columns["tensor"], **given, **filled})
+    return frame.astype({"block": "Int64", "n_tail": "Int64", **dict.fromkeys(numbers, "float64")})
