@@ -87,10 +87,8 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BadInput(
-            f"{file.name}: got a pickle that is not a plain state dict ({reason}), expected tensors"
-        ) from error
+        got = f"got a pickle that is not a plain state dict ({type(error).__name__})"
+        raise BadInput(f"{file.name}: {got}, expected tensors and nothing that runs code") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

@@ -287,6 +287,18 @@ def test_provenance_names_model_settings_versions_and_costs(directory: Path) -> 
     assert record["versions"]["numpy"] == np.__version__
 
 
+def test_the_peak_is_this_programs_and_not_its_parents() -> None:
+    code = (
+        "import subprocess, sys; held = bytearray(400 << 20)\n"
+        "subprocess.run([sys.executable, '-c', 'from htsr.provenance import peak_bytes; print(peak_bytes())'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    if Path("/proc/self/status").exists():
+        assert 5e6 < int(done.stdout) < 200e6
+    else:
+        assert int(done.stdout) >= 0
+
+
 def test_nothing_is_written_without_out(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     scan_function(directory, calibration=None, quiet=True)
