@@ -16,7 +16,7 @@ from htsr.errors import UsageError
 from owlore.config import TrainConfig, find_config, load_yaml
 
 if TYPE_CHECKING:
-    from htsr.probability import LayerTable
+    from htsr import LayerTable
     from htsr.table import ScanResult
     from owlore.train.record import Run
 

@@ -19,7 +19,7 @@ from owlore.train.metrics import memory_peak
 if TYPE_CHECKING:
     import pandas as pd
 
-    from htsr.probability import LayerTable
+    from htsr import LayerTable
 
 
 @dataclass(frozen=True, kw_only=True)

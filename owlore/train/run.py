@@ -32,7 +32,7 @@ from owlore.train.settings import Place, check_same_run, find_place, resolve
 from owlore.train.tables import find_table, run_inclusion, scanned_table
 
 if TYPE_CHECKING:
-    from htsr.probability import LayerTable
+    from htsr import LayerTable
 
 FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are gathered
 CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations

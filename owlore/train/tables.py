@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 import htsr
+from htsr import LayerTable
 from htsr.errors import BadInput, HtsrError, UsageError
-from htsr.probability import LayerTable
+from owlore.sampling import inclusion
 
 DEFAULT_GAMMA = 5
 Say = Callable[[str], None]
@@ -86,4 +87,4 @@ def run_inclusion(table: LayerTable, *, active: int | None, floor: float) -> np.
     gamma = min(active if active is not None else table.gamma, table.num_blocks)
     if gamma < 1:
         raise UsageError(f"--active got {active}, expected at least 1 block a period")
-    return htsr.probability.inclusion(table.probability, gamma, floor)
+    return inclusion(table.probability, gamma, floor)

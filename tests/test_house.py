@@ -1,0 +1,106 @@
+"""The house stands as designed: import arrows point downwards, importing is inert, command lines start at once."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path for package in ("htsr", "owlore") for path in (ROOT / package).rglob("*.py"))
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path, *, everywhere=True):
+    """Full names of what a module imports; with everywhere=False only what runs when it is imported."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name}
+
+
+def uses(path, *prefixes, **options):
+    return {n for n in imports_of(path, **options) if any(n == p or n.startswith(p + ".") for p in prefixes)}
+
+
+def in_package(prefix):
+    return [path for path in MODULES if name_of(path) == prefix or name_of(path).startswith(prefix + ".")]
+
+
+def test_there_are_modules_to_look_at():
+    assert len(MODULES) > 40
+    assert uses(ROOT / "owlore/blocks.py", "htsr.model.layers")
+
+
+@pytest.mark.parametrize("path", in_package("htsr"), ids=name_of)
+def test_htsr_knows_nothing_of_owlore(path):
+    assert not uses(path, "owlore")
+
+
+@pytest.mark.parametrize("path", in_package("htsr.numerics") + in_package("owlore.kernels"), ids=name_of)
+def test_numerics_and_kernels_do_no_io_models_plots_or_configuration(path):
+    assert not uses(path, "transformers", "matplotlib", "click", "pandas", "htsr.config", "owlore.config", "htsr.model")
+
+
+def test_only_the_layers_are_parsed_in_one_place():
+    importers = {name_of(p) for p in in_package("owlore") if uses(p, "htsr.model.layers")}
+    assert importers == {"owlore.blocks"}
+
+
+def test_only_sampling_turns_scores_into_draws():
+    assert {name_of(p) for p in in_package("owlore") if uses(p, "htsr.probability")} == {"owlore.sampling"}
+
+
+STRATEGY_FILES = [p for p in in_package("owlore.strategies") if p.stem not in ("__init__", "base")]
+
+
+@pytest.mark.parametrize("path", STRATEGY_FILES, ids=name_of)
+def test_a_strategy_imports_no_other_and_not_the_engine(path):
+    others = {f"owlore.strategies.{p.stem}" for p in STRATEGY_FILES if p != path}
+    assert not uses(path, "owlore.train", *others)
+
+
+@pytest.mark.parametrize("path", in_package("owlore.optim") + in_package("owlore.kernels"), ids=name_of)
+def test_optimizer_and_kernels_know_neither_strategies_nor_the_loop(path):
+    assert not uses(path, "owlore.strategies", "owlore.train", "owlore.config", "owlore.data")
+
+
+def test_no_method_is_named_in_the_engine():
+    from owlore.methods import METHODS
+
+    for path in in_package("owlore.train"):
+        words = [node.value for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+        named = {method for method in METHODS if method not in ("full", "owlore") and method in words}
+        assert not named, f"{path}: {named}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_one_module_may_talk_to_other_ranks(path):
+    assert name_of(path) == "owlore.train.distributed" or not uses(path, "torch.distributed")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_global_random_state_and_no_code_from_text(path):
+    source = path.read_text()
+    tree = ast.parse(source)
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"eval", "exec", "pickle.load", "pickle.loads", "np.random.seed", "np.random.rand", "print"}
+
+
+@pytest.mark.parametrize("package", ["htsr", "owlore", "htsr.cli", "owlore.cli", "owlore.config"])
+def test_importing_loads_nothing_heavy_and_prints_nothing(package):
+    heavy = "{'torch', 'transformers', 'pandas', 'matplotlib', 'weightwatcher', 'scipy'}"
+    code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n" and done.stderr == ""
