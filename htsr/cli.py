@@ -51,14 +51,18 @@ def main() -> None:
 @quiet_option
 def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
     """Scan MODEL: a directory, a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
+    from htsr.files import read_json
     from htsr.scan import scan as run_scan
+    from htsr.store import check_target
     from htsr.text import json_text, render_scan, scan_record
 
     directory = Path(out) if out is not None else Path("reports/scans") / slug(model)
+    check_target(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
     say_aloud(result, quiet=options["quiet"])
     if as_json:
-        click.echo(json_text({"out": str(directory), **scan_record(result)}))
+        saved = read_json(directory / "scan.json", expected="the scan's record")  # it knows the time of the plots
+        click.echo(json_text({"out": str(directory), **scan_record(result), **saved}))
     else:
         click.echo(render_scan(result))
         click.echo(f"\nwritten to {directory}/ (report.html, scan.csv, blocks.csv, table.json, scan.json)")

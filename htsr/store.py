@@ -30,8 +30,7 @@ PICTURES = ("alpha", "lod", "heatmap", "esd", "table")
 
 def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Path:
     """Write the files of a scan; pictures of an earlier one are removed when `plots` is off."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: got a file, expected a directory to write the scan to")
+    check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -42,6 +41,17 @@ def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Pat
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
+
+
+def check_target(directory: Path) -> None:
+    """Raise UsageError when a scan could not be written there; asked before hours of work and not after."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: got a file, expected a directory to write the scan to")
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not os.access(existing, os.W_OK):
+        raise UsageError(
+            f"{directory}: {existing} cannot be written to, expected a directory of yours; give another --out"
+        )
 
 
 def load_scan(directory: str | Path) -> ScanResult:
@@ -165,9 +175,8 @@ def _read_spectra(path: Path) -> dict[str, np.ndarray] | None:
 
 def _numbers(column: pd.Series, *, whole: bool) -> pd.Series:
     """A column of text as numbers, through Python's float, which reads back exactly what repr wrote."""
-    if whole:
-        return pd.Series([int(cell) if cell else pd.NA for cell in column], dtype="Int64", index=column.index)
-    return pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
+    values = pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
+    return values.astype("Int64") if whole else values
 
 
 def _defused(cell: Any) -> Any:
