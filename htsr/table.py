@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,6 @@ from htsr.probability import LayerTable, scores_by_rule
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from htsr.model.calibration import Calibration
     from htsr.plots import Plots
 
 BLOCK_COLUMNS = (
@@ -25,6 +24,22 @@ BLOCK_COLUMNS = (
     "score", "probability", "inclusion",
 )  # fmt: skip
 COMPARED = ("alpha", "alpha_hill", "lod", "lod_weight", "log10_norm", "stable_rank")
+
+
+class BlockLod(Protocol):
+    """The outliers of a block: `htsr.model.calibration.Outliers`, or what was stored of them."""
+
+    @property
+    def lod(self) -> float: ...
+    @property
+    def lod_weight(self) -> float: ...
+
+
+class HasBlocks(Protocol):
+    """Block index -> outliers: a `Calibration`, or what was stored of one."""
+
+    @property
+    def blocks(self) -> Mapping[int, BlockLod]: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,13 +50,14 @@ class ScanResult:
         frame: a row a tensor; the columns of scan.csv.
         provenance: what scan.json holds: model, settings, calibration, versions, seconds, peak_bytes.
         spectra: tensor name -> eigenvalues, ascending, where they were kept.
-        calibration: the outliers as measured; without it a block's LOD is put together from its matrices'.
+        calibration: the outliers of the blocks as measured (or as stored); a block that it does not know gets the
+            mean of its matrices' instead.
     """
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any]
     spectra: Mapping[str, NDArray[np.float64]] | None = None
-    calibration: Calibration | None = field(default=None, repr=False)
+    calibration: HasBlocks | None = field(default=None, repr=False)
 
     @cached_property
     def blocks(self) -> pd.DataFrame:
@@ -111,7 +127,7 @@ class ScanResult:
 
 
 def aggregate_blocks(
-    frame: pd.DataFrame, calibration: Calibration | None = None, num_blocks: int | None = None
+    frame: pd.DataFrame, calibration: HasBlocks | None = None, num_blocks: int | None = None
 ) -> pd.DataFrame:
     """A row a block: means over its matrices of alpha, alpha_hill and stable_rank; pooled LOD; its norm and sizes.
 
@@ -170,7 +186,7 @@ def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
     return matrices[["tensor", *COMPARED]].set_index([pd.Index(values, name=name) for name, values in keys.items()])
 
 
-def _block_row(index: int, rows: pd.DataFrame, calibration: Calibration | None) -> dict[str, Any]:
+def _block_row(index: int, rows: pd.DataFrame, calibration: HasBlocks | None) -> dict[str, Any]:
     sizes = rows["rows"].astype(float) * rows["cols"].astype(float)
     measured = calibration.blocks.get(index) if calibration is not None else None
     lod = {name: getattr(measured, name) if measured is not None else np.nan for name in ("lod", "lod_weight")}

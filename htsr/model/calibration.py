@@ -210,7 +210,12 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
     try:
         with quiet_libraries(prints=True):
             model: nn.Module = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, **extra
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                experts_implementation="eager",
+                **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         raise BadInput(f"{source.id}: transformers cannot load it ({_brief(error)})") from error

@@ -113,6 +113,7 @@ def bare_model(config: Any) -> nn.Module:
     from transformers import AutoModel
 
     config.use_cache = False
+    config._experts_implementation = "eager"  # experts one by one, so that what enters each can be measured
     try:
         with _EmptyOnMeta():
             model: nn.Module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)

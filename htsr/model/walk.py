@@ -16,28 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr.errors import BadInput
-from htsr.model.layers import find_blocks, linear_maps
+from htsr.model.layers import find_blocks
+from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 
 TOKENS_PER_FORWARD = 4096  # enough to keep the matrix units busy; activations of a block stay small beside its weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredMap:
-    """A linear map y = W x: `weight` as (out, in), and the sum over tokens of x_j squared, shape (in,), float64."""
-
-    role: str
-    weight: Tensor
-    square_sums: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasuredBlock:
-    """The linear maps of block `index`; the weights are valid only until the next block is asked for."""
-
-    index: int
-    maps: tuple[MeasuredMap, ...]
 
 
 @torch.no_grad()
@@ -70,10 +53,11 @@ def stream_blocks(skeleton: Skeleton, calls: Sequence[Sequence[Call]]) -> Iterat
     hidden = [call[0].hidden for call in calls]
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
-            with InputMeter(block) as meter, torch.no_grad():
+            experts = ExpertMeter([block])
+            with InputMeter(block) as meter, experts.listening(), torch.no_grad():
                 for position, call in enumerate(calls):
                     hidden[position] = call[index].run(block, hidden[position])
-            yield meter.measured(index)
+            yield MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block)))
 
 
 def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
@@ -85,73 +69,23 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
     model = getattr(model, "base_model", model)  # without the head: nobody reads the logits
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    arguments = _call_arguments(model)
+    arguments, experts = _call_arguments(model), ExpertMeter(stack)
     try:
         model.eval()
-        with ExitStack() as hooks, torch.no_grad():
+        with experts.listening(), ExitStack() as hooks, torch.no_grad():
             meters = [hooks.enter_context(InputMeter(block)) for block in stack]
             for batch in batched(windows.to(device)):
                 model(**{name: batch if value is None else value for name, value in arguments.items()})
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for index, meter in enumerate(meters):
-        yield meter.measured(index)
+    for index, (block, meter) in enumerate(zip(stack, meters, strict=True)):
+        yield MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block)))
 
 
 def batched(windows: Tensor) -> list[Tensor]:
     """The windows (n, T) in batches of about TOKENS_PER_FORWARD tokens."""
     return list(windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])))
-
-
-class InputMeter:
-    """Sums the squares of what enters each linear map of a block, while its context is open."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.maps = linear_maps(block)
-        if stacks := [name for name, parameter in block.named_parameters() if parameter.ndim == 3]:
-            raise BadInput(
-                f"{stacks[0]}: fused experts have no input norms here, expected 2-D weights; scan without LOD"
-            )
-        self.sums: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, int, Tensor] | None = None
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> InputMeter:
-        for role, (module, _) in self.maps.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(role)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._last = None
-
-    def measured(self, index: int) -> MeasuredBlock:
-        """What was summed so far; a map that no token reached has zero norms."""
-        maps = []
-        for role, (module, transposed) in self.maps.items():
-            weight = module.get_parameter("weight").detach()
-            weight = weight.t() if transposed else weight
-            sums = self.sums.get(role, weight.new_zeros(weight.shape[1], dtype=torch.float64))
-            maps.append(MeasuredMap(role=role, weight=weight, square_sums=sums))
-        return MeasuredBlock(index=index, maps=tuple(maps))
-
-    def _hook(self, role: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = self._squares(inputs[0])
-            self.sums[role] = self.sums[role] + squares if role in self.sums else squares
-
-        return add
-
-    def _squares(self, x: Tensor) -> Tensor:
-        """Sum over tokens of x squared; q, k and v read the same tensor, so the last answer is kept."""
-        if self._last is not None and self._last[0] is x and self._last[1] == x._version:
-            return self._last[2]
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        squares = rows.square().sum(dim=0, dtype=torch.float64)
-        self._last = (x, x._version, squares)
-        return squares
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,66 @@ def test_under_block_scope_the_matrices_add_up_to_their_block(text: Path) -> Non
             assert counts / sum(sizes.values()) == pytest.approx(getattr(block, what), rel=1e-12)
 
 
+def tiny_mixtral() -> nn.Module:
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=9,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    return _seeded(transformers.MixtralForCausalLM, config)
+
+
+def expert_inputs(model: nn.Module, text: Path) -> list[list[tuple[Tensor, list[Tensor]]]]:
+    """For each block the weight of each expert's maps and what it read, from the experts' own definition."""
+    tokens = makers.byte_tokenizer()(text.read_text(), add_special_tokens=False)["input_ids"]
+    found: list[list[tuple[Tensor, list[Tensor]]]] = []
+    handles = []
+    for layer in model.model.layers:
+        experts, maps = layer.mlp.experts, []
+        for gate_up, down in zip(experts.gate_up_proj.detach(), experts.down_proj.detach(), strict=True):
+            maps += [(part, []) for part in (*gate_up.chunk(2), down)]
+        maps.append((layer.mlp.gate.weight.detach(), []))  # the router is a linear map as well
+        found.append(maps)
+
+        def record(_: nn.Module, args: tuple[Tensor, ...], maps: Any = maps) -> None:
+            hidden, chosen, _weights = args
+            maps[-1][1].append(hidden.flatten(0, -2))
+            for e in range(9):
+                x = hidden.flatten(0, -2)[(chosen == e).any(-1)]
+                (gate, read_gate), (up, read_up), (_, read_down) = maps[3 * e : 3 * e + 3]
+                read_gate.append(x)
+                read_up.append(x)
+                read_down.append(nn.functional.silu(x @ gate.T) * (x @ up.T))
+
+        handles.append(experts.register_forward_pre_hook(record))
+    with torch.no_grad():
+        for window in cut_windows(tokens, samples=6, seq_len=SEQ, seed=0):
+            model(input_ids=window[None])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("route", ["directory", "module"])
+def test_experts_are_pooled_with_their_own_tokens(route: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_mixtral()
+    model.save_pretrained(tmp_path / "moe")  # with one tensor an expert, as published checkpoints have them
+    found = run(open_source(tmp_path / "moe" if route == "directory" else model), text)
+    linear, experts = plain_inputs(model, "model.layers", text), expert_inputs(model, text)
+    for index, (maps, more) in enumerate(zip(linear, experts, strict=True)):
+        weights, read = [w for w, _ in (*maps, *more)], [r for _, r in (*maps, *more)]
+        assert found.blocks[index].lod == pytest.approx(paper.owl_lod(weights, read, TAU), rel=1e-6)
+        assert {f"experts.{e}.{part}" for e in range(9) for part in ("gate", "up", "down")} <= {
+            role for block, role in found.matrices if block == index
+        }
+
+
 def test_directory_shards_module_and_lone_blocks_agree(tmp_path: Path, text: Path) -> None:
     model = makers.tiny_llama(blocks=3)
     makers.save_tiny(tmp_path / "one", model)

@@ -1,0 +1,158 @@
+"""Measure what enters the linear maps of a block while a model runs: modules by hooks, fused experts by listening."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from htsr.errors import BadInput
+from htsr.model.layers import linear_maps, role_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredMap:
+    """A linear map y = W x: `weight` as (out, in), and the sum over tokens of x_j squared, shape (in,), float64."""
+
+    role: str
+    weight: Tensor
+    square_sums: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBlock:
+    """The linear maps of block `index`; the weights are valid only until the next block is asked for."""
+
+    index: int
+    maps: tuple[MeasuredMap, ...]
+
+
+class InputMeter:
+    """Sums the squares of what enters each linear map of a block, while its context is open."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.modules = linear_maps(block)
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> InputMeter:
+        for role, (module, _) in self.modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._hook(role)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = None
+
+    def maps(self) -> Iterator[MeasuredMap]:
+        """What was summed so far; a map that no token reached has zero norms."""
+        for role, (module, transposed) in self.modules.items():
+            weight = module.get_parameter("weight").detach()
+            weight = weight.t() if transposed else weight
+            yield MeasuredMap(role=role, weight=weight, square_sums=_or_zeros(self.sums.get(role), weight))
+
+    def _hook(self, role: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares = self._squares(inputs[0])
+            self.sums[role] = self.sums[role] + squares if role in self.sums else squares
+
+        return add
+
+    def _squares(self, x: Tensor) -> Tensor:
+        """Sum over tokens of x squared; q, k and v read the same tensor, so the last answer is kept."""
+        if self._last is not None and self._last[0] is x and self._last[1] == x._version:
+            return self._last[2]
+        squares = square_sums(x)
+        self._last = (x, x._version, squares)
+        return squares
+
+
+class ExpertMeter(TorchFunctionMode):
+    """Sums the squares of what enters each expert, where a block holds its experts as one 3-D parameter.
+
+    No module stands for a single expert, so there is nothing to hook; but each is applied as a linear map whose weight
+    is a slice of that parameter, and this listens for such calls.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        found = [parameter for block in blocks for _, parameter in _expert_stacks(block)]
+        self.stacks = {parameter.untyped_storage().data_ptr(): parameter for parameter in found}
+        self.sums: dict[tuple[int, int], Tensor] = {}
+        self.transposed: dict[int, bool] = {}
+
+    def listening(self) -> contextlib.AbstractContextManager[Any]:
+        """This mode when there is anything to hear, else nothing: it costs a little on every operation."""
+        return self if self.stacks else contextlib.nullcontext()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is nn.functional.linear:
+            self._hear(args[0], args[1], transposed=False)
+        elif function in MATRIX_PRODUCTS:
+            self._hear(args[0], args[1], transposed=True)
+        return function(*args, **(kwargs or {}))
+
+    def maps(self, block: nn.Module) -> Iterator[MeasuredMap]:
+        """The linear maps of every expert of `block`, a fused gate and up as two, as files have them.
+
+        Raises:
+            BadInput: the experts were not applied one at a time, so that nothing is known about their inputs.
+        """
+        for name, parameter in _expert_stacks(block):
+            place = parameter.untyped_storage().data_ptr()
+            if place not in self.transposed:
+                raise BadInput(f"{name}: its experts are not applied one by one, expected that to measure their inputs")
+            for index in range(parameter.shape[0]):
+                weight = parameter.detach()[index]
+                weight = weight.t() if self.transposed[place] else weight
+                sums = _or_zeros(self.sums.get((place, index)), weight)
+                for role, part in _expert_roles(name, index, weight, fused_halves=not self.transposed[place]):
+                    yield MeasuredMap(role=role, weight=part, square_sums=sums)
+
+    def _hear(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
+        place = weight.untyped_storage().data_ptr()
+        stack = self.stacks.get(place)
+        if stack is None or weight.ndim != 2 or weight.shape != stack.shape[1:]:
+            return
+        key = (place, (weight.storage_offset() - stack.storage_offset()) // stack.stride(0))
+        squares = square_sums(x)
+        self.sums[key] = self.sums[key] + squares if key in self.sums else squares
+        self.transposed[place] = transposed
+
+
+MATRIX_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
+def square_sums(x: Tensor) -> Tensor:
+    """Sum over tokens of x_j squared, shape (in,), float64, for x of shape (..., in)."""
+    return x.reshape(-1, x.shape[-1]).to(torch.float32).square().sum(dim=0, dtype=torch.float64)
+
+
+def _expert_stacks(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The 3-D parameters of a block but for kernels of convolutions, which are no linear maps."""
+    for path, module in block.named_modules():
+        for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
+            if parameter.ndim == 3 and not hasattr(module, "kernel_size"):
+                yield leaf, parameter
+
+
+def _expert_roles(name: str, index: int, weight: Tensor, *, fused_halves: bool) -> Iterator[tuple[str, Tensor]]:
+    path, _, leaf = name.rpartition(".")
+    role = role_of(f"{path}.{index}.{leaf}.weight")
+    if role.endswith("gate_up") and fused_halves:
+        gate, up = weight.chunk(2)
+        yield role.removesuffix("_up"), gate
+        yield role.removesuffix("gate_up") + "up", up
+    else:
+        yield role, weight
+
+
+def _or_zeros(sums: Tensor | None, weight: Tensor) -> Tensor:
+    return sums if sums is not None else weight.new_zeros(weight.shape[1], dtype=torch.float64)
