@@ -18,8 +18,8 @@ from owlore.train.loading import Loaded
 def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: int) -> None:
     """Write weights, configuration, generation settings and tokenizer.
 
-    A tensor that was never trained leaves with the bits it came with (a cast to a wider type and back loses nothing).
-    A trained one that is held wider than the checkpoint is rounded stochastically, as masters are.
+    A tensor that was never trained leaves with the bits it came with; where it was loaded in another dtype it is read
+    from the checkpoint again. A trained one that is held wider than the checkpoint is rounded stochastically.
     """
     model = loaded.model
     parameters = dict(model.named_parameters())
@@ -28,8 +28,11 @@ def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: i
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen or not tensor.numel():
             dtype = loaded.stored.get(name, loaded.stored_default)
-            rounds = name in trained and name in parameters
-            seen[tensor.data_ptr()] = _in_dtype(tensor, dtype, rounds, seed, name)
+            if name in loaded.stored and name in parameters and name not in trained and tensor.dtype != dtype:
+                exact = loaded.source.read(name)
+            else:
+                exact = _in_dtype(tensor, dtype, name in trained, seed, name)
+            seen[tensor.data_ptr()] = exact
         tensors[name] = seen[tensor.data_ptr()]
     with quiet_libraries(), _config_dtype(model, loaded.stored_default):
         model.save_pretrained(directory, state_dict=tensors)

@@ -20,12 +20,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Loaded:
     """A model on its device, and what an export and a report have to know about where it came from.
 
-    stored: dtype of each tensor in the checkpoint by name (what an export goes back to); `stored_default` for names
-    that the checkpoint does not have.
+    source: the checkpoint, from which tensors that were never trained can be read again. stored: dtype of each tensor
+    in it by name (what an export goes back to); `stored_default` for names that it does not have.
     """
 
     model: Any
     tokenizer: Any
+    source: Source
     id: str
     revision: str | None
     weights_sha256: str
@@ -135,6 +136,7 @@ def _loaded(model: Any, tokenizer: Any, source: Source, stored: dict[str, torch.
     return Loaded(
         model=model,
         tokenizer=tokenizer,
+        source=source,
         id=source.id,
         revision=source.revision,
         weights_sha256=source.weights_sha256(),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from htsr.provenance import peak_bytes
 
 KEYS = (
     "step",
@@ -77,7 +77,7 @@ def memory_held(device: torch.device) -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return _peak_resident()
+    return peak_bytes()
 
 
 def memory_peak(device: torch.device) -> dict[str, int]:
@@ -87,9 +87,4 @@ def memory_peak(device: torch.device) -> dict[str, int]:
             "peak_bytes": int(torch.cuda.max_memory_allocated(device)),
             "peak_reserved_bytes": int(torch.cuda.max_memory_reserved(device)),
         }
-    return {"peak_bytes": _peak_resident()}
-
-
-def _peak_resident() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+    return {"peak_bytes": peak_bytes()}

@@ -85,7 +85,9 @@ def train_from_config(
         num_blocks=units.num_blocks,
         weights_sha256=loaded.weights_sha256,
         say=say,
-        scan=lambda: scanned_table(model, tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet),
+        scan=lambda: scanned_table(
+            model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
+        ),
     )
     trainer = assemble(config, strategy_class, units, loaded, prepared, found, place, device)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)

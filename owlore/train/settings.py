@@ -12,8 +12,12 @@ from owlore.config import TrainConfig, refuse_unread
 from owlore.strategies import STRATEGIES, Strategy
 from owlore.train import checkpoint
 
-# A continued run may be longer, look more often or keep more; anything else would make it another run.
-MAY_CHANGE = frozenset({"steps", "epochs", "out", "eval_every", "save_every", "keep", "preset"})
+# A continued run may be longer, look more often, keep more or move; anything else would make it another run. Model,
+# data and table are compared by content, not by name.
+MAY_CHANGE = frozenset({
+    "steps", "epochs", "out", "eval_every", "save_every", "keep", "preset", "device", "checkpointing",
+    "model", "data", "table",
+})  # fmt: skip
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:

@@ -56,7 +56,7 @@ def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan:
 
 def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, say: Say, quiet: bool) -> LayerTable:
     """The LOD table of a model (alpha where no calibration can run, uniform where nothing can), cached by weights."""
-    cached = cache_directory() / "tables" / f"{weights_sha256[:32]}.json"
+    cached = cache_directory() / "tables" / f"{weights_sha256[:32]}-htsr-{htsr.__version__}.json"
     if cached.is_file():
         try:
             table = LayerTable.load(cached)

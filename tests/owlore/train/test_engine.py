@@ -138,6 +138,19 @@ def test_training_wider_than_the_checkpoint_exports_in_its_dtype_and_keeps_froze
         assert torch.equal(before[name], after[name]) != any(f".layers.{i}." in name for i in drawn)
 
 
+def test_loading_narrower_than_the_checkpoint_loses_no_bit_of_what_was_never_trained(tmp_path):
+    model = save_tiny(tmp_path / "model", blocks=4)
+    run = owlore.train(
+        model, ROWS, table="uniform", steps=3, active=1, rank=8, lr=1e-2, dtype="bfloat16", out=tmp_path / "run"
+    )
+    assert run.model.dtype == torch.bfloat16
+    before, after = load_file(model / "model.safetensors"), weights_of(run)
+    drawn = [i for i, n in enumerate(run.record["draws"]) if n]
+    assert {t.dtype for t in after.values()} == {torch.float32}
+    for name in before:
+        assert torch.equal(before[name], after[name]) != any(f".layers.{i}." in name for i in drawn)
+
+
 def test_state_bytes_follow_the_active_set_over_sixty_periods(tmp_path):
     model = save_tiny(tmp_path / "model", blocks=6, dtype=torch.bfloat16)
     run = owlore.train(
