@@ -9,6 +9,7 @@ import click
 
 from htsr import __version__, console
 from htsr.choices import DIRECTIONS, PRECISIONS, RULES, SCOPES
+from htsr.errors import HtsrError
 
 if TYPE_CHECKING:
     from htsr.table import ScanResult
@@ -130,6 +131,23 @@ def show(path: str, as_json: bool, quiet: bool) -> None:
         return
     made = LayerTable.load(path)
     click.echo(json_text(made.to_dict()) if as_json else render_table(made))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights; only of a source you trust.")
+@click.option("--revision", metavar="REV", help="Of a Hugging Face id.")
+@json_option
+@quiet_option
+def verify(model: str, as_json: bool, **options: Any) -> None:
+    """Check the numbers of MODEL against weightwatcher, matrix by matrix; fails when a row differs."""
+    from htsr.text import json_text, records, render_verification
+    from htsr.verify import verify as verify_model
+
+    rows = verify_model(model, **options)
+    click.echo(json_text({"rows": records(rows)}) if as_json else render_verification(rows))
+    if differing := int((~rows["agrees"]).sum()):
+        raise HtsrError(f"{differing} of {len(rows)} matrices differ from weightwatcher")
 
 
 def slug(model: str) -> str:

@@ -128,6 +128,8 @@ def cells(frame: pd.DataFrame, columns: tuple[str, ...] | None = None) -> list[l
 
 def column_text(column: pd.Series) -> list[str]:
     """A column for reading: about four digits of its largest number, as many decimals in every row."""
+    if pd.api.types.is_bool_dtype(column):
+        return ["yes" if value else "no" for value in column]
     numbers = pd.to_numeric(column, errors="coerce") if pd.api.types.is_numeric_dtype(column) else None
     if numbers is None or numbers.notna().sum() == 0:
         return ["" if pd.isna(value) else str(value) for value in column]

@@ -19,6 +19,7 @@ from htsr import console
 from htsr.cli import cli, slug
 from htsr.probability import LayerTable
 from htsr.scan import scan
+from htsr.verify import SAME, compare_rows
 
 
 class Result:
@@ -151,6 +152,32 @@ def test_show_and_compare_read_what_scan_and_table_wrote(htsr: Any, scanned: Pat
     assert json.loads(htsr("show", scanned / "table.json", "--json").out)["gamma"] == 3
     assert "alpha moved most" in htsr("compare", scanned, scanned).out
     assert len(json.loads(htsr("compare", scanned, scanned, "--json").out)["matrices"]) == 23
+
+
+def test_verify_agrees_with_weightwatcher_row_by_row(htsr: Any, tmp_path: Path) -> None:
+    makers.save_tiny(tmp_path / "m", blocks=2, width=64, heads=4, kv_heads=2, hidden=96)
+    done = htsr("verify", tmp_path / "m", "--json")
+    assert (done.code, done.err) == (0, "")
+    rows = json.loads(done.out)["rows"]
+    assert len(rows) == 2 * 7 + 2
+    compared = [row for row in rows if row["note"] == ""]
+    assert len(compared) > 8
+    assert all(row["n_tail"] == row["ww_n_tail"] for row in compared)
+    assert max(row["alpha_difference"] for row in compared) <= 1e-9
+    for name in ("entropy", "stable_rank", "log10_norm", "alpha_hat", "ks_d", "xmin"):
+        assert [row[name] for row in compared] == pytest.approx([row[f"ww_{name}"] for row in compared], rel=1e-6)
+    assert "equal n_tail in" in htsr("verify", tmp_path / "m").out
+
+
+def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    off = dict.fromkeys(SAME.values(), 3.0)
+    monkeypatch.setattr("htsr.verify.weightwatcher_row", lambda weights: off if weights.shape == (64, 32) else None)
+    done = htsr("verify", model)
+    assert done.code == 1
+    assert "2 of 23 matrices differ from weightwatcher" in done.err
+    assert done.out.count("not analysed by weightwatcher") == 21
+    failed = compare_rows({"tensor": "t", **dict.fromkeys(SAME, float("nan"))}, {**off, "alpha": -1})
+    assert failed["agrees"]  # neither side could fit, and -1 is no alpha
 
 
 @pytest.mark.parametrize(

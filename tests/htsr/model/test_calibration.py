@@ -298,6 +298,57 @@ def test_encoder_decoder_blocks_are_numbered_encoder_first(tmp_path: Path, text:
     assert len([1 for block, _ in found.matrices if block == 0]) < len([1 for block, _ in found.matrices if block == 2])
 
 
+def write_gguf(path: Path, model: nn.Module) -> Path:
+    """A llama GGUF file in fp32 with llama.cpp's names and its order of the rows of q and k."""
+    gguf = pytest.importorskip("gguf")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    kinds = {
+        **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+        **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+        "self_attn.o_proj": "attn_output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, tensor in model.state_dict().items():
+        path_, weights = name.removesuffix(".weight"), tensor.numpy()
+        if path_ in ends:
+            writer.add_tensor(f"{ends[path_]}.weight", weights)
+            continue
+        _, _, block, kind = path_.split(".", 3)
+        if kinds[kind] in ("attn_q", "attn_k"):
+            heads = config.num_attention_heads if kinds[kind] == "attn_q" else config.num_key_value_heads
+            split = weights.reshape(heads, 2, config.head_dim // 2, -1)
+            weights = np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weights.shape)
+        writer.add_tensor(f"blk.{block}.{kinds[kind]}.weight", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_has_the_lod_of_the_model_it_was_made_from(tmp_path: Path, text: Path) -> None:
+    model = makers.tiny_llama(blocks=2)
+    found = run(open_source(write_gguf(tmp_path / "tiny.gguf", model)), text)
+    assert "as a whole" in found.route  # its names are not the model's
+    expected = run(open_source(model), text)
+    assert found.matrices.keys() == expected.matrices.keys()
+    for key, outliers in expected.matrices.items():
+        assert found.matrices[key].lod == pytest.approx(outliers.lod, rel=1e-6)
+    assert max(b.lod for b in expected.blocks.values()) > 0
+
+
 def test_only_one_block_has_weights_at_a_time(tmp_path: Path, text: Path) -> None:
     model = makers.tiny_llama(blocks=6, width=64, hidden=112, vocab=64)
     makers.save_tiny(tmp_path / "model", model)
