@@ -77,7 +77,6 @@ def draw(log: list[dict[str, str]], target: Path) -> None:
     left.set_ylabel("training loss (nats per token)", color="C0")
     right = left.twinx()
     right.plot(tokens, [float(row["heldout_perplexity"]) for row in log], color="C1")
-    right.set_yscale("log")
     right.set_ylabel("held-out perplexity (per token)", color="C1")
     left.set_title("Demo model on the King James text")
     figure.savefig(target, dpi=110)
