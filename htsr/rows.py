@@ -11,8 +11,10 @@ import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.layers import LayerView
+from htsr.model.parts import read_block, read_part, thin_factors
 from htsr.model.source import Source
-from htsr.numerics.metrics import EIGENVALUE_CUT, alpha_hat, spectrum_metrics
+from htsr.numerics.lowrank import product_eigenvalues
+from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
 from htsr.numerics.spectrum import gram, gram_eigenvalues, plan_blocks
 
@@ -20,19 +22,25 @@ PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": n
 COLUMNS = (
     "block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail",
     "alpha_hill", "alpha_hat", "log10_norm", "log10_spectral_norm", "lambda_max", "stable_rank", "entropy",
-    "lod", "lod_weight", "status", "reason", "seconds",
+    "lod", "lod_weight", "status", "reason", "seconds", "part_of",
 )  # fmt: skip
 
 
 def cost(view: LayerView) -> float:
     """Floating-point operations of a spectrum: n^2 m for the Gram matrix and 4/3 n^3 to make it tridiagonal."""
-    n, m = sorted((view.rows, view.cols))
+    if view.pool:
+        return sum(_cost(part.rows.size, part.cols.size) for part in view.pool)
+    return _cost(view.rows, view.cols)
+
+
+def _cost(rows: int, cols: int) -> float:
+    n, m = sorted((rows, cols))
     return float(n * n * m + 4 / 3 * n**3)
 
 
 def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
     """The row of a tensor about which nothing was computed."""
-    known = {name: getattr(view, name) for name in ("block", "role", "tensor", "rows", "cols", "dtype")}
+    known = {name: getattr(view, name) for name in ("block", "role", "tensor", "rows", "cols", "dtype", "part_of")}
     return {**dict.fromkeys(COLUMNS, np.nan), **known, "status": status, "reason": reason}
 
 
@@ -43,22 +51,56 @@ def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[d
     start = time.perf_counter()
     row = empty_row(view, "ok", "")
     try:
-        values = gram_eigenvalues(gram(slices(source, view), min(view.rows, view.cols), PRECISIONS[precision]))
+        values = spectrum(source, view, precision)
     except (BadInput, np.linalg.LinAlgError) as error:
         reason = why_failed(source, view, error)
         return {**row, "status": "failed", "reason": reason, "seconds": time.perf_counter() - start}, None
-    row.update(measure(values, max(view.rows, view.cols)))
+    if source.is_delta and not values.any():
+        return {**row, "status": "skipped", "reason": "unchanged: every entry of the difference is zero"}, None
+    row.update(measure(values, longer_side(view), relative_cut=source.is_delta))
     row["seconds"] = time.perf_counter() - start
     return row, values
 
 
-def measure(eigenvalues: np.ndarray, longer_side: int) -> dict[str, Any]:
-    """Fit and metrics of a spectrum. The fit sees the eigenvalues above 1e-5, the metrics see all of them."""
-    above = eigenvalues[eigenvalues > EIGENVALUE_CUT]
+def spectrum(source: Source, view: LayerView, precision: str = "auto") -> np.ndarray:
+    """The ascending eigenvalues of a view: of its Gram matrix, of thin factors, or pooled over a kernel's slices."""
+    if view.pool:
+        return pooled_eigenvalues(source, view, PRECISIONS[precision])
+    if (factors := thin_factors(source, view)) is not None:
+        return product_eigenvalues(*factors)
+    return gram_eigenvalues(gram(slices(source, view), min(view.rows, view.cols), PRECISIONS[precision]))
+
+
+def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarray:
+    """The eigenvalues of all slices (out, in) of a convolution's kernel, halved and sorted, as weightwatcher has them.
+
+    (It scales the slices by sqrt(1/2). Where it would take a kernel larger than its channels for channels, we do not.)
+    """
+    values = []
+    for part in view.pool:
+        side, longer = sorted((part.rows.size, part.cols.size))
+        blocks = (read_part(source, part, block) for block in plan_blocks(part.rows.size, part.cols.size))
+        parts = blocks if part.rows.size == longer else (block.T for block in blocks)
+        values.append(gram_eigenvalues(gram(parts, side, dtype)))
+    return np.sort(np.concatenate(values)) / 2
+
+
+def longer_side(view: LayerView) -> int:
+    """The larger dimension of a view's matrix, of one slice for a convolution."""
+    return max(view.pool[0].rows.size, view.pool[0].cols.size) if view.pool else max(view.rows, view.cols)
+
+
+def measure(eigenvalues: np.ndarray, longer_side: int, *, relative_cut: bool = False) -> dict[str, Any]:
+    """Fit and metrics of a spectrum. The fit sees the eigenvalues above the cut, the metrics see all of them.
+
+    The cut is weightwatcher's absolute 1e-5, or 1e-12 of the largest where the scale of the weights means nothing.
+    """
+    cut = RELATIVE_CUT * float(np.max(eigenvalues)) if relative_cut else EIGENVALUE_CUT
+    above = eigenvalues[eigenvalues > cut]
     fit, metrics = fit_power_law(above), spectrum_metrics(eigenvalues, longer_side)
     row = {**asdict(metrics), "status": "ok", "reason": ""}
     if fit.status is not FitStatus.OK:
-        left = f" ({len(above)} of {len(eigenvalues)} eigenvalues are above {EIGENVALUE_CUT:g})"
+        left = f" ({len(above)} of {len(eigenvalues)} eigenvalues are above {cut:g})"
         return {**row, "status": "failed", "reason": fit.status.sentence + left}
     return {
         **row,
@@ -74,7 +116,7 @@ def measure(eigenvalues: np.ndarray, longer_side: int) -> dict[str, Any]:
 def slices(source: Source, view: LayerView) -> Iterator[np.ndarray]:
     """The matrix in slices of its shorter side's width, read from the source one at a time."""
     for block in plan_blocks(view.rows, view.cols):
-        part = source.array(view.tensor, block)
+        part = read_block(source, view, block)
         yield part if view.rows >= view.cols else part.T
 
 

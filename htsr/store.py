@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "htsr-scan/1"
 WHOLE = ("block", "rows", "cols", "n_tail")  # columns of whole numbers, empty where unknown
-TEXT = ("role", "tensor", "dtype", "status", "reason")
+TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of")
 NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
 PICTURES = ("alpha", "lod", "heatmap", "esd", "table")
@@ -85,7 +85,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         for name in frame.columns:
             frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], whole=name in WHOLE)
-        if missing := {*WHOLE, *TEXT, *NEEDED} - set(frame.columns):
+        if missing := {*WHOLE, *TEXT, *NEEDED} - {*frame.columns, "part_of"}:
             raise KeyError(f"no column {min(missing)}")
         return frame.astype({"rows": "int64", "cols": "int64"})
     except (ValueError, KeyError, TypeError) as error:

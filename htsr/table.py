@@ -133,8 +133,11 @@ def aggregate_blocks(
 
     `log10_norm` is that of the block as a whole, log10 of the summed squares of its matrices (not a mean of
     logarithms); `matrices` counts those analysed, `parameters` every number in the block. NaN where none is known.
+    The parts of a fused matrix are left out, the whole is in.
     """
     inside = frame[frame["block"].notna()]
+    if "part_of" in inside:
+        inside = inside[inside["part_of"] == ""]
     found = sorted(inside["block"].astype(int).unique().tolist())
     indexes = range(num_blocks) if num_blocks is not None else found
     groups = {int(index): rows for index, rows in inside.groupby("block")}

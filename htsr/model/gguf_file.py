@@ -12,8 +12,8 @@ import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.locate import inside
+from htsr.model.parts import flat_shape
 from htsr.model.source import DEQUANTISED, Source, TensorInfo
-from htsr.numerics.spectrum import Block
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +51,15 @@ class GgufSource(Source):
         except (ValueError, KeyError, NotImplementedError):
             return None
 
-    def array(self, name: str, block: Block) -> np.ndarray:
-        rows, cols = self.info(name).shape
-        if block.axis == 0:
-            return self._dequantise(name, cols, block.start, block.stop, 0, cols)
-        return self._dequantise(name, cols, 0, rows, block.start, block.stop)
+    def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
+        _, width = flat_shape(self.info(name).shape)
+        import gguf
+
+        values, _ = gguf.GGML_QUANT_SIZES[self._stored[name][0]]
+        low = cols[0] // values * values  # whole quantisation blocks
+        high = min(-(-cols[1] // values) * values, width)
+        window = self._dequantise(name, width, *rows, low, high)
+        return np.ascontiguousarray(window[:, cols[0] - low : cols[1] - low])
 
     def _dequantise(self, name: str, cols: int, r0: int, r1: int, c0: int, c1: int) -> np.ndarray:
         """Rows r0:r1, columns c0:c1 (multiples of the type's own block) of a tensor seen as a matrix `cols` wide."""

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from htsr.errors import BadInput
+from htsr.model.parts import Part, expert_gate_up, flat_shape, gate_up_parts, kernel_parts, qkv_parts, run, too_small
+from htsr.model.parts import why_not as why_no_spectrum
 
 if TYPE_CHECKING:
     from torch import nn
 
     from htsr.model.source import Source, TensorInfo
 
-MIN_SIDE = 8  # weightwatcher's own limit: fewer singular values make no spectrum
-
 # (pattern at the end of a name, canonical role); the first that matches wins
 _ROLES = [
     (re.compile(rf"(?:^|[._])(?:{pattern})$", re.IGNORECASE), role)
     for pattern, role in [
         (r"qkv_proj|query_key_value|c_attn|wqkv|attn_qkv|attention\.qkv|attn\.qkv|attn\.in_proj", "qkv"),
-        (r"gate_up_proj|gate_up", "gate_up"),
+        (r"in_proj_weight", "qkv"),
+        (r"gate_up_proj|gate_up|moe\.input_linear", "gate_up"),
+        (r"moe\.output_linear", "down"),
         (r"q_proj|query|q_lin|attn_q|wq|attention\.q|q", "q"),
         (r"k_proj|key|k_lin|attn_k|wk|attention\.k|k", "k"),
         (r"v_proj|value|v_lin|attn_v|wv|attention\.v|v", "v"),
@@ -59,9 +61,13 @@ _ENCODER = re.compile(r"(?<![A-Za-z])(?:encoder|enc)(?![A-Za-z])")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
-    """What a tensor is. `reason` is empty for a matrix whose spectrum can be read, else it says why it cannot.
+    """A matrix of a model. `reason` is empty when its spectrum can be read, else it says why it cannot.
 
-    rows, cols: the stored shape seen as a matrix; transposed: stored as (inputs, outputs), as Conv1D does.
+    tensor: the name in the file; of a matrix inside a tensor with what it is in brackets, as in `experts.up[3]`.
+    rows, cols: the shape seen as a matrix; transposed: stored as (inputs, outputs), as Conv1D does.
+    part: where the matrix lies inside its tensor, None when it is all of it.
+    part_of: `tensor` of the fused matrix that it is also counted in, else empty.
+    pool: the matrices whose eigenvalues are pooled, of a convolution's kernel.
     """
 
     tensor: str
@@ -72,6 +78,14 @@ class LayerView:
     dtype: str
     reason: str
     transposed: bool = False
+    part: Part | None = None
+    part_of: str = ""
+    pool: tuple[Part, ...] = ()
+
+    @property
+    def stored(self) -> str:
+        """The name of the tensor in the source."""
+        return self.part.tensor if self.part is not None else self.tensor
 
 
 @dataclass(frozen=True)
@@ -84,41 +98,73 @@ class BlockStack:
 
 
 def views(source: Source) -> list[LayerView]:
-    """One view of every tensor: embeddings first, then block after block, then what follows the blocks."""
-    names = [t.name for t in source.tensors]
-    places = locate_blocks(names)
-    tail_roles = _distinct_roles([(t.name, *places[t.name]) for t in source.tensors if len(t.shape) == 2])
-    roles = {n: tail_roles.get(n, role_of(places[n][1])) for n in names}
+    """One view of every tensor: embeddings first, then block after block, then what follows the blocks.
+
+    A stack of experts has a view for each expert's matrices instead. A fused q, k and v (or gate and up) has its own
+    view, and one for each of its parts where the configuration tells where they lie.
+    """
+    places = locate_blocks([t.name for t in source.tensors], numbered=source.numbered)
+    tail_roles = _distinct_roles([(t.name, *places[t.name]) for t in source.tensors if len(t.shape) in (2, 4)])
+    roles = {n: tail_roles.get(n, role_of(rest)) for n, (_, rest) in places.items()}
     roles.update(_plain_gguf_roles(source.tensors, roles))
     transposed = _stored_transposed(source.tensors)
-    result = [_view(t, places[t.name][0], roles[t.name], t.name in transposed) for t in source.tensors]
+    stacks = {(places[t.name][0], roles[t.name]): t.shape for t in source.tensors if len(t.shape) == 3}
+    result: list[LayerView] = []
+    for tensor in source.tensors:
+        block, rest = places[tensor.name]
+        whole = _view(tensor, block, roles[tensor.name], tensor.name in transposed)
+        if whole.reason:
+            result.append(whole)
+        elif len(tensor.shape) == 3:
+            result += _experts(whole, rest, tensor.shape, stacks.get((block, "down")), source.config)
+        elif len(tensor.shape) == 4:
+            result.append(replace(whole, pool=tuple(kernel_parts(tensor.name, tensor.shape))))
+        else:
+            result += [whole, *_fused_parts(whole, source.config)]
     return sorted(result, key=_order)
 
 
 def num_blocks(source: Source) -> int:
     """How many blocks the tensors of a source make up."""
-    return len({block for block, _ in locate_blocks([t.name for t in source.tensors]).values() if block is not None})
+    _, number = _stacks(_families(t.name for t in source.tensors), numbered=source.numbered)
+    return max(number.values()) + 1 if number else 0
 
 
-def locate_blocks(names: Iterable[str]) -> dict[str, tuple[int | None, str]]:
+def locate_blocks(names: Iterable[str], *, numbered: bool = False) -> dict[str, tuple[int | None, str]]:
     """name -> (block or None, the rest of the name inside the block).
 
     The outermost integer of a path numbers its family; the family with the most numbers holds the blocks, and an
-    encoder's and a decoder's families both do, encoder first. Blocks are counted 0, 1, 2 in the order of the integers.
+    encoder's and a decoder's families both do, encoder first. Blocks are counted 0, 1, 2 in the order of the integers,
+    or, if `numbered`, by the integers themselves.
     """
     split = {name: _split_at_integer(name) for name in names}
-    families: dict[str, set[int]] = defaultdict(set)
-    members: Counter[str] = Counter()
-    for place in split.values():
-        if place is not None:
-            families[place[0]].add(place[1])
-            members[place[0]] += 1
-    stacks = _choose_stacks(families, members)
-    number = {key: i for i, key in enumerate((prefix, n) for prefix in stacks for n in sorted(families[prefix]))}
+    stacks, number = _stacks(_families(split), numbered=numbered)
     return {
         name: (number[place[0], place[1]], place[2]) if place is not None and place[0] in stacks else (None, name)
         for name, place in split.items()
     }
+
+
+def _families(names: Iterable[str]) -> list[tuple[str, int]]:
+    """(prefix, integer) of every name that holds an integer."""
+    return [place[:2] for place in map(_split_at_integer, names) if place is not None]
+
+
+def _stacks(places: Iterable[tuple[str, int]], *, numbered: bool) -> tuple[list[str], dict[tuple[str, int], int]]:
+    """The prefixes that number blocks, and (prefix, integer) -> block."""
+    families: dict[str, set[int]] = defaultdict(set)
+    members: Counter[str] = Counter()
+    for prefix, integer in places:
+        families[prefix].add(integer)
+        members[prefix] += 1
+    stacks = _choose_stacks(families, members)
+    number: dict[tuple[str, int], int] = {}
+    first = 0
+    for prefix in stacks:
+        integers = range(max(families[prefix]) + 1) if numbered else sorted(families[prefix])
+        number |= {(prefix, n): first + i for i, n in enumerate(integers)}
+        first += len(integers)
+    return stacks, number
 
 
 def _split_at_integer(name: str) -> tuple[str, int, str] | None:
@@ -203,11 +249,7 @@ def _stored_transposed(tensors: Iterable[TensorInfo]) -> set[str]:
 
 
 def _view(tensor: TensorInfo, block: int | None, role: str, transposed: bool) -> LayerView:
-    shape = tensor.shape
-    rows = shape[0] if shape else 1
-    cols = tensor.numel // rows if rows else 0
-    if len(shape) == 3:  # a stack of matrices
-        rows, cols = shape[0] * shape[1], shape[2]
+    rows, cols = flat_shape(tensor.shape)
     return LayerView(
         tensor=tensor.name,
         block=block,
@@ -215,29 +257,80 @@ def _view(tensor: TensorInfo, block: int | None, role: str, transposed: bool) ->
         rows=rows,
         cols=cols,
         dtype=tensor.dtype,
-        reason=_why_not(tensor),
+        reason=why_no_spectrum(tensor, convolution="conv" in tensor.name),
         transposed=transposed,
     )
 
 
-def _why_not(tensor: TensorInfo) -> str:
-    """Why a tensor has no spectrum here; empty when it has one."""
-    shape = tensor.shape
-    if len(shape) < 2:
-        return f"{len(shape)}-D: not a matrix"
-    if len(shape) > 2:
-        kind = "a stack of matrices" if len(shape) == 3 else "a convolution"
-        return f"{len(shape)}-D ({kind}): only matrices are analysed"
-    if not tensor.readable:
-        return f"stored as {tensor.dtype}: codes or integers, not the weights themselves"
-    if min(shape) < MIN_SIDE:
-        return f"only {min(shape)} singular values, at least {MIN_SIDE} make a spectrum"
-    return ""
+def _experts(
+    whole: LayerView, rest: str, shape: tuple[int, ...], down: tuple[int, ...] | None, config: Mapping[str, Any] | None
+) -> Iterator[LayerView]:
+    """The matrices of a stack (experts, rows, cols): one an expert, or gate and up of each where they are fused."""
+    _, height, width = shape
+    base = role_of(rest)
+    shares = expert_gate_up(shape, down, model_type(config)) if base.endswith("gate_up") else {}
+    for index in range(shape[0]):
+        role = expert_role(rest, index)
+        for share, (rows, cols) in (shares or {"": (run(0, height), run(0, width))}).items():
+            rows = replace(rows, start=rows.start + index * height)
+            yield replace(
+                whole,
+                tensor=f"{whole.tensor}[{index}]" + (f"[{share}]" if share else ""),
+                role=role.removesuffix("gate_up") + share if share else role,
+                rows=rows.size,
+                cols=cols.size,
+                part=Part(tensor=whole.tensor, rows=rows, cols=cols),
+                reason=too_small(rows.size, cols.size),
+            )
+
+
+def expert_role(path: str, index: int) -> str:
+    """The role of one matrix of a stack from the stack's name inside its block: that of a name of the expert's own."""
+    own = re.sub(r"(^|\.)experts(?=\.)", rf"\1experts.{index}", path, count=1)
+    if own != path:
+        return role_of(own)
+    role = role_of(path)
+    return f"experts.{index}.{role}" if role in ("gate", "up", "down", "gate_up", "fc1", "fc2") else f"{role}.{index}"
+
+
+def model_type(config: Mapping[str, Any] | None) -> str:
+    """`model_type` of a configuration, of its text model where it has several."""
+    text = (config or {}).get("text_config")
+    return str((text if isinstance(text, dict) else config or {}).get("model_type", ""))
+
+
+def _fused_parts(whole: LayerView, config: Mapping[str, Any] | None) -> Iterator[LayerView]:
+    """q, k and v, or gate and up, of a fused matrix; nothing for any other and where they lie uncertainly."""
+    axis = 1 if whole.transposed else 0
+    outputs, inputs = (whole.rows, whole.cols) if axis == 0 else (whole.cols, whole.rows)
+    if whole.role.endswith("qkv"):
+        thirds = whole.tensor.endswith("in_proj_weight") and outputs == 3 * inputs  # nn.MultiheadAttention
+        heads = {"model_type": "mpt", "num_attention_heads": 1, "hidden_size": inputs} if thirds else config
+        along = qkv_parts(outputs, heads, concatenated="attn_qkv" in whole.tensor)
+        across = run(0, inputs)
+        shares = {n: (chosen, across) if axis == 0 else (across, chosen) for n, chosen in along.items()}
+        stem = whole.role.removesuffix("qkv")
+    elif whole.role.endswith("gate_up"):
+        shares = gate_up_parts(whole.rows, whole.cols, axis, interleaved=False)
+        stem = whole.role.removesuffix("gate_up")
+    else:
+        return
+    for share, (rows, cols) in shares.items():
+        yield replace(
+            whole,
+            tensor=f"{whole.tensor}[{share}]",
+            role=stem + share,
+            rows=rows.size,
+            cols=cols.size,
+            part=Part(tensor=whole.tensor, rows=rows, cols=cols),
+            part_of=whole.tensor,
+            reason=too_small(rows.size, cols.size),
+        )
 
 
 def _order(view: LayerView) -> tuple[Any, ...]:
     group = 1 if view.block is not None else (0 if "embeddings" in view.role else 2)
-    return group, view.block or 0, view.tensor
+    return group, view.block or 0, view.stored
 
 
 def tied_copies(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> set[str]:

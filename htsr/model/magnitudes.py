@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from htsr.model.parts import read_block
 from htsr.numerics.spectrum import Block
 
 if TYPE_CHECKING:
@@ -19,17 +20,19 @@ SLICE_ELEMENTS = 1 << 20
 def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: str) -> dict[str, float]:
     """tensor name -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block; NaN for NaN weights.
 
-    The mean is the block's under scope `block` and the matrix's own under `matrix`.
+    The mean is the block's under scope `block` and the matrix's own under `matrix`. The parts of a fused matrix count
+    against the block's mean and not towards it: they are in it already.
     """
     blocks: dict[int, list[LayerView]] = {}
     for view in views:
-        if view.block is not None and not view.reason:
+        if view.block is not None and not view.reason and not view.pool:
             blocks.setdefault(view.block, []).append(view)
     result: dict[str, float] = {}
     for members in blocks.values():
         for pool in [members] if scope == "block" else [[view] for view in members]:
-            total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in pool for part in _parts(source, view))
-            limit = tau * total / sum(view.rows * view.cols for view in pool)
+            whole = [view for view in pool if not view.part_of] or pool
+            total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in whole for part in _parts(source, view))
+            limit = tau * total / sum(view.rows * view.cols for view in whole)
             result |= {view.tensor: _percent_above(source, view, limit) for view in pool}
     return result
 
@@ -44,4 +47,4 @@ def _percent_above(source: Source, view: LayerView, limit: float) -> float:
 def _parts(source: Source, view: LayerView) -> Iterator[np.ndarray]:
     step = max(SLICE_ELEMENTS // view.cols, 1)
     for start in range(0, view.rows, step):
-        yield source.array(view.tensor, Block(axis=0, start=start, stop=min(start + step, view.rows)))
+        yield read_block(source, view, Block(axis=0, start=start, stop=min(start + step, view.rows)))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from htsr.errors import BadInput
 from htsr.files import read_json
 from htsr.model.locate import inside
+from htsr.model.parts import flat_shape
 from htsr.model.source import Source, TensorInfo, without_tied
-from htsr.numerics.spectrum import Block
 
 PIECE_ELEMENTS = 1 << 20
 
@@ -38,10 +38,9 @@ class ModuleSource(Source):
         config = getattr(self.module, "config", None)
         return config.to_dict() if config is not None and hasattr(config, "to_dict") else None
 
-    def array(self, name: str, block: Block) -> np.ndarray:
-        tensor = self._tensors[name]
-        part = tensor[block.start : block.stop] if block.axis == 0 else tensor[:, block.start : block.stop]
-        part = part.detach().cpu()
+    def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
+        tensor = self._tensors[name].detach()
+        part = tensor.reshape(flat_shape(tuple(tensor.shape)))[rows[0] : rows[1], cols[0] : cols[1]].cpu()
         return np.ascontiguousarray((part.float() if part.dtype == torch.bfloat16 else part).numpy())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -18,8 +18,8 @@ import numpy as np
 from htsr.errors import BadInput
 from htsr.files import read_json
 from htsr.model.locate import inside
+from htsr.model.parts import flat_shape
 from htsr.model.source import ITEM_BYTES, Source, TensorInfo, without_tied
-from htsr.numerics.spectrum import Block
 
 if TYPE_CHECKING:
     import torch
@@ -73,25 +73,23 @@ class SafetensorsSource(Source):
             return config
         return None
 
-    def array(self, name: str, block: Block) -> np.ndarray:
+    def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
         dtype = self.info(name).dtype
         stored = "uint16" if dtype == "bfloat16" else dtype
-        values = self._read_block(self._entries[name], block, np.dtype(stored))
+        values = self._read_window(self._entries[name], rows, cols, np.dtype(stored))
         if dtype == "bfloat16":  # the upper half of a float32
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
 
-    def _read_block(self, entry: Entry, block: Block, dtype: np.dtype) -> np.ndarray:
-        rows, cols = entry.info.shape
-        if block.axis == 0:
-            out = np.empty((block.stop - block.start, cols), dtype)
-            with entry.file.open("rb", buffering=0) as handle:
-                _read_into(handle, entry.offset + block.start * cols * dtype.itemsize, out)
-            return out
-        out = np.empty((rows, block.stop - block.start), dtype)
+    def _read_window(self, entry: Entry, rows: tuple[int, int], cols: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        _, width = flat_shape(entry.info.shape)
+        out = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
         with entry.file.open("rb", buffering=0) as handle:
-            for row in range(rows):
-                _read_into(handle, entry.offset + (row * cols + block.start) * dtype.itemsize, out[row])
+            if out.shape[1] == width:
+                _read_into(handle, entry.offset + rows[0] * width * dtype.itemsize, out)
+                return out
+            for row, into in enumerate(out, start=rows[0]):
+                _read_into(handle, entry.offset + (row * width + cols[0]) * dtype.itemsize, into)
         return out
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

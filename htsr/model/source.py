@@ -22,6 +22,7 @@ import numpy as np
 
 from htsr.errors import BadInput, NotFound
 from htsr.model.locate import is_hub_id, locate, snapshot_revision
+from htsr.model.parts import flat_shape
 from htsr.numerics.spectrum import Block
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Source", "TensorInfo", "locate", "open_source"]
 
 DEQUANTISED = "dequantised:"
+COMPUTED = (DEQUANTISED, "delta:", "merged:")  # values that are made from what is stored
 ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
@@ -41,11 +43,15 @@ READABLE = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Name, shape and dtype of a tensor; the dtype of quantised weights is like `dequantised:Q4_1`."""
+    """Name, shape and dtype of a tensor; the dtype of quantised weights is like `dequantised:Q4_1`.
+
+    `note` says why a tensor cannot be read as weights, where it cannot.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    note: str = ""
 
     @property
     def numel(self) -> int:
@@ -54,7 +60,7 @@ class TensorInfo:
     @property
     def readable(self) -> bool:
         """Whether the values are real numbers as they stand (and not codes that need a scale from elsewhere)."""
-        return self.dtype in READABLE or self.dtype.startswith(DEQUANTISED)
+        return self.dtype in READABLE or self.dtype.startswith(COMPUTED)
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +69,16 @@ class TensorInfo:
 
 
 class Source(ABC):
-    """Named tensors of one model. Subclasses say how a block of one and its stored bytes are read."""
+    """Named tensors of one model. Subclasses say how a window of one and its stored bytes are read.
+
+    is_delta: the tensors are differences, whose scale means nothing: eigenvalues are cut relative to the largest.
+    numbered: the integers in names are the blocks' own numbers although some blocks may have no tensor here.
+    complete: the files at `path` hold these weights, so that other programs may load them from there.
+    """
+
+    is_delta: bool = False
+    numbered: bool = False
+    complete: bool = True
 
     id: str
     revision: str | None = None
@@ -85,8 +100,25 @@ class Source(ABC):
         return self._by_name[name]
 
     @abstractmethod
+    def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
+        """Rows and columns (first, last) of a tensor seen as a matrix (`parts.flat_shape`).
+
+        A C-contiguous float array of a type NumPy knows.
+        """
+
     def array(self, name: str, block: Block) -> np.ndarray:
-        """Rows or columns of a 2-D tensor as a C-contiguous float array of a type NumPy knows."""
+        """Rows or columns of a tensor seen as a matrix."""
+        rows, cols = flat_shape(self.info(name).shape)
+        chosen = (block.start, block.stop)
+        return self.window(name, chosen, (0, cols)) if block.axis == 0 else self.window(name, (0, rows), chosen)
+
+    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """float64 B (rows, r) and A (r, cols) of a tensor that is the product of two thin matrices, else None."""
+        return None
+
+    def relative_change(self, name: str) -> float | None:
+        """||W - W_base|| / ||W_base|| of a tensor, for a source that knows a base with this tensor, else None."""
+        return None
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:

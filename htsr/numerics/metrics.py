@@ -11,6 +11,7 @@ import numpy as np
 
 EPSILON = 1e-10  # weightwatcher adds it to every probability and to the rank
 EIGENVALUE_CUT = 1e-5  # the fit sees eigenvalues above this absolute value, as in weightwatcher
+RELATIVE_CUT = 1e-12  # of the largest: the cut for differences of weights, whose scale says how long they were trained
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ CONTRACT = [
         "lod",
         "lod_weight",
     ),
-    *("status", "reason", "seconds"),
+    *("status", "reason", "seconds", "part_of"),
 ]
 
 
@@ -159,14 +159,18 @@ def test_wide_vocabularies_stacks_and_odd_dtypes_each_get_a_row() -> None:
         "embed.weight": torch.randn(60_000, 8, generator=rng),
         "layers.0.half.weight": torch.randn(16, 24, generator=rng).half(),
         "layers.0.brain.weight": torch.randn(16, 24, generator=rng).bfloat16(),
-        "layers.0.experts.gate_up_proj": torch.randn(4, 8, 8, generator=rng),
+        "layers.0.experts.down_proj": torch.randn(4, 8, 16, generator=rng),
         "layers.0.codes.weight": torch.ones(16, 16, dtype=torch.uint8),
         "layers.0.line.weight": torch.randn(1, 64, generator=rng),
         "layers.0.scalar": torch.tensor(3.0),
     }
     frame = alone(state).set_index("tensor")
-    assert len(frame) == len(state)
-    analysed = {"embed.weight", "layers.0.half.weight", "layers.0.brain.weight"}
+    experts = {f"layers.0.experts.down_proj[{i}]" for i in range(4)}
+    assert set(frame.index) == {*state, *experts} - {"layers.0.experts.down_proj"}
+    analysed = {"embed.weight", "layers.0.half.weight", "layers.0.brain.weight"} | {
+        name for name in experts if not frame.loc[name, "reason"]
+    }
+    assert len(analysed) > 3
     assert set(frame.index[frame["status"] == "ok"]) == analysed
     assert frame.loc["layers.0.brain.weight", "dtype"] == "bfloat16"
     assert (frame.loc[frame["status"] == "skipped", "reason"] != "").all()
