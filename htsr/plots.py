@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from htsr.errors import BadInput, NotFound
+from htsr.numerics.marchenko_pastur import noise_density
+from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT
+from htsr.numerics.powerlaw import SMALL_SAMPLE
+from htsr.numerics.thresholds import KsCurve, ks_curve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,7 +98,8 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
 
     Args:
         eigenvalues: of W^T W.
-        fit: `alpha`, `xmin`, `n_tail` and `ks_d` as in a row of the scan; NaN draws no fit.
+        fit: `alpha`, `xmin`, `n_tail` and `ks_d` as in a row of the scan; NaN draws no fit. With `rows`, `cols` and
+            the columns of --nulls also the noise in it.
     """
     positive = eigenvalues[eigenvalues > max(1e-12 * eigenvalues.max(), 1e-30)]
     if len(positive) == 0:
@@ -109,11 +114,13 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
         np.where(seen, density, np.nan), bins, color=BLUE, fill=True, alpha=0.25, baseline=density[seen].min() / 3
     )
     ax.plot(middle[seen], density[seen], ls="", marker="o", ms=3, color=BLUE)
+    _noise(fit, bins, density[seen].min() / 3, len(eigenvalues), ax)
     _tail(positive, fit, ax)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("eigenvalue = singular value squared", color=INK)
-    ax.set_ylim(density[seen].min() / 3, density[seen].max() * 12)  # room for the legend above the densest bin
+    room = 12 if np.isnan(float(fit.get("mp_edge", np.nan))) else 60  # for the legend above the densest bin
+    ax.set_ylim(density[seen].min() / 3, density[seen].max() * room)
     return _style(ax, title or "Spectrum", "density")
 
 
@@ -129,7 +136,40 @@ def _tail(positive: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes) -> No
     ax.axvline(xmin, color=GREY, lw=1, ls=(0, (4, 3)))
     ax.annotate("xmin", (xmin, 0), xycoords=("data", "axes fraction"), xytext=(-3, 4),
                 textcoords="offset points", ha="right", color=GREY, fontsize=8)  # fmt: skip
-    ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper right", borderpad=0.2, handlelength=1.2)
+    ax.legend(fontsize=8.5, labelcolor=INK, loc="upper right", borderpad=0.2, handlelength=1.2, edgecolor="none",
+              framealpha=0.85)  # fmt: skip
+
+
+def _noise(fit: Mapping[str, Any], bins: NDArray[np.float64], floor: float, total: int, ax: Axes) -> None:
+    """The Marchenko-Pastur law of the fitted noise, and its edge with the number of spikes beyond."""
+    edge, sigma = (float(fit.get(name, np.nan)) for name in ("mp_edge", "mp_sigma"))
+    if not edge > bins[0]:
+        return
+    x = np.geomspace(bins[0], edge, 400)
+    density = noise_density(x, sigma, int(fit["rows"]), int(fit["cols"]))
+    ax.plot(x, np.where(density > floor, density, np.nan), color=INK, lw=1.3, alpha=0.75)
+    label = f"noise and its edge,\n{int(fit['num_spikes'])} of {total} values beyond"
+    ax.axvline(edge, color=INK, lw=1.3, alpha=0.75, ls=(0, (1, 2)), label=label)
+
+
+def ks_by_xmin(curve: KsCurve, ax: Axes, title: str = "") -> Axes:
+    """Kolmogorov-Smirnov distance against xmin, with the band of 5 % above the best and the alphas inside it."""
+    best = int(np.argmin(curve.ks_d))
+    near = curve.near_best
+    limit = 1.05 * float(curve.ks_d[best])
+    ax.axhspan(float(curve.ks_d[best]), limit, color=ORANGE, alpha=0.18, lw=0)
+    ax.plot(curve.xmin, curve.ks_d, color=BLUE, lw=1.3)
+    low, high = float(curve.alpha[near].min()), float(curve.alpha[near].max())
+    label = f"within 5 % of the best: {int(near.sum())} of {len(near)} xmin,\nalpha {low:.2f} to {high:.2f}"
+    ax.plot(curve.xmin[near], curve.ks_d[near], ls="", marker="o", ms=4, color=ORANGE, label=label)
+    ax.plot(curve.xmin[best], curve.ks_d[best], ls="", marker="o", ms=6, mfc="none", color=INK, mew=1.4,
+            label=f"best: alpha {curve.alpha[best]:.2f}")  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_ylim(0, 1.32 * float(curve.ks_d.max()))
+    ax.set_xlabel("xmin, an eigenvalue", color=INK)
+    _style(ax, title or "How well each xmin fits", "KS distance")
+    ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left", borderpad=0.2, handlelength=1.2)
+    return ax
 
 
 def table_bars(table: LayerTable, ax: Axes) -> Axes:
@@ -174,11 +214,24 @@ class Plots:
         Raises: NotFound for a tensor that this scan has no spectrum of.
         """
         if tensor is None:
-            return self._three()
+            return self._three(self.esd)
         rows = self.result.frame.set_index("tensor")
-        if self.result.spectra is None or tensor not in self.result.spectra:
-            raise NotFound(f"got {tensor!r}, expected the name of an analysed matrix, such as {self._ranked()[:1]}")
-        return esd(self.result.spectra[tensor], rows.loc[tensor], ax if ax is not None else new_axes(), tensor)
+        return esd(self._spectrum(tensor), rows.loc[tensor], ax if ax is not None else new_axes(), tensor)
+
+    def ks(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
+        """Kolmogorov-Smirnov distance against xmin of `tensor`, or of the three tails that `esd` shows.
+
+        Raises: NotFound for a tensor that this scan has no spectrum of; BadInput for one with under 20 eigenvalues.
+        """
+        if tensor is None:
+            return self._three(self.ks)
+        values = self._spectrum(tensor)
+        xmin = float(self.result.frame.set_index("tensor").loc[tensor, "xmin"])
+        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail down there, by their own cut
+        curve = ks_curve(values[values > (RELATIVE_CUT * values[-1] if small else EIGENVALUE_CUT)])
+        if not len(curve.xmin):
+            raise BadInput(f"{tensor}: got {len(values)} eigenvalues, expected at least 20 different ones above 1e-5")
+        return ks_by_xmin(curve, ax if ax is not None else new_axes(), tensor)
 
     def table(self, table: LayerTable | None = None, ax: Axes | None = None) -> Axes:
         """A layer table, the default one of this scan when none is given."""
@@ -193,6 +246,8 @@ class Plots:
                 return bool((frame["block"].notna() & frame["alpha"].notna()).any())
             case "lod":
                 return bool(blocks["lod"].notna().any())
+            case "ks":
+                return self.has("esd") and all(len(self._spectrum(name)) >= SMALL_SAMPLE for name in self._chosen())
             case "esd":
                 return bool(self.result.spectra) and bool(self._ranked())
             case _:
@@ -203,15 +258,24 @@ class Plots:
         known = self.result.frame[self.result.frame["alpha"].notna()].sort_values("alpha")
         return [name for name in known["tensor"] if name in (self.result.spectra or {})]
 
-    def _three(self) -> Axes:
+    def _spectrum(self, tensor: str) -> NDArray[np.float64]:
+        if self.result.spectra is None or tensor not in self.result.spectra:
+            raise NotFound(f"got {tensor!r}, expected the name of an analysed matrix, such as {self._ranked()[:1]}")
+        return self.result.spectra[tensor]
+
+    def _chosen(self) -> list[str]:
+        """The heaviest, the middle and the lightest tail."""
         names = self._ranked()
-        if not names:
+        return list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]])) if names else []
+
+    def _three(self, draw: Callable[[str, Axes], Axes]) -> Axes:
+        chosen = self._chosen()
+        if not chosen:
             raise NotFound("this scan kept no spectra, expected some to draw; scan again")
-        chosen = list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
         figure = Figure(figsize=(4.2 * len(chosen), 3.6), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(chosen)))
         for name, panel in zip(chosen, panels, strict=True):
-            self.esd(name, panel)
+            draw(name, panel)
             panel.set_title(name.removesuffix(".weight"), fontsize=9, color=INK, loc="left")
         return panels[0]
 

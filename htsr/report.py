@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from htsr.null_columns import NULL_COLUMNS
 from htsr.store import picture
+from htsr.verdict import null_sentences
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -27,13 +29,16 @@ CAPTIONS = {
     "heatmap": "The exponent of every matrix by role. A row that differs from the others is a property of the role; a "
     "column, of the block.",
     "esd": "Spectra of the matrices with the heaviest, the middle and the lightest tail. The line is the fitted power "
-    "law from xmin on; D is its distance from the data.",
+    "law from xmin on; D is its distance from the data. The dark line, with --nulls, is noise of the same bulk.",
+    "ks": "The same matrices: how far the data lie from the best power law above every possible xmin. All xmin in the "
+    "band fit as well as the best, within 5 %; the alphas there are as good as the one reported.",
     "table": "The layer table: inclusion is the chance that a draw of gamma different blocks holds this one.",
 }
 MATRIX_COLUMNS = (
     "block", "role", "tensor", "rows", "cols", "alpha", "alpha_sigma", "ks_d", "n_tail", "alpha_hill", "stable_rank",
     "log10_norm", "lod", "status",
 )  # fmt: skip
+NULLS_SHOWN = ("alpha_low", "alpha_high", "alpha_least", "alpha_most", "p_gof", "num_spikes", "p_null")
 
 
 def report_html(result: ScanResult, pictures: Mapping[str, bytes]) -> str:
@@ -48,10 +53,16 @@ def report_html(result: ScanResult, pictures: Mapping[str, bytes]) -> str:
         sentences=describe(result),
         facts=facts(result),
         blocks=cells(result.blocks),
-        matrices=cells(result.frame[result.frame["status"] != "skipped"], MATRIX_COLUMNS),
+        matrices=cells(result.frame[result.frame["status"] != "skipped"], matrix_columns(result)),
+        meanings=NULL_COLUMNS if "p_null" in result.frame else {},
         failed=cells(result.frame[result.frame["status"] == "failed"], ("tensor", "reason")),
         skipped=int((result.frame["status"] == "skipped").sum()),
     )
+
+
+def matrix_columns(result: ScanResult) -> tuple[str, ...]:
+    """The columns of the report's table of matrices."""
+    return MATRIX_COLUMNS + (NULLS_SHOWN if "p_null" in result.frame else ())
 
 
 def notebook_html(result: ScanResult) -> str:
@@ -87,6 +98,7 @@ def describe(result: ScanResult) -> list[str]:
             f"The power-law exponent alpha has median {alpha.median():.2f} "
             f"(from {alpha.min():.2f} to {alpha.max():.2f}); {inside} of {alpha.notna().sum()} lie between 2 and 6."
         )
+    sentences += null_sentences(frame)
     sentences += _extremes(blocks, "alpha", "lowest mean alpha (heaviest tails)", smallest=True)
     sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
     if {"alpha", "lod"} <= set(blocks) and len(both := blocks[["alpha", "lod"]].dropna()) > 2:

@@ -48,6 +48,7 @@ def scan(
     seq_len: int = 512,
     seed: int = 0,
     workers: int | None = None,
+    nulls: bool = False,
     allow_pickle: bool = False,
     revision: str | None = None,
     plots: bool = True,
@@ -64,6 +65,7 @@ def scan(
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
         workers: threads that analyse matrices side by side; the number of usable cores by default.
+        nulls: also the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
         allow_pickle: accept pickled weights (unpickled with weights_only).
         revision: of a Hugging Face id.
         plots: whether saving to `out` draws plots.
@@ -75,7 +77,7 @@ def scan(
     """
     settings = {
         "device": device, "precision": precision, "calibration": None if calibration is None else str(calibration),
-        "tau": tau, "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed,
+        "tau": tau, "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed, "nulls": nulls,
     }  # fmt: skip
     check_settings(settings)
     clock = Clock()
@@ -95,6 +97,11 @@ def scan(
     clock.lap("alpha")
     frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
     clock.lap("lod")
+    if nulls:
+        from htsr.nulls import null_rows, with_nulls
+
+        frame = with_nulls(frame, null_rows(source, layers, spectra, seed=seed, workers=workers, quiet=quiet))
+        clock.lap("nulls")
     provenance = {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -122,7 +129,7 @@ class Clock:
     def lap(self, phase: str) -> None:
         """Add the time since the last lap to `phase`."""
         now = time.perf_counter()
-        self.seconds[phase] += now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
 

@@ -16,16 +16,17 @@ import pandas as pd
 
 from htsr.errors import BadInput, NotFound, UsageError
 from htsr.files import read_json
+from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
 
 if TYPE_CHECKING:
     from htsr.table import ScanResult
 
 SCHEMA = "htsr-scan/1"
-WHOLE = ("block", "rows", "cols", "n_tail")  # columns of whole numbers, empty where unknown
-TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of")
+WHOLE = ("block", "rows", "cols", "n_tail", *WHOLE_COLUMNS)  # columns of whole numbers, empty where unknown
+TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of", *TEXT_COLUMNS)
 NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
-PICTURES = ("alpha", "lod", "heatmap", "esd", "table")
+PICTURES = ("alpha", "lod", "heatmap", "esd", "ks", "table")
 
 
 def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Path:
@@ -85,7 +86,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         for name in frame.columns:
             frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], whole=name in WHOLE)
-        if missing := {*WHOLE, *TEXT, *NEEDED} - {*frame.columns, "part_of"}:
+        if missing := {*WHOLE, *TEXT, *NEEDED} - {*frame.columns, "part_of", *WHOLE_COLUMNS, *TEXT_COLUMNS}:
             raise KeyError(f"no column {min(missing)}")
         return frame.astype({"rows": "int64", "cols": "int64"})
     except (ValueError, KeyError, TypeError) as error:

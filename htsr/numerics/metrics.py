@@ -75,3 +75,15 @@ def alpha_hill(eigenvalues: np.ndarray) -> float:
         return np.nan
     spread = float(np.sum(np.log(tail)) - len(tail) * np.log(tail[0]))
     return 1 + len(tail) / spread if spread > 0 else np.nan
+
+
+def effective_rank(eigenvalues: np.ndarray) -> float:
+    """exp of the entropy of the singular values' shares, sigma / sum sigma; between 1 and the rank. NaN for zeros.
+
+    Reference: Roy and Vetterli 2007.
+    """
+    sigma = np.sqrt(eigenvalues[eigenvalues > 0])
+    if len(sigma) == 0:
+        return np.nan
+    shares = sigma / np.sum(sigma)
+    return float(np.exp(-np.sum(shares * np.log(shares))))

@@ -1,0 +1,42 @@
+"""FARMS: the Hill exponent of many submatrices of one fixed shape, so that the aspect ratio of a layer drops out.
+
+Windows of 100 rows and 200 columns at ten evenly spread places along each side of the stored (out x in) matrix, all
+their eigenvalues pooled, those above 1e-5 kept, then PL_Alpha_Hill. A matrix too small for such a window gets
+windows of the same proportion that fit. Reference: Hu et al. 2025, arXiv 2506.06280.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from htsr.numerics.metrics import EIGENVALUE_CUT, alpha_hill
+
+WINDOW_ROWS = 100
+ASPECT = 2
+PLACES = 10
+LEAST_ROWS = 8
+
+
+def alpha_farms(W: np.ndarray) -> float:
+    """The exponent; W is (out, in), any float dtype. NaN for a matrix that holds no window of 8 x 16."""
+    rows, cols = W.shape
+    height = min(WINDOW_ROWS, rows, cols // ASPECT)
+    if height < LEAST_ROWS:
+        return np.nan
+    found = [
+        _window_eigenvalues(np.asarray(W[r : r + height, c : c + ASPECT * height], dtype=np.float64))
+        for r in places(rows, height)
+        for c in places(cols, ASPECT * height)
+    ]
+    values = np.sort(np.concatenate(found))
+    return alpha_hill(values[values > EIGENVALUE_CUT])
+
+
+def places(side: int, window: int) -> range:
+    """Where windows start: at most ten, a fixed step apart, the first at 0."""
+    step = max(1, (side - window) // (PLACES - 1))
+    return range(0, min(PLACES, (side - window) // step + 1) * step, step)
+
+
+def _window_eigenvalues(window: np.ndarray) -> np.ndarray:
+    return np.maximum(np.linalg.eigvalsh(window @ window.T), 0.0)

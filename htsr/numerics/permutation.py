@@ -1,0 +1,125 @@
+"""Whether the largest eigenvalue needs the order of a matrix's entries: seeded permutations as the null.
+
+Permuting the entries keeps their distribution, however heavy its tail, and destroys all structure. p is the share of
+permuted matrices whose largest eigenvalue is at least that of the matrix. Only that eigenvalue is computed, by
+Lanczos' method, and only until the comparison is decided. Where the entries have light tails the Tracy-Widom law
+gives the same answer without any permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from htsr.numerics.marchenko_pastur import edge_and_scale, noise_survival
+
+PERMUTATIONS = 99
+RESIDUAL = 2e-3  # of the largest Ritz pair, relative; its value is then exact to about the square of it
+ROUNDING = 1e-6  # of float32 products, relative: a permutation that changes nothing reaches the same value
+RISK = 1e-6  # that a comparison is closed too early
+LEAST_SIDE = 64  # below it the Tracy-Widom law is too far off, and permutations cost next to nothing
+KURTOSIS_SHARE = 0.05  # of the cube root of the shorter side: the excess kurtosis up to which tails count as light
+ENTRY_SHARE = 0.25  # of the edge of noise: the largest squared entry up to which no single entry can be a spike
+MEAN_SHARE = 0.25  # the same for the eigenvalue that a common mean of the entries makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Moments of a matrix's entries: mean and variance, excess kurtosis (0 for a normal law), the largest |w|."""
+
+    rows: int
+    cols: int
+    mean: float
+    variance: float
+    kurtosis: float
+    largest: float
+
+    @property
+    def light_tailed(self) -> bool:
+        """Whether the Tracy-Widom law holds for these entries in random order.
+
+        No single entry and no common mean may reach the edge of noise, and the excess kurtosis must be small beside
+        the width of the law, which grows with the cube root of the size.
+        """
+        side, edge = min(self.rows, self.cols), self.variance * edge_and_scale(self.rows, self.cols)[0]
+        return (
+            side >= LEAST_SIDE
+            and self.largest**2 <= ENTRY_SHARE * edge
+            and self.rows * self.cols * self.mean**2 <= MEAN_SHARE * edge
+            and abs(self.kurtosis) <= KURTOSIS_SHARE * side ** (1 / 3)
+        )
+
+    def noise_survival(self, lambda_max: float) -> float:
+        """p of lambda_max by the Tracy-Widom law with the variance of all entries, as a permutation keeps it."""
+        return noise_survival(lambda_max, self.variance + self.mean**2, self.rows, self.cols)
+
+
+def measure_entries(blocks: Iterable[np.ndarray], rows: int, cols: int) -> Entries:
+    """Moments of a rows x cols matrix given in pieces of any shape."""
+    count, largest, sums = rows * cols, 0.0, np.zeros(4)
+    for block in blocks:
+        w = np.asarray(block, dtype=np.float64).ravel()
+        square = w * w
+        sums += [w.sum(), square.sum(), float(w @ square), float(square @ square)]
+        largest = max(largest, float(np.sqrt(square.max(initial=0.0))))
+    first, second, third, fourth = (sums / count).tolist()
+    variance = second - first**2
+    central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    kurtosis = central / variance**2 - 3 if variance > 0 else np.nan
+    return Entries(rows=rows, cols=cols, mean=first, variance=variance, kurtosis=kurtosis, largest=largest)
+
+
+def permutation_p(
+    W: np.ndarray, lambda_max: float, rng: np.random.Generator, *, permutations: int = PERMUTATIONS
+) -> float:
+    """(1 + permuted matrices with a largest eigenvalue >= lambda_max) / (1 + permutations), one-sided.
+
+    `W` (rows, cols), C-contiguous float32, IS SHUFFLED in place: no second copy of a large matrix is made.
+    """
+    flat, reached = W.reshape(-1), 0
+    for _ in range(permutations):
+        rng.shuffle(flat)
+        reached += reaches(W, lambda_max, rng)
+    return (1 + reached) / (1 + permutations)
+
+
+def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
+    """Whether the largest eigenvalue of W^T W is at least `value`, by Lanczos from a random start.
+
+    A Ritz value never exceeds it, so one that reaches `value` decides. The other way round, after k steps the largest
+    Ritz value is below (1 - e) of it with a probability of at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
+    Reference: Kuczynski and Wozniakowski 1992, theorem 4.2.
+    """
+    n = W.shape[1]
+    value *= 1 - ROUNDING
+    basis: np.ndarray = np.zeros((0, n), W.dtype)
+    vector: Any = rng.standard_normal(n, np.float32)  # (n,) float32
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for step in range(1, n + 1):
+        vector /= float(np.linalg.norm(vector))
+        basis = np.vstack([basis, vector])
+        image: np.ndarray = W.T @ (W @ vector)
+        diagonal.append(float(image @ vector))
+        for _ in range(2):  # orthogonal to all earlier ones, which rounding would undo
+            image -= basis.T @ (basis @ image)
+        length = float(np.linalg.norm(image))
+        ritz, share = _largest_ritz(diagonal, beside)
+        if ritz >= value:
+            return True
+        error = (np.log(1.648 * np.sqrt(n) / RISK) / (2 * step - 1)) ** 2
+        if length * share <= RESIDUAL * ritz or (error < 1 and ritz / (1 - error) < value):
+            return False
+        beside.append(length)
+        vector = image
+    return False
+
+
+def _largest_ritz(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
+    """The largest eigenvalue of the tridiagonal matrix and the last component of its vector."""
+    T = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    values, vectors = np.linalg.eigh(T)
+    return float(values[-1]), float(abs(vectors[-1, -1]))
