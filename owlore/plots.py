@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-INK, BLUE, ORANGE, GREY = "#222222", "#2a6f97", "#e07a3f", "#b8bec4"
+BLUE, ORANGE, GREY = "#2a6f97", "#e07a3f", "#b8bec4"
 
 
 def plot_loss(history: pd.DataFrame, ax: Axes) -> Axes:
@@ -25,7 +25,7 @@ def plot_loss(history: pd.DataFrame, ax: Axes) -> Axes:
     if len(held_out):
         ax.plot(held_out["step"], held_out["loss"], "o-", color=ORANGE, markersize=5, label="held out")
     ax.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
-    return _tidy(ax)
+    return _tidy(ax, "Loss")
 
 
 def plot_draws(history: pd.DataFrame, num_blocks: int, ax: Axes) -> Axes:
@@ -37,7 +37,8 @@ def plot_draws(history: pd.DataFrame, num_blocks: int, ax: Axes) -> Axes:
     first, last = (int(train["step"].iloc[0]), int(train["step"].iloc[-1])) if len(train) else (1, 1)
     ax.imshow(raster, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest",
               extent=(first - 0.5, last + 0.5, -0.5, num_blocks - 0.5))  # fmt: skip
-    ax.set(xlabel="optimizer step", ylabel="block")
+    ax.set(xlabel="optimizer step", ylabel="block (0 is nearest the input)")
+    ax.set_title("Which blocks were trained when", loc="left", fontweight="bold", fontsize=11)
     return ax
 
 
@@ -49,11 +50,12 @@ def plot_draw_counts(draws: Sequence[int], inclusion: Sequence[float] | None, ax
         periods = sum(draws) / max(1e-12, float(np.sum(inclusion)))
         ax.plot(blocks, np.asarray(inclusion) * periods, "_", color=ORANGE, markersize=12, markeredgewidth=2.5,
                 label="expected")  # fmt: skip
-    ax.set(xlabel="block", ylabel="periods")
-    return _tidy(ax)
+    ax.set(xlabel="block (0 is nearest the input)", ylabel="periods")
+    return _tidy(ax, "How often each block was drawn")
 
 
-def _tidy(ax: Axes) -> Axes:
+def _tidy(ax: Axes, title: str) -> Axes:
+    ax.set_title(title, loc="left", fontweight="bold", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#eceff1", linewidth=0.8)
     ax.set_axisbelow(True)
