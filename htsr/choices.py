@@ -10,6 +10,7 @@ from htsr.errors import UsageError
 RULES = ("lod", "alpha", "uniform", "decrease", "increase", "reverse", "norm")
 DIRECTIONS = ("heavy", "light")
 PRECISIONS = ("auto", "fp32", "fp64")
+ENGINES = ("native", "weightwatcher")
 SCOPES = ("block", "matrix")
 
 

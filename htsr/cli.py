@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from htsr import __version__, console
-from htsr.choices import DIRECTIONS, PRECISIONS, RULES, SCOPES
+from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def main() -> None:
 @click.option("--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the calibration text runs.")
 @click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto is fp64.")
+@click.option("--engine", type=console.Choice(ENGINES), default="native", help="Whose code computes the spectra.")
 @click.option("--calibration", default="builtin", metavar="builtin|PATH|none", help="Text for LOD: .txt or .jsonl.")
 @click.option("--tau", type=float, default=13.0, help="An outlier is above tau times the mean importance.")
 @click.option("--lod-scope", type=console.Choice(SCOPES), default="block", help="What the mean is taken over.")
@@ -48,17 +49,18 @@ def main() -> None:
 @click.option("--nulls", is_flag=True, help="Also intervals, tests and comparisons with noise; takes longer.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights; only of a source you trust.")
 @click.option("--revision", metavar="REV", help="Of a Hugging Face id.")
+@click.option("--base", metavar="MODEL", help="Scan the difference to it; for an adapter, the two merged.")
 @click.option("--no-plots", is_flag=True, help="Write no pictures.")
 @json_option
 @quiet_option
 def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
-    """Scan MODEL: a directory, a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
+    """Scan MODEL: a directory (an adapter's too), a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
     from htsr.files import read_json
     from htsr.scan import scan as run_scan
     from htsr.store import check_target
     from htsr.text import json_text, render_scan, scan_record
 
-    directory = Path(out) if out is not None else Path("reports/scans") / slug(model)
+    directory = Path(out) if out is not None else Path("reports/scans") / directory_name(model, options["base"])
     check_target(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
     say_aloud(result, quiet=options["quiet"])
@@ -149,6 +151,11 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
     click.echo(json_text({"rows": records(rows)}) if as_json else render_verification(rows))
     if differing := int((~rows["agrees"]).sum()):
         raise HtsrError(f"{differing} of {len(rows)} matrices differ from weightwatcher")
+
+
+def directory_name(model: str, base: str | None) -> str:
+    """Where a scan is written below reports/scans."""
+    return slug(model) if base is None else f"{slug(model)}-against-{slug(base)}"
 
 
 def slug(model: str) -> str:

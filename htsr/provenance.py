@@ -10,10 +10,10 @@ from pathlib import Path
 LIBRARIES = ("numpy", "scipy", "torch", "transformers", "safetensors", "pandas")
 
 
-def versions() -> dict[str, str]:
+def versions(*others: str) -> dict[str, str]:
     """Versions of this package, of Python and of the libraries that numbers depend on; none is imported."""
     found = {"htsr": _version("htsr-owlore"), "python": platform.python_version()}
-    return found | {name: _version(name) for name in LIBRARIES}
+    return found | {name: _version(name) for name in (*LIBRARIES, *others)}
 
 
 def _version(name: str) -> str:

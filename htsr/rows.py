@@ -24,6 +24,7 @@ COLUMNS = (
     "alpha_hill", "alpha_hat", "log10_norm", "log10_spectral_norm", "lambda_max", "stable_rank", "entropy",
     "lod", "lod_weight", "status", "reason", "seconds", "part_of",
 )  # fmt: skip
+BASE_COLUMNS = ("relative_change",)  # of a scan against a base: ||W - W_base|| / ||W_base||
 
 
 def cost(view: LayerView) -> float:
@@ -58,6 +59,8 @@ def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[d
     if source.is_delta and not values.any():
         return {**row, "status": "skipped", "reason": "unchanged: every entry of the difference is zero"}, None
     row.update(measure(values, longer_side(view), relative_cut=source.is_delta))
+    if (change := source.relative_change(view)) is not None:
+        row["relative_change"] = change
     row["seconds"] = time.perf_counter() - start
     return row, values
 

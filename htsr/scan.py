@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from htsr.choices import ENGINES, check_choice
 from htsr.console import notice, progress
 from htsr.errors import BadInput, UsageError
 from htsr.model.layers import LayerView, num_blocks, views
 from htsr.model.magnitudes import weight_lod
 from htsr.model.source import Source, open_source
 from htsr.provenance import peak_bytes, versions
-from htsr.rows import COLUMNS, PRECISIONS, analyse, cost
+from htsr.rows import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
 from htsr.table import ScanResult
 from htsr.workers import run
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from htsr.model.calibration import Calibration
 
+Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
 SCHEMA = "htsr-scan/1"
 GIGA = 1e9  # the progress bar counts in Gflop
 
@@ -41,6 +43,7 @@ def scan(
     out: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    engine: str = "native",
     calibration: str | Path | None = "builtin",
     tau: float = 13.0,
     lod_scope: str = "block",
@@ -51,6 +54,7 @@ def scan(
     nulls: bool = False,
     allow_pickle: bool = False,
     revision: str | None = None,
+    base: str | Path | nn.Module | Mapping[str, torch.Tensor] | None = None,
     plots: bool = True,
     quiet: bool = False,
     tokenizer: Any = None,
@@ -62,12 +66,15 @@ def scan(
         out: a directory to save the result to; nothing is written without it.
         device: where the calibration text runs; spectra are computed on the CPU.
         precision: of the spectra: fp64 (`auto`) or fp32.
+        engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
         workers: threads that analyse matrices side by side; the number of usable cores by default.
         nulls: also the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
         allow_pickle: accept pickled weights (unpickled with weights_only).
         revision: of a Hugging Face id.
+        base: scan the difference to this model, tensor by tensor of the same name; for an adapter, this model with
+            the adapter merged into it. The column `relative_change` is then ||W - W_base|| / ||W_base||.
         plots: whether saving to `out` draws plots.
         quiet: no progress bar, no notices.
         tokenizer: for an nn.Module.
@@ -76,12 +83,13 @@ def scan(
         UsageError, BadInput, NotFound: an option, a model or a text that cannot be used.
     """
     settings = {
-        "device": device, "precision": precision, "calibration": None if calibration is None else str(calibration),
+        "device": device, "precision": precision, "engine": engine,
+        "calibration": None if calibration is None else str(calibration),
         "tau": tau, "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed, "nulls": nulls,
     }  # fmt: skip
     check_settings(settings)
     clock = Clock()
-    source = open_source(model, revision=revision, allow_pickle=allow_pickle)
+    source = open_source(model, revision=revision, allow_pickle=allow_pickle, base=base)
     layers = views(source)
     identity = {
         "id": source.id,
@@ -93,7 +101,7 @@ def scan(
     clock.lap("load")
     outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
     clock.lap("lod")
-    rows, spectra = analyse_all(source, layers, precision, workers, quiet)
+    rows, spectra = analyse_all(source, layers, analyser(engine, source, precision), workers, quiet)
     clock.lap("alpha")
     frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
     clock.lap("lod")
@@ -106,10 +114,11 @@ def scan(
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": identity,
+        "base": None if source.base is None else {"id": source.base.id, "revision": source.base.revision},
         "settings": settings,
         "calibration": None if outliers is None else outliers.record(),
         "lod_reason": lod_reason,
-        "versions": versions(),
+        "versions": versions(*(["weightwatcher"] if engine == "weightwatcher" else [])),
         "seconds": clock.seconds,
         "peak_bytes": peak_bytes(),
     }
@@ -137,6 +146,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UsageError for a value that no scan can use."""
     if settings["precision"] not in PRECISIONS:
         raise UsageError(f"precision: got {settings['precision']!r}, expected one of {', '.join(PRECISIONS)}")
+    check_choice("engine", settings["engine"], ENGINES)
     if settings["lod_scope"] not in ("block", "matrix"):
         raise UsageError(f"lod-scope: got {settings['lod_scope']!r}, expected block or matrix")
     if not (isinstance(settings["tau"], int | float) and 0 < settings["tau"] < math.inf):
@@ -146,15 +156,24 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
 
 
+def analyser(engine: str, source: Source, precision: str) -> Analyser:
+    """What makes the row of a view."""
+    if engine == "native":
+        return lambda view: analyse(source, view, precision)
+    from htsr.engine import one_at_a_time
+
+    return one_at_a_time(source)
+
+
 def analyse_all(
-    source: Source, layers: Sequence[LayerView], precision: str, workers: int | None, quiet: bool
+    source: Source, layers: Sequence[LayerView], work: Analyser, workers: int | None, quiet: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """tensor -> row and tensor -> eigenvalues, the largest matrices first; the bar knows what each costs."""
     rows: dict[str, dict[str, Any]] = {}
     spectra: dict[str, np.ndarray] = {}
     order = sorted(layers, key=lambda view: 0.0 if view.reason else -cost(view))
     total = sum(cost(view) for view in layers if not view.reason)
-    done = run(lambda view: analyse(source, view, precision), order, lambda view: min(view.rows, view.cols), workers)
+    done = run(work, order, lambda view: min(view.rows, view.cols), workers)
     with progress(round(total / GIGA, 3), "spectra", "Gflop", quiet=quiet) as bar:
         for view, (row, values) in done:
             rows[view.tensor] = row
@@ -225,5 +244,6 @@ def assemble(
         elif view.tensor in weight_only:
             row["lod_weight"] = weight_only[view.tensor]
         records.append(row)
-    frame = pd.DataFrame.from_records(records, columns=list(COLUMNS))
+    extra = [name for name in BASE_COLUMNS if any(name in row for row in records)]
+    frame = pd.DataFrame.from_records(records, columns=[*COLUMNS, *extra])
     return frame.astype({"block": "Int64", "n_tail": "Int64"})

@@ -74,12 +74,14 @@ def render_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame) -> s
 
 def render_verification(rows: pd.DataFrame) -> str:
     """Native and weightwatcher's alpha of every matrix, and the largest differences."""
-    shown = rows[["tensor", "alpha", "ww_alpha", "alpha_difference", "n_tail", "ww_n_tail", "agrees", "note"]]
-    both = rows[rows["note"] == ""]
+    shown = rows[["tensor", "alpha", "ww_alpha", "alpha_difference", "n_tail", "ww_n_tail", "differ", "note"]]
+    both = rows[rows["alpha_difference"].notna()]
     worst = both["alpha_difference"].max() if len(both) else float("nan")
     tails = int((both["n_tail"] == both["ww_n_tail"]).sum())
     summary = (
-        f"{len(rows)} matrices, {len(both)} compared: equal n_tail in {tails}, largest difference of alpha {worst:.2g}"
+        f"{len(rows)} matrices, {len(both)} compared: equal n_tail in {tails}, "
+        f"largest difference of alpha {worst:.2g}; "
+        f"every column within its tolerance in {int(rows['agrees'].sum())}"
     )
     whole = shown.astype({"n_tail": "Int64", "ww_n_tail": "Int64"})
     return f"{align(whole)}\n\n{summary}"

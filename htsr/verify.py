@@ -7,26 +7,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from htsr.console import progress, quiet_libraries
-from htsr.errors import HtsrError
+from htsr import engine
+from htsr.console import progress
 from htsr.model.layers import views
 from htsr.model.source import open_source
 from htsr.rows import analyse, cost
 
-# native column -> weightwatcher's
-SAME = {
-    "alpha": "alpha", "ks_d": "D", "xmin": "xmin", "n_tail": "num_pl_spikes", "alpha_sigma": "sigma",
-    "alpha_hat": "alpha_weighted", "log10_norm": "log_norm", "log10_spectral_norm": "log_spectral_norm",
-    "stable_rank": "stable_rank", "entropy": "entropy",
-}  # fmt: skip
-ALPHA_TOLERANCE = 1e-6
+# how far a column may differ, relative to the larger of 1 and weightwatcher's number
+TOLERANCE = dict.fromkeys(engine.SAME, 1e-6) | {"n_tail": 0.0, "alpha_hat": 1e-5, "entropy": 1e-5}
 
 
 def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = None, quiet: bool = False) -> pd.DataFrame:
-    """A row a matrix: each number of both sides, and `agrees` (equal n_tail, alpha within 1e-6).
+    """A row a matrix: each number of both sides, the columns that `differ`, and `agrees` when none does.
 
-    Both sides read the same weights (in fp32), one matrix at a time. A matrix that only one side analyses has an empty
-    other side and agrees when neither has an alpha; `note` says so.
+    Both sides read the same weights, weightwatcher in fp32 and one matrix at a time. A matrix that weightwatcher
+    leaves out has an empty other side and agrees; a fit that only one side has does not. `note` says so.
 
     Raises:
         HtsrError: weightwatcher is not installed.
@@ -34,44 +29,39 @@ def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = Non
     source = open_source(model, allow_pickle=allow_pickle, revision=revision)
     layers = [view for view in views(source) if not view.reason]
     records = []
-    with progress(sum(map(cost, layers)) / 1e9, "verify", "Gflop", quiet=quiet) as bar:
+    with progress(round(sum(map(cost, layers)) / 1e9, 3), "verify", "Gflop", quiet=quiet) as bar:
         for view in layers:
             native, _ = analyse(source, view)
-            theirs = weightwatcher_row(source.read(view.tensor).float())
+            theirs, _ = engine.analyse(source, view)
             records.append(compare_rows(native, theirs))
-            bar.update(cost(view) / 1e9)
-    return pd.DataFrame.from_records(records)
+            bar.update(round(cost(view) / 1e9, 3))
+    return pd.DataFrame.from_records(records, columns=list(compared_columns()))
 
 
-def compare_rows(native: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
+def compared_columns() -> tuple[str, ...]:
+    """The columns of `verify`."""
+    pairs = [name for ours in engine.SAME for name in (ours, f"ww_{ours}")]
+    return ("tensor", *pairs, "alpha_difference", "differ", "agrees", "note")
+
+
+def compare_rows(native: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a matrix in one record."""
     row: dict[str, Any] = {"tensor": native["tensor"]}
-    for ours, name in SAME.items():
-        row[ours] = float(native[ours])
-        row[f"ww_{ours}"] = np.nan if theirs is None else float(theirs[name])
-    failed = theirs is not None and theirs["alpha"] == -1  # their word for a fit that failed
-    if failed:
-        row |= {f"ww_{ours}": np.nan for ours in ("alpha", "ks_d", "xmin", "n_tail", "alpha_sigma", "alpha_hat")}
-    difference = abs(row["alpha"] - row["ww_alpha"])
-    neither = np.isnan(row["alpha"]) and np.isnan(row["ww_alpha"])
-    row["alpha_difference"] = difference
-    row["agrees"] = bool(
-        neither or theirs is None or (difference <= ALPHA_TOLERANCE and row["n_tail"] == row["ww_n_tail"])
-    )
-    row["note"] = "not analysed by weightwatcher" if theirs is None else ("its fit failed" if failed else "")
+    for name in engine.SAME:
+        row[name], row[f"ww_{name}"] = float(native[name]), float(theirs[name])
+    left_out = theirs["status"] == "skipped"
+    apart = [] if left_out else [name for name in engine.SAME if differs(name, row[name], row[f"ww_{name}"])]
+    row["alpha_difference"] = abs(row["alpha"] - row["ww_alpha"])
+    row["differ"], row["agrees"] = ", ".join(apart), not apart
+    row["note"] = theirs["reason"] or native["reason"]
     return row
 
 
-def weightwatcher_row(weights: Any) -> dict[str, Any] | None:
-    """weightwatcher's details of one matrix; None where it leaves the matrix out (its limits on size)."""
-    from torch import nn
+def differs(name: str, ours: float, theirs: float) -> bool:
+    """Whether a column of the two sides is further apart than its tolerance.
 
-    with quiet_libraries(prints=True):
-        try:
-            import weightwatcher
-        except ImportError as error:
-            raise HtsrError("weightwatcher cannot be imported; install it to verify against it") from error
-        layer = nn.Linear(weights.shape[1], weights.shape[0], bias=False, device="meta")
-        layer.weight = nn.Parameter(weights, requires_grad=False)
-        details = weightwatcher.WeightWatcher(model=nn.Sequential(layer)).analyze()
-    return dict(details.iloc[0]) if len(details) else None
+    Part of the fit that only one side has differs; a norm or entropy that does not exist (of a zero matrix) does not.
+    """
+    if np.isnan(ours) or np.isnan(theirs):
+        return name in engine.OF_THE_FIT and np.isnan(ours) != np.isnan(theirs)
+    return bool(abs(ours - theirs) > TOLERANCE[name] * max(1.0, abs(theirs)))

@@ -96,6 +96,8 @@ def calibrate(
     check_choice("lod-scope", scope, SCOPES)
     _check_tau(tau)
     text = read_texts(calibration)
+    if source.is_delta:
+        raise BadInput(f"{source.id}: these are differences of weights, expected a model to run the calibration text")
     seq_len = min(seq_len, longest_window(source) or seq_len)
     tokens = tokenise(text.texts, tokenizer if tokenizer is not None else load_tokenizer(source))
     windows = cut_windows(tokens, samples=samples, seq_len=seq_len, seed=seed)
@@ -204,8 +206,8 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
 
     from htsr.console import quiet_libraries
 
-    if source.path is None:
-        raise BadInput(f"{source.id}: a state dict cannot be run, expected a model; give the module or a directory")
+    if source.path is None or not source.complete:
+        raise BadInput(f"{source.id}: these weights cannot be run, expected a model that lies in files or a module")
     folder, extra = _folder(source.path)
     try:
         with quiet_libraries(prints=True):

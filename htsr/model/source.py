@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from htsr.model.layers import LayerView
+
 __all__ = ["Source", "TensorInfo", "locate", "open_source"]
 
 DEQUANTISED = "dequantised:"
@@ -72,11 +74,13 @@ class Source(ABC):
     """Named tensors of one model. Subclasses say how a window of one and its stored bytes are read.
 
     is_delta: the tensors are differences, whose scale means nothing: eigenvalues are cut relative to the largest.
+    base: what this was computed from beside the model.
     numbered: the integers in names are the blocks' own numbers although some blocks may have no tensor here.
     complete: the files at `path` hold these weights, so that other programs may load them from there.
     """
 
     is_delta: bool = False
+    base: Source | None = None
     numbered: bool = False
     complete: bool = True
 
@@ -116,8 +120,8 @@ class Source(ABC):
         """float64 B (rows, r) and A (r, cols) of a tensor that is the product of two thin matrices, else None."""
         return None
 
-    def relative_change(self, name: str) -> float | None:
-        """||W - W_base|| / ||W_base|| of a tensor, for a source that knows a base with this tensor, else None."""
+    def relative_change(self, view: LayerView) -> float | None:
+        """||W - W_base|| / ||W_base|| of a matrix, for a source that knows a base which has it, else None."""
         return None
 
     @abstractmethod
@@ -162,11 +166,18 @@ def open_source(
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
+    base: str | Path | nn.Module | Mapping[str, torch.Tensor] | None = None,
 ) -> Source:
     """Open a model for reading; see the module's docstring for what `model` may be.
 
+    base: open the difference to this model instead, or, for an adapter, this model with the adapter merged into it.
     Raises NotFound when there is no such path or id, BadInput when it is there and cannot be used.
     """
+    if base is not None:
+        from htsr.model.delta import against
+
+        source = open_source(model, revision=revision, allow_pickle=allow_pickle)
+        return against(source, open_source(base, allow_pickle=allow_pickle))
     if isinstance(model, str | Path):
         return _open_path(model, locate(model, revision, allow_pickle=allow_pickle), allow_pickle)
     from htsr.model.memory import ModuleSource
@@ -192,6 +203,8 @@ def _open_path(model: str | Path, path: Path, allow_pickle: bool) -> Source:
         raise BadInput(
             f"{path.name}: got a {path.suffix or 'nameless'} file, expected .safetensors, .gguf or a directory"
         )
+    if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors*")):
+        return _open_adapter(path, id_, revision, allow_pickle)
     if (path / "model.safetensors").exists() or any(path.glob("*.safetensors*")):
         return SafetensorsSource(path, id_, revision)
     pickles = sorted(path.glob("pytorch_model*.bin"))
@@ -203,6 +216,18 @@ def _open_path(model: str | Path, path: Path, allow_pickle: bool) -> Source:
     if ggufs:
         raise BadInput(f"{id_}: got a directory of {len(ggufs)} .gguf files, expected one model; name the file")
     raise BadInput(f"{id_}: got a directory without weights, expected *.safetensors (or .gguf) files in it")
+
+
+def _open_adapter(path: Path, id_: str, revision: str | None, allow_pickle: bool) -> Source:
+    from htsr.model.adapter import AdapterSource
+
+    files = [path / "adapter_model.safetensors", path / "adapter_model.bin"]
+    file = next((f for f in files if f.exists()), None)
+    if file is None:
+        raise BadInput(f"{id_}: got an adapter_config.json without weights, expected {files[0].name} beside it")
+    source = AdapterSource(path, _open_path(file, file, allow_pickle), id_)
+    source.revision = revision
+    return source
 
 
 def _open_gguf(path: Path, id_: str) -> Source:

@@ -15,11 +15,10 @@ import pandas as pd
 import pytest
 import torch
 
-from htsr import console
+from htsr import console, engine
 from htsr.cli import cli, slug
 from htsr.probability import LayerTable
 from htsr.scan import scan
-from htsr.verify import SAME, compare_rows
 
 
 class Result:
@@ -170,14 +169,19 @@ def test_verify_agrees_with_weightwatcher_row_by_row(htsr: Any, tmp_path: Path) 
 
 
 def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    off = dict.fromkeys(SAME.values(), 3.0)
-    monkeypatch.setattr("htsr.verify.weightwatcher_row", lambda weights: off if weights.shape == (64, 32) else None)
-    done = htsr("verify", model)
+    read = engine.whole
+
+    def planted(source: Any, view: Any) -> Any:
+        return read(source, view) * (1.001 if view.tensor == "model.layers.1.mlp.up_proj.weight" else 1)
+
+    monkeypatch.setattr(engine, "whole", planted)
+    done = htsr("verify", model, "--json")
     assert done.code == 1
-    assert "2 of 23 matrices differ from weightwatcher" in done.err
-    assert done.out.count("not analysed by weightwatcher") == 21
-    failed = compare_rows({"tensor": "t", **dict.fromkeys(SAME, float("nan"))}, {**off, "alpha": -1})
-    assert failed["agrees"]  # neither side could fit, and -1 is no alpha
+    assert "1 of 23 matrices differ from weightwatcher" in done.err
+    (row,) = [row for row in json.loads(done.out)["rows"] if not row["agrees"]]
+    assert row["tensor"] == "model.layers.1.mlp.up_proj.weight"
+    assert "log10_norm" in row["differ"]
+    assert "stable_rank" not in row["differ"]  # a factor leaves the ratio alone
 
 
 @pytest.mark.parametrize(
@@ -187,6 +191,9 @@ def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: py
         (("scan", "MODEL", "--calibration", "missing.txt"), 5, "missing.txt"),
         (("scan", "MODEL", "--calibration", "EMPTY"), 4, "no text"),
         (("scan", "."), 4, "without weights"),
+        (("scan", "MODEL", "--engine", "wightwatcher"), 2, "did you mean weightwatcher"),
+        (("scan", "MODEL", "--base", "no/where"), 5, "no/where"),
+        (("scan", "MODEL", "--base", "demo"), 4, "no tensor of the same name and shape"),
         (("scan", "MODEL", "--tau", "0"), 2, "tau"),
         (("scan", "MODEL", "--tau", "nan"), 2, "tau"),
         (("scan", "MODEL", "--samples", "0"), 2, "samples"),
