@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from htsr.choices import SCOPES, check_choice
 from htsr.errors import BadInput, UsageError
-from htsr.model.layers import find_blocks
+from htsr.model.layers import find_blocks, views
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
 from htsr.model.walk import MeasuredBlock, loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
@@ -102,10 +103,11 @@ def calibrate(
     tokens = tokenise(text.texts, tokenizer if tokenizer is not None else load_tokenizer(source))
     windows = cut_windows(tokens, samples=samples, seq_len=seq_len, seed=seed)
     route, depth, walk = _walk(source, windows, device)
+    shares = fused_shares(source)
     blocks: dict[int, Outliers] = {}
     matrices: dict[tuple[int, str], Outliers] = {}
     for measured in walk:
-        blocks[measured.index], roles = block_outliers(measured, tau, scope)
+        blocks[measured.index], roles = block_outliers(measured, tau, scope, shares)
         matrices |= {(measured.index, role): outliers for role, outliers in roles.items()}
         if progress is not None:
             progress(len(blocks), depth)
@@ -124,11 +126,33 @@ def calibrate(
     )
 
 
-def block_outliers(measured: MeasuredBlock, tau: float, scope: str = "block") -> tuple[Outliers, dict[str, Outliers]]:
-    """The outliers of a block and of its matrices by role, with input norms and without."""
+Shares = Mapping[tuple[int, str], Sequence[tuple[str, np.ndarray]]]
+
+
+def fused_shares(source: Source) -> Shares:
+    """(block, role) of a fused matrix -> role and outputs of each of its parts."""
+    layers = views(source)
+    roles = {(view.block, view.tensor): view.role for view in layers}
+    shares: dict[tuple[int, str], list[tuple[str, np.ndarray]]] = {}
+    for view in layers:
+        if view.part is not None and view.part_of and view.block is not None:
+            outputs = view.part.cols if view.transposed else view.part.rows
+            shares.setdefault((view.block, roles[view.block, view.part_of]), []).append((view.role, outputs.indices()))
+    return shares
+
+
+def block_outliers(
+    measured: MeasuredBlock, tau: float, scope: str = "block", shares: Shares | None = None
+) -> tuple[Outliers, dict[str, Outliers]]:
+    """The outliers of a block and of its matrices by role, with input norms and without; of parts of fused ones too."""
     maps = [(m.role, [m.weight], m.square_sums.sqrt()) for m in measured.maps]
-    weighed = _pool(maps, tau, scope)
-    plain = _pool([(role, slices, None) for role, slices, _ in maps], tau, scope)
+    parts = [
+        (role, [m.weight[torch.from_numpy(outputs)]], m.square_sums.sqrt())
+        for m in measured.maps
+        for role, outputs in (shares or {}).get((measured.index, m.role), ())
+    ]
+    weighed = _pool(maps, parts, tau, scope)
+    plain = _pool([(role, w, None) for role, w, _ in maps], [(role, w, None) for role, w, _ in parts], tau, scope)
     roles = {role: Outliers(lod=weighed[1][role], lod_weight=plain[1][role]) for role in weighed[1]}
     return Outliers(lod=weighed[0], lod_weight=plain[0]), roles
 
@@ -164,22 +188,29 @@ def longest_window(source: Source) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
-def _pool(maps: Sequence[tuple[str, Any, Tensor | None]], tau: float, scope: str) -> tuple[float, dict[str, float]]:
-    """LOD in percent of the pool and of each (name, slices, norms) in it.
+Maps = Sequence[tuple[str, Any, Tensor | None]]  # name, slices of the weights, norms of the inputs
 
-    Under matrix scope each has its own limit, and the pool's LOD is the share of all its weights above theirs.
+
+def _pool(maps: Maps, parts: Maps, tau: float, scope: str) -> tuple[float, dict[str, float]]:
+    """LOD in percent of the pool of `maps`, and of each map and part by name.
+
+    Under matrix scope each has its own limit, and the pool's LOD is the share of all its weights above theirs. Parts
+    are weights of the maps once more: they count against the limit, not towards it.
     """
-    sums = [importance_sum(slices, norms) for _, slices, norms in maps]
-    pooled = [pool_limits(sums, [tau])[0]] * len(sums) if sums else []
+    everything = [*maps, *parts]
+    sums = [importance_sum(slices, norms) for _, slices, norms in everything]
+    pooled = [pool_limits(sums[: len(maps)], [tau])[0]] * len(sums) if sums else []
     limits = pooled if scope == "block" else [pool_limits([s], [tau])[0] for s in sums]
     counts = [
-        int(count_above(slices, [limit], norms)[0]) for (_, slices, norms), limit in zip(maps, limits, strict=True)
+        int(count_above(slices, [limit], norms)[0])
+        for (_, slices, norms), limit in zip(everything, limits, strict=True)
     ]
     each = {
         name: percent(count, s.numel, limit)
-        for (name, _, _), count, s, limit in zip(maps, counts, sums, limits, strict=True)
+        for (name, _, _), count, s, limit in zip(everything, counts, sums, limits, strict=True)
     }
-    return percent(sum(counts), sum(s.numel for s in sums), sum(limits)), each
+    own = slice(len(maps))
+    return percent(sum(counts[own]), sum(s.numel for s in sums[own]), sum(limits[own])), each
 
 
 def _walk(source: Source, windows: Tensor, device: str | torch.device) -> tuple[str, int, Iterator[MeasuredBlock]]:

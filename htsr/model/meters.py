@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from htsr.errors import BadInput
-from htsr.model.layers import linear_maps, role_of
+from htsr.model.layers import expert_role, linear_maps
+from htsr.model.parts import INPUTS_FIRST, gate_up_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,9 @@ class ExpertMeter(TorchFunctionMode):
     is a slice of that parameter, and this listens for such calls.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], kind: str = "") -> None:
         super().__init__()
+        self.kind = kind  # the model's type, which tells how a fused gate and up is laid out
         found = [parameter for block in blocks for _, parameter in _expert_stacks(block)]
         self.stacks = {parameter.untyped_storage().data_ptr(): parameter for parameter in found}
         self.sums: dict[tuple[int, int], Tensor] = {}
@@ -113,8 +115,12 @@ class ExpertMeter(TorchFunctionMode):
                 weight = parameter.detach()[index]
                 weight = weight.t() if self.transposed[place] else weight
                 sums = _or_zeros(self.sums.get((place, index)), weight)
-                for role, part in _expert_roles(name, index, weight, fused_halves=not self.transposed[place]):
+                for role, part in _expert_roles(name, index, weight, self._interleaved(place)):
                     yield MeasuredMap(role=role, weight=part, square_sums=sums)
+
+    def _interleaved(self, place: int) -> bool | None:
+        """Whether gate and up take turns in a fused stack; None where that is not known."""
+        return INPUTS_FIRST.get(self.kind) if self.transposed[place] else False
 
     def _hear(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
         place = weight.untyped_storage().data_ptr()
@@ -143,15 +149,15 @@ def _expert_stacks(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield leaf, parameter
 
 
-def _expert_roles(name: str, index: int, weight: Tensor, *, fused_halves: bool) -> Iterator[tuple[str, Tensor]]:
-    path, _, leaf = name.rpartition(".")
-    role = role_of(f"{path}.{index}.{leaf}.weight")
-    if role.endswith("gate_up") and fused_halves:
-        gate, up = weight.chunk(2)
-        yield role.removesuffix("_up"), gate
-        yield role.removesuffix("gate_up") + "up", up
-    else:
+def _expert_roles(name: str, index: int, weight: Tensor, interleaved: bool | None) -> Iterator[tuple[str, Tensor]]:
+    """The role and weights (out, in) of one expert's matrix, of both halves of a fused gate and up."""
+    role = expert_role(name, index)
+    if not role.endswith("gate_up") or interleaved is None:
         yield role, weight
+        return
+    outputs, inputs = weight.shape
+    for share, (rows, _) in gate_up_parts(outputs, inputs, 0, interleaved=interleaved).items():
+        yield role.removesuffix("gate_up") + share, weight[torch.from_numpy(rows.indices())]
 
 
 def _or_zeros(sums: Tensor | None, weight: Tensor) -> Tensor:

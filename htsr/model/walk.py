@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr.model.layers import find_blocks
+from htsr.model.layers import find_blocks, model_type
 from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 
@@ -53,7 +53,7 @@ def stream_blocks(skeleton: Skeleton, calls: Sequence[Sequence[Call]]) -> Iterat
     hidden = [call[0].hidden for call in calls]
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
-            experts = ExpertMeter([block])
+            experts = ExpertMeter([block], _kind(skeleton.model))
             with InputMeter(block) as meter, experts.listening(), torch.no_grad():
                 for position, call in enumerate(calls):
                     hidden[position] = call[index].run(block, hidden[position])
@@ -69,7 +69,7 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
     model = getattr(model, "base_model", model)  # without the head: nobody reads the logits
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
-    arguments, experts = _call_arguments(model), ExpertMeter(stack)
+    arguments, experts = _call_arguments(model), ExpertMeter(stack, _kind(model))
     try:
         model.eval()
         with experts.listening(), ExitStack() as hooks, torch.no_grad():
@@ -161,6 +161,12 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return type(a) is type(b)
+
+
+def _kind(model: nn.Module) -> str:
+    """The model's type by its configuration, empty without one."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    return model_type(to_dict()) if to_dict is not None else ""
 
 
 def _call_arguments(model: nn.Module) -> dict[str, Any]:

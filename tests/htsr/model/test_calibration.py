@@ -145,7 +145,11 @@ def test_matrix_scope_gives_each_matrix_its_own_mean(name: str, text: Path) -> N
     found = run(open_source(model), text, scope="matrix")
     for index, maps in enumerate(inputs):
         expected = [paper.owl_lod([weight], [read], TAU) for weight, read in maps]
-        roles = [key for key in found.matrices if key[0] == index]
+        fused = [weight for weight, _ in maps if len(weight) == 3 * weight.shape[1]] if name == "gpt2" else []
+        roles = [key for key in found.matrices if key[0] == index and not (fused and key[1] in ("q", "k", "v"))]
+        for weight, read in ((w, r) for w, r in maps if any(w is f for f in fused)):
+            for role, third in zip("qkv", weight.chunk(3), strict=True):  # parts count against limits of their own too
+                assert found.matrices[index, role].lod == pytest.approx(paper.owl_lod([third], [read], TAU), rel=1e-6)
         assert sorted(found.matrices[key].lod for key in roles) == pytest.approx(sorted(expected), rel=1e-6)
         sizes = [weight.numel() for weight, _ in maps]
         pooled = sum(e * n for e, n in zip(expected, sizes, strict=True)) / sum(sizes)
