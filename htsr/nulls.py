@@ -82,7 +82,7 @@ def null_row(source: Source, view: LayerView, eigenvalues: np.ndarray, seed: int
 def generator(seed: int, tensor: str) -> np.random.Generator:
     """The random numbers of one tensor: they depend on its name and the seed alone."""
     name = int.from_bytes(hashlib.sha256(tensor.encode()).digest()[:8], "little")
-    return np.random.default_rng([seed, name])
+    return np.random.default_rng([seed % 2**64, name])
 
 
 def fit_nulls(eigenvalues: np.ndarray, rng: np.random.Generator) -> dict[str, float]:

@@ -18,6 +18,7 @@ from htsr.numerics.marchenko_pastur import edge_and_scale, noise_survival
 
 PERMUTATIONS = 99
 RESIDUAL = 2e-3  # of the largest Ritz pair, relative; its value is then exact to about the square of it
+CHECK_EVERY = 3  # steps; looking costs as much as a step of a small matrix
 ROUNDING = 1e-6  # of float32 products, relative: a permutation that changes nothing reaches the same value
 RISK = 1e-6  # that a comparison is closed too early
 LEAST_SIDE = 64  # below it the Tracy-Widom law is too far off, and permutations cost next to nothing
@@ -93,28 +94,33 @@ def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
     Ritz value is below (1 - e) of it with a probability of at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
     Reference: Kuczynski and Wozniakowski 1992, theorem 4.2.
     """
-    n = W.shape[1]
+    A = W if W.shape[0] >= W.shape[1] else W.T
+    n = A.shape[1]
     value *= 1 - ROUNDING
-    basis: np.ndarray = np.zeros((0, n), W.dtype)
     vector: Any = rng.standard_normal(n, np.float32)  # (n,) float32
+    vector /= float(np.linalg.norm(vector))
+    basis: np.ndarray = np.empty((min(n, 32), n), np.float32)
     diagonal: list[float] = []
     beside: list[float] = []
     for step in range(1, n + 1):
-        vector /= float(np.linalg.norm(vector))
-        basis = np.vstack([basis, vector])
-        image: np.ndarray = W.T @ (W @ vector)
+        if step > len(basis):
+            basis = np.concatenate([basis, np.empty_like(basis)])
+        basis[step - 1] = vector
+        image: Any = A.T @ (A @ vector)
         diagonal.append(float(image @ vector))
         for _ in range(2):  # orthogonal to all earlier ones, which rounding would undo
-            image -= basis.T @ (basis @ image)
+            image -= (basis[:step] @ image) @ basis[:step]
         length = float(np.linalg.norm(image))
-        ritz, share = _largest_ritz(diagonal, beside)
-        if ritz >= value:
-            return True
-        error = (np.log(1.648 * np.sqrt(n) / RISK) / (2 * step - 1)) ** 2
-        if length * share <= RESIDUAL * ritz or (error < 1 and ritz / (1 - error) < value):
-            return False
+        closed = length <= RESIDUAL * diagonal[0]
+        if closed or step % CHECK_EVERY == 0 or step == n:
+            ritz, share = _largest_ritz(diagonal, beside)
+            if ritz >= value:
+                return True
+            error = (np.log(1.648 * np.sqrt(n) / RISK) / (2 * step - 1)) ** 2
+            if closed or length * share <= RESIDUAL * ritz or (error < 1 and ritz / (1 - error) < value):
+                return False
         beside.append(length)
-        vector = image
+        vector = image / length
     return False
 
 
