@@ -64,7 +64,7 @@ def with_nulls(frame: pd.DataFrame, found: Mapping[str, Mapping[str, Any]]) -> p
     columns = {}
     for name in NULL_COLUMNS:
         values = [row.get(name, "" if name in TEXT_COLUMNS else np.nan) for row in rows]
-        kind = object if name in TEXT_COLUMNS else "Int64" if name in WHOLE_COLUMNS else "float64"
+        kind = None if name in TEXT_COLUMNS else "Int64" if name in WHOLE_COLUMNS else "float64"
         columns[name] = pd.Series(values, index=frame.index, dtype=kind)
     return frame.assign(**columns)
 
