@@ -97,12 +97,12 @@ def test_neither_workers_nor_other_tensors_change_a_digit(result: ScanResult) ->
 
 
 def test_a_transposed_matrix_has_the_same_noise_and_farms_of_its_outputs() -> None:
-    W = weights()["model.layers.0.mlp.up_proj.weight"]
+    W = weights()["model.layers.0.mlp.up_proj.weight"]  # (64, 160): as Conv1D stores a map from 64 to 160
     frames = [
-        scan({"h.0.mlp.c_fc.weight": W.T.contiguous(), "h.0.mlp.c_proj.weight": W.contiguous(),
+        scan({"h.0.mlp.c_fc.weight": W, "h.0.mlp.c_proj.weight": W.T.contiguous(),
               "h.0.attn.c_attn.weight": torch.randn(64, 192, generator=makers.generator(0))},
              calibration=None, nulls=True, quiet=True).frame,
-        scan({"model.layers.0.mlp.up_proj.weight": W}, calibration=None, nulls=True, quiet=True).frame,
+        scan({"model.layers.0.mlp.up_proj.weight": W.T.contiguous()}, calibration=None, nulls=True, quiet=True).frame,
     ]  # fmt: skip
     values = [frame[frame["role"].isin(["fc1", "up"])].iloc[0] for frame in frames]
     assert values[0]["kurtosis"] == pytest.approx(values[1]["kurtosis"], rel=1e-12)
