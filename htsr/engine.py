@@ -94,7 +94,8 @@ def measure(weights: np.ndarray, *, convolution: bool) -> tuple[dict[str, Any] |
         if not len(table):
             return None, None
         found = dict(table.iloc[0])
-        return found, np.sort(np.asarray(watcher.get_ESD(layer=int(found["layer_id"])), dtype=np.float64))
+        values = np.sort(np.asarray(watcher.get_ESD(layer=int(found["layer_id"])), dtype=np.float64))
+        return found, values / 2 if convolution else values  # get_ESD leaves out the sqrt(1/2) that analyze applies
 
 
 def number(value: Any) -> float:
