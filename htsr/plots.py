@@ -214,23 +214,21 @@ class Plots:
         Raises: NotFound for a tensor that this scan has no spectrum of.
         """
         if tensor is None:
-            return self._three(self.esd)
+            return self._three(self.esd, self._ranked())
         rows = self.result.frame.set_index("tensor")
         return esd(self._spectrum(tensor), rows.loc[tensor], ax if ax is not None else new_axes(), tensor)
 
     def ks(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
-        """Kolmogorov-Smirnov distance against xmin of `tensor`, or of the three tails that `esd` shows.
+        """Kolmogorov-Smirnov distance against xmin of `tensor`, or of three as `esd` shows them.
 
         Raises: NotFound for a tensor that this scan has no spectrum of; BadInput for one with under 20 eigenvalues.
         """
         if tensor is None:
-            return self._three(self.ks)
-        values = self._spectrum(tensor)
-        xmin = float(self.result.frame.set_index("tensor").loc[tensor, "xmin"])
-        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail down there, by their own cut
-        curve = ks_curve(values[values > (RELATIVE_CUT * values[-1] if small else EIGENVALUE_CUT)])
+            return self._three(self.ks, self._enough())
+        values = self._fitted(tensor)
+        curve = ks_curve(values)
         if not len(curve.xmin):
-            raise BadInput(f"{tensor}: got {len(values)} eigenvalues, expected at least 20 different ones above 1e-5")
+            raise BadInput(f"{tensor}: got {len(values)} eigenvalues above the cut, expected at least {SMALL_SAMPLE}")
         return ks_by_xmin(curve, ax if ax is not None else new_axes(), tensor)
 
     def table(self, table: LayerTable | None = None, ax: Axes | None = None) -> Axes:
@@ -247,7 +245,7 @@ class Plots:
             case "lod":
                 return bool(blocks["lod"].notna().any())
             case "ks":
-                return self.has("esd") and all(len(self._spectrum(name)) >= SMALL_SAMPLE for name in self._chosen())
+                return bool(self._enough())
             case "esd":
                 return bool(self.result.spectra) and bool(self._ranked())
             case _:
@@ -263,15 +261,22 @@ class Plots:
             raise NotFound(f"got {tensor!r}, expected the name of an analysed matrix, such as {self._ranked()[:1]}")
         return self.result.spectra[tensor]
 
-    def _chosen(self) -> list[str]:
-        """The heaviest, the middle and the lightest tail."""
-        names = self._ranked()
-        return list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]])) if names else []
+    def _fitted(self, tensor: str) -> NDArray[np.float64]:
+        """The eigenvalues that the fit of `tensor` saw."""
+        values = self._spectrum(tensor)
+        xmin = float(self.result.frame.set_index("tensor").loc[tensor, "xmin"])
+        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail down there, by their own cut
+        return values[values > (RELATIVE_CUT * values[-1] if small else EIGENVALUE_CUT)]
 
-    def _three(self, draw: Callable[[str, Axes], Axes]) -> Axes:
-        chosen = self._chosen()
-        if not chosen:
+    def _enough(self) -> list[str]:
+        """The ranked names with enough eigenvalues for a choice of xmin."""
+        return [name for name in self._ranked() if len(self._fitted(name)) >= SMALL_SAMPLE]
+
+    def _three(self, draw: Callable[[str, Axes], Axes], names: Sequence[str]) -> Axes:
+        """The heaviest, the middle and the lightest tail of the ranked `names`."""
+        if not names:
             raise NotFound("this scan kept no spectra, expected some to draw; scan again")
+        chosen = list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
         figure = Figure(figsize=(4.2 * len(chosen), 3.6), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(chosen)))
         for name, panel in zip(chosen, panels, strict=True):

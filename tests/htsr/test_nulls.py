@@ -111,7 +111,8 @@ def test_a_transposed_matrix_has_the_same_noise_and_farms_of_its_outputs() -> No
 
 
 def test_saved_columns_read_back_the_same(result: ScanResult, tmp_path: Path) -> None:
-    result.save(tmp_path / "scan", plots=False)
+    result.save(tmp_path / "scan")
+    assert (tmp_path / "scan" / "plots" / "ks.png").is_file()
     pd.testing.assert_frame_equal(load_scan(tmp_path / "scan").frame, result.frame)
 
 
