@@ -30,8 +30,8 @@ CAPTIONS = {
     "column, of the block.",
     "esd": "Spectra of the matrices with the heaviest, the middle and the lightest tail. The line is the fitted power "
     "law from xmin on; D is its distance from the data. The dark line, with --nulls, is noise of the same bulk.",
-    "ks": "For such three matrices, how far the data lie from the best power law above every possible xmin. All xmin in the "
-    "band fit as well as the best, within 5 %; the alphas there are as good as the one reported.",
+    "ks": "Three such matrices: how far the data lie from the best power law above every possible xmin. Every xmin in "
+    "the band fits as well as the best, within 5 %; the alphas there are as good as the one reported.",
     "table": "The layer table: inclusion is the chance that a draw of gamma different blocks holds this one.",
 }
 MATRIX_COLUMNS = (
