@@ -83,7 +83,7 @@ def fit_power_law(eigenvalues: Sequence[float] | np.ndarray) -> PowerLawFit:
         return _failed(FitStatus.NOT_POSITIVE)
     log_x = np.log(x)
     with np.errstate(divide="ignore", over="ignore"):
-        best = _search_small(x, log_x) if len(x) < SMALL_SAMPLE else _search(x, log_x)
+        best = _search_small(x, log_x) if len(x) < SMALL_SAMPLE else search(x, log_x)
     if best is None or not 1 < best[1] < ALPHA_LIMIT:
         return _failed(FitStatus.DEGENERATE)
     i, alpha, ks_d = best
@@ -102,21 +102,21 @@ def _distance(x: np.ndarray, i: int, alpha: float) -> float:
     return np.max(np.abs(1 - (x[i:] / x[i]) ** (-alpha + 1) - np.arange(n) / n))
 
 
-def _candidate(x: np.ndarray, log_x: np.ndarray, i: int) -> tuple[float, float]:
+def candidate(x: np.ndarray, log_x: np.ndarray, i: int) -> tuple[float, float]:
     """(alpha_i, D_i) with the reference's own order of summation; D is 1 where alpha is no exponent."""
     n = float(len(x) - i)
     alpha = 1 + n / (np.sum(log_x[i:]) - n * log_x[i])
     return alpha, _distance(x, i, alpha) if alpha > 1 else 1.0
 
 
-def _search(x: np.ndarray, log_x: np.ndarray) -> tuple[int, float, float]:
+def search(x: np.ndarray, log_x: np.ndarray) -> tuple[int, float, float]:
     """The first candidate with the smallest D: (i, alpha, D)."""
     bounds = lower_bounds(log_x)
     best_i, best_alpha, best_d = -1, np.nan, np.inf
     for i in np.argsort(bounds, kind="stable"):
         if bounds[i] > best_d:
             break
-        alpha, ks_d = _candidate(x, log_x, int(i))
+        alpha, ks_d = candidate(x, log_x, int(i))
         if ks_d < best_d or (ks_d == best_d and i < best_i):
             best_i, best_alpha, best_d = int(i), alpha, ks_d
     return best_i, best_alpha, best_d

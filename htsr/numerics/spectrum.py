@@ -49,13 +49,14 @@ def as_array(block: Any, dtype: type = np.float64) -> np.ndarray:
     return np.asarray(block, dtype=dtype)
 
 
-def gram(slices: Iterable[Any], side: int, dtype: type = np.float64) -> np.ndarray:
+def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: bool = True) -> np.ndarray:
     """G = sum_b S_b^T S_b over slices of any height and `side` columns.
 
-    Returns a symmetric (side, side) array of `dtype`. Values that are NaN or infinite in a slice are so in G.
+    Returns a symmetric (side, side) array of `dtype`; without `mirror` only its lower triangle need be right. Values
+    that are NaN or infinite in a slice are so in G.
     """
     if side >= IN_PLACE_SIDE:
-        return _gram_in_place(slices, side, dtype)
+        return _gram_in_place(slices, side, dtype, mirror)
     G: np.ndarray = np.zeros((side, side), dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # a NaN or an infinity is found in G
         for block in slices:
@@ -64,7 +65,7 @@ def gram(slices: Iterable[Any], side: int, dtype: type = np.float64) -> np.ndarr
     return G
 
 
-def _gram_in_place(slices: Iterable[Any], side: int, dtype: type) -> np.ndarray:
+def _gram_in_place(slices: Iterable[Any], side: int, dtype: type, mirror: bool) -> np.ndarray:
     """The same sum accumulated inside BLAS: no second array of G's size."""
     from scipy.linalg.blas import dsyrk, ssyrk
 
@@ -76,7 +77,7 @@ def _gram_in_place(slices: Iterable[Any], side: int, dtype: type) -> np.ndarray:
             G = syrk(1.0, S, trans=1, beta=1.0, c=G, lower=1, overwrite_c=1)
         else:
             G = syrk(1.0, S.T, trans=0, beta=1.0, c=G, lower=1, overwrite_c=1)
-    for i in range(0, side, BLOCK_MULTIPLE):  # mirror the lower triangle
+    for i in range(0, side if mirror else 0, BLOCK_MULTIPLE):  # mirror the lower triangle
         j = min(i + BLOCK_MULTIPLE, side)
         G[i:j, j:] = G[j:, i:j].T
         G[i:j, i:j] = np.tril(G[i:j, i:j]) + np.tril(G[i:j, i:j], -1).T

@@ -65,14 +65,14 @@ def test_lower_bounds_never_exceed_the_distance() -> None:
         x = np.sort(spectrum(kind, 120, rng))
         bounds = powerlaw.lower_bounds(np.log(x))
         with np.errstate(divide="ignore"):
-            distances = [powerlaw._candidate(x, np.log(x), i)[1] for i in range(len(x) - 1)]
+            distances = [powerlaw.candidate(x, np.log(x), i)[1] for i in range(len(x) - 1)]
         assert np.all(bounds <= distances)
 
 
 def test_few_candidates_are_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     visits: list[int] = []
-    exact = powerlaw._candidate
-    monkeypatch.setattr(powerlaw, "_candidate", lambda x, log_x, i: visits.append(i) or exact(x, log_x, i))
+    exact = powerlaw.candidate
+    monkeypatch.setattr(powerlaw, "candidate", lambda x, log_x, i: visits.append(i) or exact(x, log_x, i))
     rng = np.random.default_rng(0)
     for _ in range(20):
         fit_power_law(rng.pareto(2, 1000) + 1)

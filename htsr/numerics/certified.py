@@ -1,0 +1,267 @@
+"""Spectra of large matrices: float32 for the bulk, float64 for the tail, and proof that the fit is float64's.
+
+    1. G = W^T W in float32 (scaled by a power of two), G = Q T Q^T: all eigenvalues, the rough ones.
+    2. How wrong they are is measured: residuals |W^T W v - y v| in float64 of NUM_PROBES vectors v across the spectrum
+       (about .05 eps lambda_max in the bulk, up to 2 eps lambda_max at the top, eps = 2^-23). SAFETY times the largest
+       residual of a probe at or below the next one up is the radius of a rough eigenvalue.
+    3. The candidates for xmin that these radii leave open say how deep the tail must be known (`certificate.judge`).
+    4. Rayleigh-Ritz in float64 on the float32 eigenvectors of that tail. A vector with residual rho costs its Ritz
+       value rho^2 / gap, gap the distance to the part of the spectrum left out (second-order perturbation theory).
+    5. `judge` again, with these radii: no candidate but the best is left, or step 4 goes deeper, or the whole matrix
+       is done in float64 ("escalated").
+
+Eigenvalues within their radius of zero are no more than noise. That concerns two numbers: the fit (the certificate
+treats them as unknown) and the rank, which the entropy is normalised by. When there are some, an LU factorisation must
+show that the matrix has full rank, else the matrix is escalated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from htsr.errors import BadInput
+from htsr.numerics.certificate import Verdict, judge
+from htsr.numerics.fullrank import has_full_rank
+from htsr.numerics.metrics import EIGENVALUE_CUT
+from htsr.numerics.powerlaw import fit_power_law
+from htsr.numerics.ritz import residual_norms, ritz_values
+from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
+from htsr.numerics.tridiagonal import Tridiagonal
+
+EXACT_SIDE = 1024  # up to here float64 costs next to nothing
+NUM_PROBES, SAFETY = 16, 3.0
+GUARD = 8  # vectors beyond those that the deepest open candidate needs
+TAIL_PRECISION = 1e-7  # first asked of the refined values, relative
+MIN_TAIL = 48
+ATTEMPTS = 3
+SAMPLE_SIDE, LONG_TAIL = 512, 0.38
+ALPHA_TOLERANCE = 5e-7
+EPS32, EPS64 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
+
+Read = Callable[[], Iterable[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Ascending eigenvalues, and how they were found.
+
+    route: "fp32", "fp64", "certified" (float32 with a float64 tail) or "escalated" (float64 after all, for `reason`);
+    refined: how many values from the top are float64's; flops: multiply-adds of all that was computed, counted twice.
+    """
+
+    values: np.ndarray
+    route: str
+    refined: int
+    reason: str = ""
+    flops: float = 0.0
+
+
+class Reduced(Protocol):
+    """A float32 Gram matrix, decomposed."""
+
+    values: np.ndarray
+
+    def vectors(self, indices: np.ndarray) -> Any:
+        """Eigenvectors of the values at `indices`, as columns."""
+
+
+class OpenError(Exception):
+    """What could not be shown in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The five costly steps, so that they can run elsewhere than in LAPACK. All slices have `side` columns."""
+
+    reduce: Callable[[Iterable[Any], int, float], Reduced]  # slices, side, scale -> of scale^2 W^T W
+    residuals: Callable[[Iterable[Any], Any, np.ndarray], np.ndarray]
+    ritz: Callable[[Iterable[Any], Any], np.ndarray]
+    full_rank: Callable[[Any], bool]
+    exact: Callable[[Iterable[Any], int], np.ndarray]
+
+
+def _reduce(slices: Iterable[Any], side: int, scale: float) -> Tridiagonal:
+    scaled = (as_array(block, np.float32) * np.float32(scale) if scale != 1 else block for block in slices)
+    return Tridiagonal(gram(scaled, side, np.float32, mirror=False))
+
+
+LAPACK = Backend(
+    reduce=_reduce,
+    residuals=residual_norms,
+    ritz=ritz_values,
+    full_rank=lambda A: has_full_rank(as_array(A, np.float32)),
+    exact=lambda slices, side: gram_eigenvalues(gram(slices, side, mirror=False)),
+)
+
+
+def spectrum(
+    read: Read,
+    rows: int,
+    cols: int,
+    *,
+    precision: str = "auto",
+    square: Callable[[], Any] | None = None,
+    backend: Backend = LAPACK,
+    cut: float = EIGENVALUE_CUT,
+) -> Spectrum:
+    """Eigenvalues lambda = sigma^2 of the rows x cols matrix whose slices (of min(rows, cols) columns) `read()` yields.
+
+    precision: "fp64" and "fp32" for the whole matrix, "auto" as above. square() is any square part of the matrix of
+    min(rows, cols) rows; without it a spectrum that reaches down to the noise of float32 is escalated.
+    cut: the fit sees eigenvalues above it.
+    Raises BadInput for a matrix that is not finite.
+    """
+    m, n = max(rows, cols), min(rows, cols)
+    if precision == "fp32":
+        values = gram_eigenvalues(gram(read(), n, np.float32))
+        return Spectrum(values=values, route="fp32", refined=0, flops=whole_flops(n, m))
+    if precision == "fp64" or n <= EXACT_SIDE:
+        return Spectrum(values=backend.exact(read(), n), route="fp64", refined=n, flops=whole_flops(n, m))
+    counter = [0.0]
+    try:
+        values, refined = _certified(read, m, n, square, backend, cut, counter)
+        return Spectrum(values=values, route="certified", refined=refined, flops=counter[0])
+    except (OpenError, np.linalg.LinAlgError) as error:
+        values = backend.exact(read(), n)
+        flops = counter[0] + whole_flops(n, m)
+        return Spectrum(values=values, route="escalated", refined=n, reason=str(error), flops=flops)
+
+
+def whole_flops(n: int, m: int) -> float:
+    """n^2 m for one triangle of the Gram matrix and 4/3 n^3 to make it tridiagonal."""
+    return float(n * n * m + 4 / 3 * n**3)
+
+
+def ritz_flops(n: int, m: int, k: int) -> float:
+    """The vectors (2 n^2 k), W V (2 n m k) and two Gram matrices of k columns."""
+    return float(2 * n * n * k + 2 * n * m * k + (n + m) * k * k)
+
+
+def _certified(
+    read: Read,
+    m: int,
+    n: int,
+    square: Callable[[], Any] | None,
+    backend: Backend,
+    cut: float,
+    counter: list[float],
+) -> tuple[np.ndarray, int]:
+    """The values and how many of them are refined. Raises OpenError."""
+    scale, share = sample(read, m, n, cut)
+    if share > LONG_TAIL:
+        raise OpenError(f"a small part of it has {share:.0%} of its eigenvalues in the tail")
+    counter[0] += whole_flops(n, m)
+    try:
+        reduced = backend.reduce(read(), n, scale)
+    except BadInput as error:  # beyond float32, or beyond any float: float64 will tell
+        raise OpenError(str(error)) from error
+    rough = reduced.values / scale**2
+    radius = _radii(read, reduced, rough, backend)
+    counter[0] += 4 * n * m * NUM_PROBES
+    values = np.maximum(rough, 0.0)
+    if np.count_nonzero(values - radius > cut) < MIN_TAIL:
+        raise OpenError("hardly an eigenvalue is above the cut and above the noise of float32")
+    verdict, precision = judge(values, radius, cut), TAIL_PRECISION
+    first = _depth(values, radius, verdict, precision)
+    _check_worth(n, m, n - first)
+    if rough[0] <= radius[0]:
+        values = np.maximum(values, _rank_floor(n, float(rough[-1]), square, backend, counter))
+    for _ in range(ATTEMPTS):
+        theta = backend.ritz(read(), reduced.vectors(np.arange(first, n)))
+        counter[0] += ritz_flops(n, m, n - first)
+        radius *= max(1.0, 2 * float(np.max(np.abs(theta - rough[first:]) / radius[first:])))
+        merged, known = merge(values, theta, first, radius)
+        verdict = judge(merged, known, cut)
+        if verdict.rival < 0 and verdict.alpha_error <= ALPHA_TOLERANCE:
+            return merged, n - first
+        if verdict.rival >= first:
+            raise OpenError("two candidates for xmin are too close")  # and well known: more depth would not help
+        precision *= min(1.0, ALPHA_TOLERANCE / verdict.alpha_error / 2)
+        deeper = _depth(merged, radius, verdict, precision)
+        first = deeper if deeper < first else max(first - MIN_TAIL, 0)
+        _check_worth(n, m, n - first)
+    raise OpenError("the tail cannot be told from the rest")
+
+
+def _radii(read: Read, reduced: Reduced, rough: np.ndarray, backend: Backend) -> np.ndarray:
+    """How far each rough eigenvalue may be off; grows with the index."""
+    n = len(rough)
+    near_top = n - np.unique(np.geomspace(1, n // 4, NUM_PROBES // 2).astype(int))
+    bulk = np.linspace(0, n - n // 4, NUM_PROBES - len(near_top), endpoint=False).astype(int)
+    probes = np.unique(np.concatenate([bulk, near_top]))
+    norms = backend.residuals(read(), reduced.vectors(probes), rough[probes])
+    if not np.isfinite(norms).all():
+        raise OpenError("its values leave the range of float32")
+    envelope = SAFETY * np.maximum.accumulate(norms) + 64 * EPS64 * float(rough[-1])
+    return envelope[np.minimum(np.searchsorted(probes, np.arange(n)), len(probes) - 1)]
+
+
+def _depth(values: np.ndarray, radius: np.ndarray, verdict: Verdict, precision: float) -> int:
+    """The first index to refine, so that the best candidate and the lowest open one lie well inside.
+
+    A Ritz value is as good as its distance to the first value left out; see `merge`.
+    """
+    lowest = min(verdict.best if verdict.rival < 0 else min(verdict.best, verdict.rival), len(values) - MIN_TAIL)
+    edge = values[lowest] - radius[lowest] ** 2 / (precision * values[lowest])
+    return max(int(np.searchsorted(values, edge)) - GUARD, 0)
+
+
+def _check_worth(n: int, m: int, k: int) -> None:
+    """Beyond this size refining costs as much as float64 throughout, whose reduction runs at half the speed."""
+    if ritz_flops(n, m, k) > 0.5 * (n * n * m + 8 / 3 * n**3):
+        raise OpenError(f"{k} of {n} eigenvalues belong to the tail or may")
+
+
+def _rank_floor(n: int, top: float, square: Callable[[], Any] | None, backend: Backend, counter: list[float]) -> float:
+    """What to raise values to that are mere noise: above the limit of the numerical rank, once full rank is shown."""
+    if square is None:
+        raise OpenError("the rank cannot be told in float32")
+    counter[0] += 2 / 3 * n**3
+    if not backend.full_rank(square()):
+        raise OpenError("the rank cannot be told in float32")
+    return 1e-3 * EPS32 * top
+
+
+def merge(values: np.ndarray, theta: np.ndarray, first: int, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The spectrum with Ritz values from `first` on, ascending, and the new radius of every value."""
+    rounding = 64 * EPS64 * float(theta[-1])
+    known = radius.copy()
+    if first:
+        gap = np.maximum(theta - (values[first - 1] + radius[first - 1]), 1e-300)
+        with np.errstate(over="ignore"):
+            known[first:] = np.minimum(radius[first:], radius[first:] ** 2 / gap)
+        known[first:] += rounding
+    else:
+        known[:] = rounding
+    return np.concatenate([np.minimum(values[:first], theta[0]), theta]), known
+
+
+def sample(read: Read, m: int, n: int, cut: float) -> tuple[float, float]:
+    """A power of two that brings the entries near 1, and the share of the tail in the spectrum of a part of W.
+
+    The part holds 1/f of the columns and the first 1/f of the rows, f = 4 or what makes it SAMPLE_SIDE wide: a guess
+    that costs 1/f^3, so that a matrix whose tail is its bulk goes to float64 at once. Nothing else depends on it.
+    """
+    step = max(4, n // SAMPLE_SIDE)
+    parts: list[np.ndarray] = []
+    missing = m // step
+    for block in read():
+        part = as_array(block[:missing, ::step], np.float32)
+        parts.append(part)
+        missing -= len(part)
+        if missing <= 0:
+            break
+    W = np.concatenate(parts)
+    with np.errstate(invalid="ignore", over="ignore"):
+        largest = float(np.max(np.abs(W), initial=0.0))
+    if not (np.isfinite(largest) and largest > 0):
+        return 1.0, 0.0
+    scale = float(2.0 ** -np.frexp(largest)[1])
+    x = gram_eigenvalues(gram([W * np.float32(scale)], W.shape[1], np.float32)) / scale**2
+    x = x[x > cut]
+    fit = fit_power_law(x)
+    return scale, fit.n_tail / len(x) if len(x) else 0.0

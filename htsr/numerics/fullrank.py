@@ -1,0 +1,67 @@
+"""Whether a square matrix has full rank, by one float32 LU factorisation.
+
+The Gram matrix squares the condition number, so its float32 eigenvalues cannot tell a small singular value from zero.
+The matrix itself can: after scaling rows and columns by powers of two, the smallest singular value of L U is far
+above what the factorisation got wrong, or the question stays open.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+STEPS = 6  # of inverse iteration
+SAFETY = 1.5
+PROBES = 4
+
+
+def has_full_rank(A: np.ndarray) -> bool:
+    """True when the square matrix A clearly has full numerical rank; False when it has not, or it cannot be shown.
+
+    A' is A scaled, x the right singular vector of the smallest singular value s of E + A' = L U (inverse iteration).
+    Were A' singular, s would be the work of E alone: x its kernel vector, |A' x| much smaller than s, and s no larger
+    than |E z| for the kernel vector z. So s must exceed |E g| / |g| for random g (which the float32 arithmetic of
+    this very check overstates), and |A' x| in float64 must agree with s.
+    """
+    from scipy.linalg.lapack import sgetrf, sgetrs
+
+    scaled_A = scaled(np.asarray(A, np.float32))
+    if scaled_A is None:
+        return False
+    lu, pivots, info = sgetrf(scaled_A)
+    if info != 0 or not np.isfinite(lu).all():
+        return False
+    probes = np.random.default_rng(0).standard_normal((len(A), PROBES)).astype(np.float32)
+    wrong = np.linalg.norm(_apply(lu, pivots, probes) - scaled_A @ probes) / np.linalg.norm(probes)
+    x = probes[:, :1] / np.linalg.norm(probes[:, 0])
+    smallest = 0.0
+    for _ in range(STEPS):  # of (A^T A)^-1
+        y = sgetrs(lu, pivots, x, trans=1)[0]
+        z = sgetrs(lu, pivots, y, trans=0)[0]
+        size = np.linalg.norm(z)
+        if not np.isfinite(size) or size == 0:
+            return False
+        smallest, x = float(np.linalg.norm(y) / size), z / size
+    seen = float(np.linalg.norm(scaled_A.astype(np.float64) @ x))
+    return bool(smallest > SAFETY * wrong and abs(seen - smallest) < smallest / 4)
+
+
+def scaled(A: np.ndarray) -> np.ndarray | None:
+    """Rows, then columns, brought to a largest entry in [1, 2) by powers of two; None when one is empty."""
+    for axis in (1, 0):
+        largest = np.abs(A).max(axis=axis, keepdims=True)
+        if not (np.isfinite(largest).all() and (largest > 0).all()):
+            return None
+        A = np.ldexp(A, 1 - np.frexp(largest)[1])
+    return A
+
+
+def _apply(lu: np.ndarray, pivots: np.ndarray, X: np.ndarray) -> np.ndarray:
+    """P L U X."""
+    from scipy.linalg.blas import strmm
+
+    Y = strmm(1.0, lu, X)
+    Y = strmm(1.0, lu, Y, lower=1, diag=1)
+    for i in range(len(pivots) - 1, -1, -1):
+        if pivots[i] != i:
+            Y[[i, pivots[i]]] = Y[[pivots[i], i]]
+    return Y
