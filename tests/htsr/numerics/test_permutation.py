@@ -33,6 +33,15 @@ def test_comparison_with_the_largest_eigenvalue_is_right(shape: tuple[int, int])
         assert not reaches(W, 3.0 * top(W), rng)
 
 
+def test_the_second_eigenvalue_is_never_taken_for_the_largest() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        W = rng.standard_normal((128, 128)).astype(np.float32)  # neighbours lie within a few percent of each other
+        largest = float(np.linalg.eigvalsh((W.T @ W).astype(np.float64))[-1])
+        assert reaches(W, (1 - 3e-4) * largest, rng)
+        assert not reaches(W, (1 + 3e-4) * largest, rng)
+
+
 def test_p_counts_permutations_that_reach_the_value() -> None:
     W = np.random.default_rng(0).standard_t(3, (40, 50)).astype(np.float32)
     assert permutation_p(W.copy(), 0.0, np.random.default_rng(1), permutations=19) == 1.0
