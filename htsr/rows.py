@@ -13,10 +13,12 @@ from htsr.errors import BadInput
 from htsr.model.layers import LayerView
 from htsr.model.parts import read_block, read_part, thin_factors
 from htsr.model.source import Source
+from htsr.numerics import certified
+from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
-from htsr.numerics.spectrum import gram, gram_eigenvalues, plan_blocks
+from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, plan_blocks
 
 PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
 COLUMNS = (
@@ -46,13 +48,17 @@ def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
 
 
 def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[dict[str, Any], np.ndarray | None]:
-    """The row of a tensor and its eigenvalues (None where there are none). Bad numbers make a failed row, no error."""
+    """The row of a tensor and its eigenvalues (None where there are none). Bad numbers make a failed row, no error.
+
+    Beside COLUMNS the row says how the spectrum was found: `route`, `refined`, `why` and `flops` of a `Spectrum`.
+    """
     if view.reason:
         return empty_row(view, "skipped", view.reason), None
     start = time.perf_counter()
     row = empty_row(view, "ok", "")
     try:
-        values = spectrum(source, view, precision)
+        found = spectrum(source, view, precision)
+        values = found.values
     except (BadInput, np.linalg.LinAlgError) as error:
         reason = why_failed(source, view, error)
         return {**row, "status": "failed", "reason": reason, "seconds": time.perf_counter() - start}, None
@@ -61,17 +67,29 @@ def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[d
     row.update(measure(values, longer_side(view), relative_cut=source.is_delta))
     if (change := source.relative_change(view)) is not None:
         row["relative_change"] = change
+    row |= {"route": found.route, "refined": found.refined, "why": found.reason, "flops": found.flops}
     row["seconds"] = time.perf_counter() - start
     return row, values
 
 
-def spectrum(source: Source, view: LayerView, precision: str = "auto") -> np.ndarray:
+def spectrum(source: Source, view: LayerView, precision: str = "auto") -> Spectrum:
     """The ascending eigenvalues of a view: of its Gram matrix, of thin factors, or pooled over a kernel's slices."""
     if view.pool:
-        return pooled_eigenvalues(source, view, PRECISIONS[precision])
+        route = "fp32" if precision == "fp32" else "fp64"
+        values = pooled_eigenvalues(source, view, PRECISIONS[precision])
+        return Spectrum(values=values, route=route, refined=len(values), flops=cost(view))
     if (factors := thin_factors(source, view)) is not None:
-        return product_eigenvalues(*factors)
-    return gram_eigenvalues(gram(slices(source, view), min(view.rows, view.cols), PRECISIONS[precision]))
+        values = product_eigenvalues(*factors)
+        return Spectrum(values=values, route="fp64", refined=len(values))
+    side = min(view.rows, view.cols)
+    return certified.spectrum(
+        lambda: slices(source, view),
+        view.rows,
+        view.cols,
+        precision=precision,
+        square=lambda: read_block(source, view, Block(axis=0 if view.rows >= view.cols else 1, start=0, stop=side)),
+        relative_cut=RELATIVE_CUT if source.is_delta else None,
+    )
 
 
 def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarray:

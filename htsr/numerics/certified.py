@@ -106,13 +106,13 @@ def spectrum(
     precision: str = "auto",
     square: Callable[[], Any] | None = None,
     backend: Backend = LAPACK,
-    cut: float = EIGENVALUE_CUT,
+    relative_cut: float | None = None,
 ) -> Spectrum:
     """Eigenvalues lambda = sigma^2 of the rows x cols matrix whose slices (of min(rows, cols) columns) `read()` yields.
 
     precision: "fp64" and "fp32" for the whole matrix, "auto" as above. square() is any square part of the matrix of
     min(rows, cols) rows; without it a spectrum that reaches down to the noise of float32 is escalated.
-    cut: the fit sees eigenvalues above it.
+    relative_cut: the fit sees eigenvalues above this share of the largest; above EIGENVALUE_CUT by default.
     Raises BadInput for a matrix that is not finite.
     """
     m, n = max(rows, cols), min(rows, cols)
@@ -123,7 +123,7 @@ def spectrum(
         return Spectrum(values=backend.exact(read(), n), route="fp64", refined=n, flops=whole_flops(n, m))
     counter = [0.0]
     try:
-        values, refined = _certified(read, m, n, square, backend, cut, counter)
+        values, refined = _certified(read, m, n, square, backend, relative_cut, counter)
         return Spectrum(values=values, route="certified", refined=refined, flops=counter[0])
     except (OpenError, np.linalg.LinAlgError) as error:
         values = backend.exact(read(), n)
@@ -147,11 +147,11 @@ def _certified(
     n: int,
     square: Callable[[], Any] | None,
     backend: Backend,
-    cut: float,
+    relative_cut: float | None,
     counter: list[float],
 ) -> tuple[np.ndarray, int]:
     """The values and how many of them are refined. Raises OpenError."""
-    scale, share = sample(read, m, n, cut)
+    scale, share = sample(read, m, n, relative_cut)
     if share > LONG_TAIL:
         raise OpenError(f"a small part of it has {share:.0%} of its eigenvalues in the tail")
     counter[0] += whole_flops(n, m)
@@ -160,6 +160,7 @@ def _certified(
     except BadInput as error:  # beyond float32, or beyond any float: float64 will tell
         raise OpenError(str(error)) from error
     rough = reduced.values / scale**2
+    cut = EIGENVALUE_CUT if relative_cut is None else relative_cut * float(rough[-1])
     radius = _radii(read, reduced, rough, backend)
     counter[0] += 4 * n * m * NUM_PROBES
     values = np.maximum(rough, 0.0)
@@ -240,7 +241,7 @@ def merge(values: np.ndarray, theta: np.ndarray, first: int, radius: np.ndarray)
     return np.concatenate([np.minimum(values[:first], theta[0]), theta]), known
 
 
-def sample(read: Read, m: int, n: int, cut: float) -> tuple[float, float]:
+def sample(read: Read, m: int, n: int, relative_cut: float | None) -> tuple[float, float]:
     """A power of two that brings the entries near 1, and the share of the tail in the spectrum of a part of W.
 
     The part holds 1/f of the columns and the first 1/f of the rows, f = 4 or what makes it SAMPLE_SIDE wide: a guess
@@ -262,6 +263,6 @@ def sample(read: Read, m: int, n: int, cut: float) -> tuple[float, float]:
         return 1.0, 0.0
     scale = float(2.0 ** -np.frexp(largest)[1])
     x = gram_eigenvalues(gram([W * np.float32(scale)], W.shape[1], np.float32)) / scale**2
-    x = x[x > cut]
+    x = x[x > (EIGENVALUE_CUT if relative_cut is None else relative_cut * x[-1])]
     fit = fit_power_law(x)
     return scale, fit.n_tail / len(x) if len(x) else 0.0
