@@ -37,7 +37,7 @@ def main() -> None:
 @click.argument("model")
 @click.option("--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the calibration text runs.")
-@click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto is fp64.")
+@click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto: fp64's fit.")
 @click.option("--engine", type=console.Choice(ENGINES), default="native", help="Whose code computes the spectra.")
 @click.option("--calibration", default="builtin", metavar="builtin|PATH|none", help="Text for LOD: .txt or .jsonl.")
 @click.option("--tau", type=float, default=13.0, help="An outlier is above tau times the mean importance.")
@@ -47,6 +47,7 @@ def main() -> None:
 @click.option("--seed", type=int, default=0, help="Chooses the windows, and what --nulls draws.")
 @click.option("--workers", type=int, show_default="usable cores", help="Matrices analysed side by side.")
 @click.option("--nulls", is_flag=True, help="Also intervals, tests and comparisons with noise; takes longer.")
+@click.option("--fresh", is_flag=True, help="Compute again what the cache has.")
 @click.option("--allow-pickle", is_flag=True, help="Read pickled weights; only of a source you trust.")
 @click.option("--revision", metavar="REV", help="Of a Hugging Face id.")
 @click.option("--base", metavar="MODEL", help="Scan the difference to it; for an adapter, the two merged.")
@@ -99,22 +100,33 @@ def table(scan_dir: str, output: str | None, quiet: bool, **options: Any) -> Non
 @cli.command()
 @click.argument("scan_a")
 @click.argument("scan_b")
+@click.option("--models", nargs=2, metavar="A B", help="The scanned models: adds the overlap of singular vectors.")
+@click.option("--rank", type=int, default=10, help="Leading singular vectors that are compared.")
+@click.option("--out", metavar="DIR", show_default="nothing is written", help="For compare.csv and pictures.")
 @json_option
 @quiet_option
-def compare(scan_a: str, scan_b: str, as_json: bool, quiet: bool) -> None:
+def compare(
+    scan_a: str, scan_b: str, models: tuple[str, str] | None, rank: int, out: str | None, as_json: bool, quiet: bool
+) -> None:
     """Compare two scans, SCAN_A and SCAN_B, matrix by matrix."""
-    from htsr.store import load_scan
+    from htsr.store import check_target, load_scan, save_comparison
     from htsr.table import compare as compare_scans
     from htsr.text import json_text, records, render_comparison
 
+    if out is not None:
+        check_target(Path(out))
     a, b = load_scan(scan_a), load_scan(scan_b)
-    matrices = compare_scans(a, b)
+    matrices = compare_scans(a, b, models=models or None, rank=rank, quiet=quiet)
+    if out is not None:
+        save_comparison(a, b, matrices, Path(out))
     if as_json:
         click.echo(
             json_text({"a": a.provenance.get("model"), "b": b.provenance.get("model"), "matrices": records(matrices)})
         )
     else:
         click.echo(render_comparison(a, b, matrices))
+        if out is not None:
+            click.echo(f"\nwritten to {out}/ (compare.csv and pictures)")
 
 
 @cli.command()

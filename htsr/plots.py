@@ -43,16 +43,17 @@ def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
     for kind, colour in KINDS.items():
         if (kinds == kind).any():
             ax.scatter(places[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
-    means = alpha.groupby(blocks).mean()
+    whole = inside["part_of"] == "" if "part_of" in inside else blocks >= 0  # as blocks have it: parts are in a whole
+    means = alpha[whole].groupby(blocks[whole]).mean()
     ax.plot(means.index, means, color=INK, lw=1.8, marker="o", ms=4, label="block mean")
-    _depth_axis(ax, blocks)
+    depth_axis(ax, blocks)
     top = max(1.15 * float(np.percentile(alpha, 98)), 1.05 * float(means.max()))
     ax.set_ylim(min(1.0, float(alpha.min())), top)
     if beyond := int((alpha > top).sum()):
         note = f"{beyond} {'matrix lies' if beyond == 1 else 'matrices lie'} above, up to {alpha.max():.1f}"
         ax.annotate(note, (0, 1), xycoords="axes fraction", xytext=(6, -5), textcoords="offset points",
                     va="top", color=GREY, fontsize=8)  # fmt: skip
-    return _style(ax, "How heavy-tailed each block is", "alpha (smaller = heavier tail)", legend=True)
+    return style(ax, "How heavy-tailed each block is", "alpha (smaller = heavier tail)", legend=True)
 
 
 def lod_by_depth(blocks: pd.DataFrame, ax: Axes) -> Axes:
@@ -61,15 +62,16 @@ def lod_by_depth(blocks: pd.DataFrame, ax: Axes) -> Axes:
     if blocks["lod_weight"].notna().any():
         ax.plot(blocks["block"], blocks["lod_weight"], ls="", marker="o", ms=4.5, color=INK, clip_on=False,
                 label="weights alone", zorder=3)  # fmt: skip
-    _depth_axis(ax, blocks["block"])
+    depth_axis(ax, blocks["block"])
     ax.set_ylim(bottom=0)
-    return _style(ax, "How many outliers each block holds", "LOD in percent", legend=True)
+    return style(ax, "How many outliers each block holds", "LOD in percent", legend=True)
 
 
 def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
-    """A number of every matrix by block (across) and role (down); blank where there is none."""
+    """A number of every matrix by block (across) and role (down), experts as their mean; blank where there is none."""
     inside = frame[frame["block"].notna() & frame[value].notna()]
-    roles = sorted(inside["role"].unique(), key=_role_key)
+    inside = inside.assign(role=inside["role"].str.replace(r"^experts\.\d+\.", "experts.", regex=True))
+    roles = sorted(inside["role"].unique(), key=role_key)
     grid = inside.pivot_table(index="role", columns=inside["block"].astype(int), values=value).reindex(roles)
     low, high = np.nanpercentile(grid.to_numpy(), [2, 98])
     columns = grid.columns.to_numpy()
@@ -86,7 +88,7 @@ def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
     bar.set_label(value, color=INK)
     bar.ax.tick_params(labelsize=8.5, color=LIGHT, labelcolor=INK)
     bar.outline.set_visible(False)
-    _style(ax, f"{value} of every matrix", "", grid=False)
+    style(ax, f"{value} of every matrix", "", grid=False)
     ax.set_facecolor(LIGHT)
     ax.set_xlabel("block", color=INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,7 +123,7 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
     ax.set_xlabel("eigenvalue = singular value squared", color=INK)
     room = 12 if np.isnan(float(fit.get("mp_edge", np.nan))) else 60  # for the legend above the densest bin
     ax.set_ylim(density[seen].min() / 3, density[seen].max() * room)
-    return _style(ax, title or "Spectrum", "density")
+    return style(ax, title or "Spectrum", "density")
 
 
 def _tail(positive: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes) -> None:
@@ -167,7 +169,7 @@ def ks_by_xmin(curve: KsCurve, ax: Axes, title: str = "") -> Axes:
     ax.set_xscale("log")
     ax.set_ylim(0, 1.32 * float(curve.ks_d.max()))
     ax.set_xlabel("xmin, an eigenvalue", color=INK)
-    _style(ax, title or "How well each xmin fits", "KS distance")
+    style(ax, title or "How well each xmin fits", "KS distance")
     ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="upper left", borderpad=0.2, handlelength=1.2)
     return ax
 
@@ -178,9 +180,9 @@ def table_bars(table: LayerTable, ax: Axes) -> Axes:
     ax.bar(table.index, table.probability, width=0.34, color=INK, label="probability (sum 1)")
     uniform = table.gamma / table.num_blocks
     ax.axhline(uniform, color=GREY, lw=1.2, ls=(0, (4, 3)), label=f"uniform ({uniform:.2f})")
-    _depth_axis(ax, table.index)
+    depth_axis(ax, table.index)
     ax.set_ylim(0, min(1.02, 1.12 * float(table.inclusion.max())))
-    return _style(ax, f"Layer table, rule {table.rule.get('name')}", "share of draws", legend=True)
+    return style(ax, f"Layer table, rule {table.rule.get('name')}", "share of draws", legend=True)
 
 
 @dataclass(frozen=True)
@@ -290,7 +292,8 @@ def new_axes(width: float = 8.0, height: float = 3.6) -> Axes:
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-def _style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: bool = True) -> Axes:
+def style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: bool = True) -> Axes:
+    """Title, label of y, quiet spines and ticks, legend above the picture."""
     ax.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
     ax.set_ylabel(ylabel, color=INK)
     for side in ("top", "right"):
@@ -307,7 +310,8 @@ def _style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: boo
     return ax
 
 
-def _depth_axis(ax: Axes, blocks: Any) -> None:
+def depth_axis(ax: Axes, blocks: Any) -> None:
+    """Whole numbers of blocks along x."""
     last = int(np.max(blocks))
     ax.set_xlim(-0.7, last + 0.7)
     ax.set_xlabel("block (0 is nearest the input)", color=INK)
@@ -316,7 +320,7 @@ def _depth_axis(ax: Axes, blocks: Any) -> None:
 
 def _spread(roles: Sequence[str] | pd.Series) -> NDArray[np.float64]:
     """A small fixed shift for each role, so that the dots of a block do not hide each other."""
-    codes = pd.Categorical(roles, categories=sorted(set(roles), key=_role_key)).codes.astype(float)
+    codes = pd.Categorical(roles, categories=sorted(set(roles), key=role_key)).codes.astype(float)
     return (codes / max(1.0, codes.max()) - 0.5) * 0.5 if len(codes) else codes
 
 
@@ -327,5 +331,5 @@ def _kind(role: str) -> str:
     return "MLP" if leaf in ROLE_ORDER else "other"
 
 
-def _role_key(role: str) -> tuple[int, str]:
+def role_key(role: str) -> tuple[int, str]:
     return (ROLE_ORDER.index(role) if role in ROLE_ORDER else len(ROLE_ORDER), role)

@@ -122,6 +122,17 @@ def pictures(result: ScanResult) -> dict[str, bytes]:
     return drawn
 
 
+def save_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame, directory: Path) -> None:
+    """compare.csv and a PNG for every picture of two scans, written to `directory`."""
+    from htsr.comparison_plots import comparison_pictures
+    from htsr.files import write_text
+
+    check_target(directory)
+    write_text(directory / "compare.csv", csv_text(matrices))
+    for name, ax in comparison_pictures(a, b, matrices).items():
+        (directory / f"{name}.png").write_bytes(picture(lambda ax=ax: ax))
+
+
 def _write(result: ScanResult, staging: Path, *, plots: bool) -> None:
     from htsr.report import report_html
 

@@ -159,13 +159,19 @@ def with_shares(blocks: pd.DataFrame, table: LayerTable | None) -> pd.DataFrame:
     return blocks.assign(**shares)
 
 
-def compare(a: ScanResult, b: ScanResult) -> pd.DataFrame:
+def compare(
+    a: ScanResult, b: ScanResult, *, models: tuple[Any, Any] | None = None, rank: int = 10, quiet: bool = True
+) -> pd.DataFrame:
     """The matrices of two scans side by side: for each number its value in a, in b, and b - a.
 
     Matrices meet by block and role (and by name outside the blocks); one that only one scan has keeps its row.
 
+    Args:
+        models: the two scanned models, as `htsr.scan` takes them; adds the overlap of the spaces of their `rank`
+            leading singular vectors, see `htsr.overlap.overlaps`.
+
     Raises:
-        BadInput: the scans have no matrix in common.
+        BadInput: the scans have no matrix in common, or a model is not the one that was scanned.
     """
     left, right = _keyed(a.frame), _keyed(b.frame)
     if left.index.intersection(right.index).empty:
@@ -175,7 +181,13 @@ def compare(a: ScanResult, b: ScanResult) -> pd.DataFrame:
     for name in COMPARED:
         first, second = both[f"{name}_a"].astype(float), both[f"{name}_b"].astype(float)
         columns |= {f"{name}_a": first, f"{name}_b": second, f"{name}_diff": second - first}
-    result = pd.DataFrame(columns, index=both.index).reset_index()
+    result = pd.DataFrame(columns, index=both.index)
+    if models is not None:
+        from htsr.overlap import open_scanned, overlaps
+
+        sources = [open_scanned(scan, model) for scan, model in zip((a, b), models, strict=True)]
+        result = result.join(overlaps(*sources, rank=rank, quiet=quiet))
+    result = result.reset_index()
     result["block"] = result["block"].where(result["block"] >= 0).astype("Int64")
     return result.sort_values(["block", "role"], kind="stable", na_position="first", ignore_index=True)
 

@@ -66,9 +66,16 @@ def render_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame) -> s
     known = both[sorted(both.columns)].dropna(axis="columns", how="all").reset_index()
     moved = matrices.reindex(matrices["alpha_diff"].abs().sort_values(ascending=False, kind="stable").index).head(8)
     moved = moved[moved["alpha_diff"].notna()][["tensor", "alpha_a", "alpha_b", "alpha_diff", "lod_diff"]]
-    return (
+    text = (
         f"a = {model_name(a)}, b = {model_name(b)}; {len(matrices)} matrices; by block\n\n{align(known)}"
         f"\n\nalpha moved most\n\n{align(moved)}"
+    )
+    if "overlap_rank" not in matrices:
+        return text
+    columns = ["tensor", "overlap_outputs", "overlap_inputs", "overlap_rank", "chance_outputs", "chance_inputs"]
+    turned = matrices[matrices["overlap_rank"].notna()].sort_values("overlap_outputs", kind="stable").head(8)
+    return f"{text}\n\nleading directions shared least (1 is all of them, chance what random ones share)\n\n" + align(
+        turned[columns].astype({"overlap_rank": "Int64"})
     )
 
 
