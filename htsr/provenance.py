@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("numpy", "scipy", "torch", "transformers", "safetensors", "pandas")
 
@@ -21,6 +24,21 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def spectra_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the spectra were found: matrices by route, how many came from the cache, what was escalated and its cost."""
+    found = [row for row in rows if "route" in row]
+    escalated = [row for row in found if row["route"] == "escalated"]
+    return {
+        "routes": dict(Counter(row["route"] for row in found)),
+        "cached": sum(bool(row.get("cached")) for row in found),
+        "gflop": sum(row["flops"] for row in found) / 1e9,
+        "escalated": [
+            {"tensor": row["tensor"], "why": row["why"], "seconds": row["seconds"], "gflop": row["flops"] / 1e9}
+            for row in escalated
+        ],
+    }
 
 
 def peak_bytes() -> int:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from htsr.cache import cache_directory, remembered
 from htsr.choices import ENGINES, check_choice
 from htsr.console import notice, progress
 from htsr.errors import BadInput, UsageError
 from htsr.model.layers import LayerView, num_blocks, views
 from htsr.model.magnitudes import weight_lod
 from htsr.model.source import Source, open_source
-from htsr.provenance import peak_bytes, versions
+from htsr.provenance import peak_bytes, spectra_record, versions
 from htsr.rows import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
 from htsr.table import ScanResult
 from htsr.workers import run
@@ -52,6 +53,7 @@ def scan(
     seed: int = 0,
     workers: int | None = None,
     nulls: bool = False,
+    fresh: bool = False,
     allow_pickle: bool = False,
     revision: str | None = None,
     base: str | Path | nn.Module | Mapping[str, torch.Tensor] | None = None,
@@ -65,12 +67,14 @@ def scan(
         model: `demo`, a directory, a .safetensors or .gguf file, a Hugging Face id, an nn.Module or a state dict.
         out: a directory to save the result to; nothing is written without it.
         device: where the calibration text runs; spectra are computed on the CPU.
-        precision: of the spectra: fp64 (`auto`) or fp32.
+        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where that
+            provably gives the same fit, else fp64. `fp64`, `fp32`: throughout.
         engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
         workers: threads that analyse matrices side by side; the number of usable cores by default.
         nulls: also the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
+        fresh: compute every spectrum, also those in the cache ($HTSR_CACHE, else the user's cache directory).
         allow_pickle: accept pickled weights (unpickled with weights_only).
         revision: of a Hugging Face id.
         base: scan the difference to this model, tensor by tensor of the same name; for an adapter, this model with
@@ -101,7 +105,7 @@ def scan(
     clock.lap("load")
     outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
     clock.lap("lod")
-    rows, spectra = analyse_all(source, layers, analyser(engine, source, precision), workers, quiet)
+    rows, spectra = analyse_all(source, layers, analyser(engine, source, precision, fresh=fresh), workers, quiet)
     clock.lap("alpha")
     frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
     clock.lap("lod")
@@ -119,6 +123,7 @@ def scan(
         "calibration": None if outliers is None else outliers.record(),
         "lod_reason": lod_reason,
         "versions": versions(*(["weightwatcher"] if engine == "weightwatcher" else [])),
+        "spectra": spectra_record(rows.values()),
         "seconds": clock.seconds,
         "peak_bytes": peak_bytes(),
     }
@@ -156,10 +161,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
 
 
-def analyser(engine: str, source: Source, precision: str) -> Analyser:
+def analyser(engine: str, source: Source, precision: str, *, fresh: bool) -> Analyser:
     """What makes the row of a view."""
     if engine == "native":
-        return lambda view: analyse(source, view, precision)
+        work: Analyser = lambda view: analyse(source, view, precision)  # noqa: E731
+        return remembered(work, source, cache_directory(), fresh=fresh, precision=precision)
     from htsr.engine import one_at_a_time
 
     return one_at_a_time(source)

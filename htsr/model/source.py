@@ -137,13 +137,22 @@ class Source(ABC):
         shape = self.info(name).shape
         return self.rows(name, 0, shape[0] if shape else 1)
 
+    def tensor_sha256(self, name: str) -> str:
+        """sha256 of a tensor's stored bytes; read once."""
+        known: dict[str, str] = self.__dict__.setdefault("_digests", {})
+        if name not in known:
+            digest = hashlib.sha256()
+            for piece in self.raw(name):
+                digest.update(piece)
+            known[name] = digest.hexdigest()
+        return known[name]
+
     def weights_sha256(self) -> str:
-        """sha256 over the sorted (name, dtype, shape, bytes) of all tensors, whatever files they lie in."""
+        """sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all tensors, whatever files hold them."""
         digest = hashlib.sha256()
         for tensor in sorted(self.tensors, key=lambda t: t.name):
-            digest.update(json.dumps([tensor.name, tensor.dtype, list(tensor.shape)]).encode() + b"\n")
-            for piece in self.raw(tensor.name):
-                digest.update(piece)
+            entry = [tensor.name, tensor.dtype, list(tensor.shape), self.tensor_sha256(tensor.name)]
+            digest.update(json.dumps(entry).encode() + b"\n")
         return digest.hexdigest()
 
     def config_sha256(self) -> str | None:

@@ -1,0 +1,131 @@
+"""Finished matrices on disk, found again by their content: a repeated or interrupted scan does only what is missing.
+
+The key of an entry is a hash of the stored bytes, the dtype and shape, which part of the tensor the matrix is, the
+precision and the code that computed it; the name of the model or tensor is none of it. An entry is written in one
+step and carries its own checksum: one that is damaged counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from htsr.model.layers import LayerView
+from htsr.model.source import Source
+from htsr.rows import cost, empty_row
+
+Work = Callable[[LayerView], tuple[dict[str, Any], "np.ndarray | None"]]
+MIN_FLOPS = 1e7  # below, computing costs no more than reading an entry
+DIGEST_BYTES = 32
+OWN = ("block", "role", "tensor", "rows", "cols", "dtype", "part_of", "lod", "lod_weight", "seconds")  # not kept
+IDENTITY = ("tensor", "block", "role", "reason", "part_of")  # of a view: where the matrix is, not what it is
+
+
+def cache_directory() -> Path:
+    """HTSR_CACHE, else `htsr` in the user's cache directory."""
+    if named := os.environ.get("HTSR_CACHE"):
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "htsr"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "htsr"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"
+
+
+def entry_key(source: Source, view: LayerView, **settings: Any) -> str:
+    """The key of a view's row under these settings."""
+    tensor = source.info(view.stored)
+    geometry = {k: v for k, v in asdict(view).items() if k not in (*IDENTITY, "stored")}
+    for part in geometry["pool"] or ():
+        part.pop("tensor", None)
+    if geometry.get("part"):
+        geometry["part"].pop("tensor", None)
+    what = [
+        code_version(), type(source).__name__, source.is_delta, tensor.dtype, list(tensor.shape),
+        source.tensor_sha256(view.stored), geometry, settings,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the code that entries depend on: every numeric kernel, and how rows are made of them."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted([*(root / "numerics").glob("*.py"), root / "rows.py", root / "model" / "parts.py"]):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def remembered(work: Work, source: Source, directory: Path, *, fresh: bool, **settings: Any) -> Work:
+    """`work` that looks into the cache first, and keeps there what it has computed; `fresh` only does the latter.
+
+    Rows from the cache have `cached` set. Failed rows and differences to a base model are always computed.
+    """
+    cache = Cache(directory)
+
+    def lookup(view: LayerView) -> tuple[dict[str, Any], np.ndarray | None]:
+        if view.reason or source.base is not None or cost(view) < MIN_FLOPS:
+            return work(view)
+        start, key = time.perf_counter(), entry_key(source, view, **settings)
+        if not fresh and (kept := cache.get(key)) is not None:
+            known = {"seconds": time.perf_counter() - start, "cached": True}
+            return {**empty_row(view, "ok", ""), **kept[0], **known}, kept[1]
+        row, values = work(view)
+        if values is not None:
+            cache.put(key, {k: v for k, v in row.items() if k not in OWN}, values)
+        return row, values
+
+    return lookup
+
+
+class Cache:
+    """Entries below a directory. A directory that cannot be written to or read from is as good as none."""
+
+    def __init__(self, directory: Path) -> None:
+        self._root = directory / "spectra"
+
+    def get(self, key: str) -> tuple[dict[str, Any], np.ndarray] | None:
+        """The numbers of a row and its eigenvalues, None when there is no sound entry."""
+        try:
+            content = self._file(key).read_bytes()
+            digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+            if hashlib.sha256(key.encode() + body).digest() != digest:
+                return None
+            head, _, values = body.partition(b"\n")
+            return dict(json.loads(head)), np.frombuffer(values, np.float64).copy()
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put(self, key: str, numbers: dict[str, Any], eigenvalues: np.ndarray) -> None:
+        """Keep an entry; a reader sees all of it or nothing."""
+        body = (
+            json.dumps(numbers, default=lambda value: value.item()).encode()
+            + b"\n"
+            + np.asarray(eigenvalues, np.float64).tobytes()
+        )
+        file = self._file(key)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    out.write(hashlib.sha256(key.encode() + body).digest() + body)
+                Path(temporary).replace(file)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return self._root / key[:2] / key[2:]
