@@ -60,11 +60,7 @@ def _click_settings(name: str) -> dict[str, Any]:
 @click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
 def train(file: str | None, **options: Any) -> None:
     """Fine-tune MODEL. Settings come from the defaults, then --config, then the command line."""
-    given = {name: value for name, value in options.items() if value is not None}
-    config = TrainConfig.build(given, find_config(file) if file else None)
-    for name in ("model", "data"):
-        if getattr(config, name) is None:
-            raise UsageError(f"{flag_name(name)} is missing; expected it on the command line or in --config")
+    config = _config(file, options, needs=("model", "data"))
     from owlore.train.run import train_from_config
 
     run = train_from_config(config)
@@ -72,6 +68,43 @@ def train(file: str | None, **options: Any) -> None:
         click.echo(jsonlib.dumps({"directory": str(run.directory), **run.record}))
     else:
         click.echo(render_run(run.directory, run.record))
+
+
+def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]) -> TrainConfig:
+    """The configuration of a command line; UsageError when something that it needs is nowhere said."""
+    given = {name: value for name, value in options.items() if value is not None}
+    config = TrainConfig.build(given, find_config(file) if file else None)
+    for name in needs:
+        if getattr(config, name) is None:
+            raise UsageError(f"{flag_name(name)} is missing; expected it on the command line or in --config")
+    return config
+
+
+@cli.command()
+@train_options
+@click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
+def plan(file: str | None, **options: Any) -> None:
+    """Say what training MODEL with these options would need; nothing is trained and no weights are read."""
+    config = _config(file, options, needs=("model",))
+    from owlore.train.plan import plan_from_config
+
+    made = plan_from_config(config, lambda message: console.notice(message, quiet=config.quiet)).to_dict()
+    click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
+
+
+def render_plan(made: dict[str, Any]) -> str:
+    """Bytes by kind, and the two shares, in a few lines."""
+    depth, share = made["backward_depth"], made["trainable"]
+    lines = [f"{kind:<12} {size / 1e9:>9.3f} GB" for kind, size in made["bytes"].items()]
+    lines[-1] += "   at the peak; the kinds do not all peak at one moment"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"trained      {share['per_step']:>9.2%} of the parameters in a step, {share['always_on']:.2%} always",
+            f"backward     {depth['expected']:>9.1f} of {depth['blocks']:g} blocks deep on average",
+        ]
+    )
 
 
 def render_run(directory: Path, record: dict[str, Any]) -> str:

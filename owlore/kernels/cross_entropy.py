@@ -102,12 +102,15 @@ def _chunk(
         logits += bias
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
-    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-    chosen = logits.gather(1, labels[:, None])
-    loss = (normaliser - chosen).sum()
+    slope = 1 - (logits / softcap).square_() if softcap is not None and need_gradient else None
+    # One exponential, in place: the chunk is the only tensor of its size.
+    top = logits.amax(dim=-1, keepdim=True)
+    chosen = logits.gather(1, labels[:, None]) - top
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    loss = (total.log() - chosen).sum()
     if not need_gradient:
         return loss, None
-    slope = 1 - (logits / softcap).square_() if softcap is not None else None
-    dz = logits.sub_(normaliser).exp_()
+    dz = exponentials.div_(total)
     dz.scatter_add_(1, labels[:, None], torch.full_like(chosen, -1.0))
     return loss, dz if slope is None else dz.mul_(slope)

@@ -6,7 +6,7 @@ it asks `units_at` at every switch and hands the answer to the rotating optimize
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,8 +67,12 @@ class Strategy:
 
     def rules_at(self, period: int) -> dict[str, Rule]:
         """Rule of every parameter trained in this period, by name."""
+        return self.rules_for(self.blocks_at(period))
+
+    def rules_for(self, blocks: Iterable[int]) -> dict[str, Rule]:
+        """Rule of every parameter trained while these blocks are drawn, by name."""
         outside = self.units.parameters((), self.hyper.always_on)
-        inside = self.units.parameters(self.blocks_at(period), ())
+        inside = self.units.parameters(blocks, ())
         rules = {name: self.rule(p.ndim, projectable=True) for name, p in inside.items()}
         return rules | {name: self.rule(p.ndim, projectable=False) for name, p in outside.items()}
 

@@ -87,7 +87,7 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
         wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         with quiet_libraries():
-            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, attn_implementation=attn, **gguf)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **attention(attn), **gguf)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
@@ -96,6 +96,14 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
     known = {t.name: DTYPES[t.dtype] for t in source.tensors if t.dtype in DTYPES}
     default = model.dtype if gguf else DTYPES.get(str(source.config and source.config.get("dtype")), model.dtype)
     return _loaded(model.to(device), tokenizer, source, {} if gguf else known, default)
+
+
+def attention(name: str) -> dict[str, str]:
+    """The argument that asks transformers for an attention implementation.
+
+    SDPA is what it takes by itself wherever a model has it; asking for it would refuse the models that have not.
+    """
+    return {} if name == "sdpa" else {"attn_implementation": name}
 
 
 def without_quantisation(model: Any) -> Any:

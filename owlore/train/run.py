@@ -18,8 +18,8 @@ from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
 from owlore.data.batches import num_steps, total_rows
 from owlore.data.prepare import Prepared, prepare
-from owlore.optim import RotatingOptimizer, Weights
-from owlore.strategies import Hyper, Strategy
+from owlore.optim import RotatingOptimizer
+from owlore.strategies import Strategy
 from owlore.train.card import model_card
 from owlore.train.export import export
 from owlore.train.loading import Loaded, load, pick_device
@@ -28,14 +28,21 @@ from owlore.train.loss import CausalLoss
 from owlore.train.metrics import MetricsLog
 from owlore.train.recompute import Recompute
 from owlore.train.record import Run, is_out_of_memory, memory_advice, run_record, save_plots
-from owlore.train.settings import Place, check_same_run, find_place, resolve
+from owlore.train.settings import (
+    Place,
+    check_same_run,
+    find_place,
+    hyper_of,
+    recomputes,
+    resolve,
+    weights_of,
+)
 from owlore.train.tables import find_table, run_inclusion, scanned_table
 
 if TYPE_CHECKING:
     from htsr import LayerTable
 
 FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are gathered
-CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
 
 
 def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **settings: Any) -> Run:
@@ -105,11 +112,11 @@ def assemble(
 ) -> Trainer:
     """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-    strategy = strategy_class(units, _hyper(config, inclusion))
+    strategy = strategy_class(units, hyper_of(config, inclusion))
     optimizer = RotatingOptimizer(
         units.parameters(range(units.num_blocks), units.groups),
         seed=config.seed,
-        weights={"bf16": Weights.NEAREST, "bf16-sr": Weights.STOCHASTIC}.get(config.weights, Weights.MASTER),
+        weights=weights_of(config),
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
     )
@@ -126,7 +133,7 @@ def assemble(
         strategy=strategy,
         optimizer=optimizer,
         loss=CausalLoss(loaded.model),
-        recompute=Recompute(units.modules, enabled=_recomputes(config, units)),
+        recompute=Recompute(units.modules, enabled=recomputes(config, units)),
         pace=_pace(config, strategy_class, len(prepared.train)),
         data=prepared.train,
         eval_data=prepared.heldout,
@@ -192,20 +199,6 @@ def _train(
 # -- settings to pieces ----------------------------------------------------------------------------------------------
 
 
-def _hyper(config: TrainConfig, inclusion: Any) -> Hyper:
-    return Hyper(
-        seed=config.seed,
-        every=config.every,
-        draw=config.draw,
-        inclusion=inclusion,
-        always_on=config.always_on,
-        rank=None if config.rank == "full" else int(config.rank),
-        refresh=None if config.refresh == "per-activation" else int(config.refresh),
-        scale=config.scale,
-        weight_decay=config.weight_decay,
-    )
-
-
 def _pace(config: TrainConfig, strategy: type[Strategy], rows: int) -> Pace:
     epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
     return Pace(
@@ -238,12 +231,6 @@ def _seq_len(config: TrainConfig, loaded: Loaded, say: Callable[[str], None]) ->
         say(f"note: --seq-len {config.seq_len} is cut to the model's {limit} positions")
         return int(limit)
     return config.seq_len
-
-
-def _recomputes(config: TrainConfig, units: Units) -> bool:
-    if config.checkpointing != "auto":
-        return config.checkpointing == "on"
-    return sum(p.numel() for p in units.model.parameters()) >= CHECKPOINTING_FROM
 
 
 def slug(name: str) -> str:

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import NotFound, UsageError
+from owlore.blocks import Units
 from owlore.config import TrainConfig, refuse_unread
-from owlore.strategies import STRATEGIES, Strategy
+from owlore.optim import Weights
+from owlore.strategies import STRATEGIES, Hyper, Strategy
 from owlore.train import checkpoint
+
+CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
 
 # A continued run may be longer, look more often, keep more or move; anything else would make it another run. Model,
 # data and table are compared by content, not by name.
@@ -30,6 +34,33 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
     return config.with_defaults({**table, **strategy.defaults, **preset}), strategy
+
+
+def hyper_of(config: TrainConfig, inclusion: Any) -> Hyper:
+    """What strategies read of the configuration."""
+    return Hyper(
+        seed=config.seed,
+        every=config.every,
+        draw=config.draw,
+        inclusion=inclusion,
+        always_on=config.always_on,
+        rank=None if config.rank == "full" else int(config.rank),
+        refresh=None if config.refresh == "per-activation" else int(config.refresh),
+        scale=config.scale,
+        weight_decay=config.weight_decay,
+    )
+
+
+def weights_of(config: TrainConfig) -> Weights:
+    """How 16-bit weights take updates."""
+    return {"bf16": Weights.NEAREST, "bf16-sr": Weights.STOCHASTIC}.get(config.weights, Weights.MASTER)
+
+
+def recomputes(config: TrainConfig, units: Units) -> bool:
+    """Whether activations are recomputed in backward; `auto` does so for large models."""
+    if config.checkpointing != "auto":
+        return config.checkpointing == "on"
+    return sum(p.numel() for p in units.model.parameters()) >= CHECKPOINTING_FROM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan:
             f"the table has {table.num_blocks} blocks and the model has {num_blocks}: scan this model (--table auto)"
         )
     origin = table.model.get("weights_sha256")
-    if origin and origin != weights_sha256:
+    if origin and weights_sha256 and origin != weights_sha256:
         say(f"note: the table was made from other weights ({table.model.get('id')}); it is used as it is")
     if table.note:
         say(f"note: {table.note}")

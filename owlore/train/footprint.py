@@ -1,0 +1,123 @@
+"""How many bytes autograd keeps for a block, counted on one block instead of guessed from its class.
+
+A copy of the architecture with two blocks and a tiny vocabulary is built with random weights, two short sequences are
+sent through it, and the storages that autograd saves are counted. A sequence of T tokens costs a T + b T^2 bytes (b is
+zero where attention keeps no scores), and two lengths give both.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from htsr.console import quiet_libraries
+from owlore.blocks import find_units, freeze
+from owlore.train.loading import attention
+
+PROBES = (32, 64)  # tokens
+TOY_VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one sequence of T tokens: linear * T + quadratic * T^2."""
+
+    linear: float
+    quadratic: float = 0.0
+
+    def __call__(self, tokens: int) -> float:
+        return self.linear * tokens + self.quadratic * tokens**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes a sequence that autograd holds for one block.
+
+    trained: the block's parameters are trained. frozen: they are not, but a gradient passes through. boundary: the
+    hidden state between two blocks, all that checkpointing keeps. outside: final norm and what the head is given.
+    """
+
+    trained: Cost
+    frozen: Cost
+    boundary: Cost
+    outside: Cost
+
+
+def measure_footprint(config: Any, *, dtype: torch.dtype, attn: str = "sdpa") -> Footprint:
+    """Count on a two-block model of this configuration; needs the memory of two blocks, no weights and no network."""
+    model = _toy(config, dtype, attn)
+    counted = {blocks: [_saved(model, blocks, tokens) for tokens in PROBES] for blocks in ((1,), (0,), ())}
+    hidden = model.config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
+    return Footprint(
+        trained=_cost([top - alone for top, alone in zip(counted[1,], counted[()], strict=True)]),
+        frozen=_cost([both - top for both, top in zip(counted[0,], counted[1,], strict=True)]),
+        boundary=Cost(float(hidden)),
+        outside=_cost(counted[()]),
+    )
+
+
+def _cost(counted: list[int]) -> Cost:
+    """The a and b of a T + b T^2 through two points."""
+    (s, t), (x, y) = PROBES, counted
+    quadratic = max(0.0, (y / t - x / s) / (t - s))
+    return Cost(y / t - quadratic * t, quadratic)
+
+
+def _toy(config: Any, dtype: torch.dtype, attn: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.num_hidden_layers = 2
+    text.vocab_size = TOY_VOCABULARY
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:2]
+    with quiet_libraries(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(small, dtype=dtype, **attention(attn)).train()
+
+
+def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int) -> int:
+    """Bytes that autograd saves in a forward of the decoder for one sequence, parameters not counted.
+
+    Without a trained block the last norm's input is made to need a gradient, which gives what lies outside the blocks.
+    """
+    freeze(model)
+    units = find_units(model)
+    for parameter in units.parameters(trained, ()).values():
+        parameter.requires_grad_(True)
+    handle = units.modules[-1].register_forward_hook(_start_here) if not trained else None
+    try:
+        return saved_bytes(model, torch.zeros(1, tokens, dtype=torch.long))
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _start_here(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (output[0].requires_grad_(True), *output[1:])
+    return output.requires_grad_(True)
+
+
+def saved_bytes(model: Any, input_ids: Tensor) -> int:
+    """Bytes of the distinct storages that autograd saves in one forward of the decoder, parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor  # held, so that no address is used twice
+        return tensor
+
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = decoder(input_ids=input_ids, use_cache=False)[0]
+    del hidden
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,291 @@
+"""`owlore plan`: bytes by kind before anything is trained, from the configuration of the model alone.
+
+Weights, masters, gradients and optimizer state follow from shapes and are exact. Activations are counted on two blocks
+(`footprint`) and scaled to the batch. All figures are for the worst draw that the table allows, which is what has to
+fit; `expected` depth is the mean over draws. Each kind is given at its own peak; they do not all peak at one moment
+(the logits are gone when backward reaches the blocks), so `total`, the peak of the whole, can be less than their sum.
+What the process itself needs (the interpreter, a CUDA context) comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from htsr import LayerTable
+from htsr.console import quiet_libraries
+from htsr.errors import BadInput
+from htsr.model.locate import locate
+from owlore.blocks import Units, find_units
+from owlore.config import TrainConfig
+from owlore.data.prepare import prepare
+from owlore.kernels.cross_entropy import chunk_rows
+from owlore.kernels.projector import projected_shape
+from owlore.optim import Rule, Weights
+from owlore.optim.slot import HeldBytes, planned_bytes
+from owlore.sampling import DRAWS
+from owlore.strategies import Hyper, Strategy
+from owlore.train.footprint import Footprint, measure_footprint
+from owlore.train.loading import DTYPES
+from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
+from owlore.train.tables import DEFAULT_GAMMA, find_table, run_inclusion
+
+DRAWS_FOR_DEPTH = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes by kind, shares of parameters in [0, 1], depth in blocks."""
+
+    bytes: dict[str, int]
+    trainable: dict[str, float]
+    backward_depth: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bytes": self.bytes, "trainable": self.trainable, "backward_depth": self.backward_depth}
+
+
+def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
+    """The plan of `owlore train` with these arguments; reads the model's configuration and, where named, the data.
+
+    Rows are taken as long as the longest one of the data, without data as `--seq-len` allows. Without a table file
+    the draws are taken as uniform: a scan needs the weights.
+    """
+    config, strategy = resolve(config)
+    shape = model_shape(config)
+    table = _table(config, strategy, shape.units.num_blocks, say)
+    inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
+    return make_plan(
+        shape,
+        strategy,
+        hyper_of(config, inclusion),
+        weights=weights_of(config),
+        batch=config.batch,
+        accum=config.accum,
+        tokens=_longest(config, shape.positions),
+        recompute=recomputes(config, shape.units),
+    )
+
+
+def _table(
+    config: TrainConfig, strategy: type[Strategy], num_blocks: int, say: Callable[[str], None]
+) -> LayerTable | None:
+    def unscanned() -> LayerTable:
+        say("note: the layer table is not known without a scan; the draws are taken as uniform")
+        return LayerTable.uniform(num_blocks, min(DEFAULT_GAMMA, num_blocks))
+
+    wanted = config.table if strategy.table is not None else None
+    return find_table(wanted, num_blocks=num_blocks, scan=unscanned, say=say, weights_sha256="")
+
+
+def _longest(config: TrainConfig, positions: int | None) -> int:
+    limit = min(config.seq_len, positions or config.seq_len)
+    if config.data is None:
+        return limit
+    from transformers import AutoTokenizer
+
+    path = locate(str(config.model))
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent if gguf else path, **gguf)
+    return prepare(config.data, tokenizer, seq_len=limit).report.longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model known by its configuration: units on the meta device and what a sequence costs."""
+
+    units: Units
+    footprint: Footprint
+    dtype: torch.dtype
+    hidden: int
+    vocabulary: int
+    positions: int | None
+
+
+def model_shape(config: TrainConfig, device: str = "cpu") -> Shape:
+    """The model that `config.model` names, without its weights.
+
+    Raises: NotFound, BadInput (no configuration of a causal language model).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(str(config.model))
+    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    try:
+        with quiet_libraries():
+            described = AutoConfig.from_pretrained(path.parent if gguf else path, **gguf)
+            dtype = _dtype(config, described, bool(gguf), device)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(described, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{config.model} has no configuration of a causal language model: {error}") from error
+    return shape_of(model, attn=config.attn)
+
+
+def shape_of(model: Any, *, attn: str = "sdpa") -> Shape:
+    """The shape of a model object; its parameters may be on the meta device."""
+    text = model.config.get_text_config()
+    dtype = next(model.parameters()).dtype
+    return Shape(
+        units=find_units(model),
+        footprint=measure_footprint(model.config, dtype=dtype, attn=attn),
+        dtype=dtype,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        positions=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def make_plan(
+    shape: Shape,
+    strategy_class: type[Strategy],
+    hyper: Hyper,
+    *,
+    weights: Weights,
+    batch: int,
+    accum: int,
+    tokens: int,
+    recompute: bool,
+) -> Plan:
+    """Bytes of a run with `batch` sequences of `tokens` tokens a micro-batch."""
+    units = shape.units
+    strategy = strategy_class(units, hyper)
+    draws = _draws(strategy, hyper, units.num_blocks)
+    worst = _worst(draws, units)
+    outside = units.parameters((), hyper.always_on)
+    rules = strategy.rules_for(worst)
+    state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in _all(units, rules)), HeldBytes())
+    bottom = any(name in outside for name, _ in units.groups["embeddings"])
+    low = 0 if bottom else min(min(draw) for draw in draws)
+    parameters = dict(_all(units, rules))
+    moments = _Moments(
+        gradients=gradient_bytes(parameters, rules, accum),
+        arriving=arriving_bytes(parameters, rules),
+        activations=_activations(shape, low, len(worst), batch, tokens, recompute),
+        block=int(batch * shape.footprint.trained(tokens)),
+        logits=_logits(shape, batch * tokens),
+        recompute=recompute,
+    )
+    held = {"weights": _bytes(units.model.parameters()), "masters": state.masters}
+    kinds = held | {
+        "gradients": moments.gradients,
+        "optimizer": state.moments + state.projectors,
+        "activations": moments.activations + moments.in_backward,
+        "logits": moments.logits,
+    }
+    peak = sum(held.values()) + kinds["optimizer"] + moments.peak
+    total = sum(p.numel() for p in units.model.parameters())
+    always = sum(p.numel() for p in outside.values())
+    mean = float(np.mean([sum(p.numel() for p in units.parameters(d, ()).values()) for d in draws]))
+    depths = [units.num_blocks - (0 if bottom else min(draw)) for draw in draws]
+    return Plan(
+        bytes=kinds | {"total": peak},
+        trainable={"per_step": (mean + always) / total, "always_on": always / total},
+        backward_depth={"expected": float(np.mean(depths)), "blocks": units.num_blocks},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moments:
+    """Bytes that come and go within a step, and the larger of the two moments that can be the peak."""
+
+    gradients: int
+    arriving: int
+    activations: int
+    block: int
+    logits: int
+    recompute: bool
+
+    @property
+    def in_backward(self) -> int:
+        """Beyond what was kept: gradients of a block's activations, about a third of what it saves; and, when
+        activations are recomputed, one block's own."""
+        return self.block // 3 + (self.block if self.recompute else 0)
+
+    @property
+    def peak(self) -> int:
+        """At the loss all activations and a chunk of logits are held. In backward, activations go as gradients come;
+        where blocks are recomputed what is kept is small, and either it or the gradients are the larger part."""
+        kept = max(self.activations, self.gradients) if self.recompute else self.activations + self.arriving
+        return max(self.activations + self.logits, kept + self.in_backward)
+
+
+def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], accum: int) -> int:
+    """Most bytes of gradients at once: what is gathered, and the one matrix that is arriving.
+
+    A step that looks for new bases with accumulation gathers those matrices' sums whole.
+    """
+    gathered = 0
+    for name, parameter in parameters.items():
+        rule, count = rules[name], parameter.numel()
+        if accum == 1 and rule.projects(parameter.shape):
+            count = int(np.prod(projected_shape(parameter.shape[0], parameter.shape[1], int(rule.rank or 0))))
+        gathered += 4 * count
+    return gathered + arriving_bytes(parameters, rules)
+
+
+def arriving_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule]) -> int:
+    """The largest gradient that exists for the moment of its hook: as autograd made it, and in fp32."""
+    sizes = [
+        p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4))
+        for name, p in parameters.items()
+        if rules[name].projects(p.shape) or p.dtype != torch.float32
+    ]
+    return max(sizes, default=0)
+
+
+def _activations(shape: Shape, low: int, active: int, batch: int, tokens: int, recompute: bool) -> int:
+    """Saved for backward when the forward is done."""
+    footprint, blocks = shape.footprint, shape.units.num_blocks - low
+    if recompute:
+        kept = blocks * footprint.boundary(tokens)
+    else:
+        kept = active * footprint.trained(tokens) + max(0, blocks - active) * footprint.frozen(tokens)
+    return int(batch * (kept + footprint.outside(tokens)))
+
+
+def _logits(shape: Shape, tokens: int) -> int:
+    """One chunk of logits in fp32 (and, for a moment, in 16 bits), and the hidden states that are given to the head
+    with their gradient."""
+    size = torch.empty((), dtype=shape.dtype).element_size()
+    rows = min(chunk_rows(shape.vocabulary), tokens)
+    return rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
+
+
+def _draws(strategy: Strategy, hyper: Hyper, blocks: int) -> list[tuple[int, ...]]:
+    """Draws of many periods; a method that samples nothing has one."""
+    if "draw" not in strategy.reads:
+        return [strategy.blocks_at(0)]
+    draw = DRAWS[hyper.draw]
+    periods = DRAWS_FOR_DEPTH if hyper.draw == "exact" else min(DRAWS_FOR_DEPTH, 4 * blocks)
+    return [draw(hyper.inclusion, hyper.seed, period) for period in range(periods)]
+
+
+def _worst(draws: list[tuple[int, ...]], units: Units) -> tuple[int, ...]:
+    """The draw with the most parameters."""
+    return max(draws, key=lambda draw: sum(p.numel() for p in units.parameters(draw, ()).values()))
+
+
+def _all(units: Units, rules: Mapping[str, Rule]) -> list[tuple[str, nn.Parameter]]:
+    everything = units.parameters(range(units.num_blocks), units.groups)
+    return [(name, everything[name]) for name in rules]
+
+
+def _bytes(parameters: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def _dtype(config: TrainConfig, described: Any, gguf: bool, device: str) -> torch.dtype:
+    if config.weights == "fp32":
+        return torch.float32
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if gguf:
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return getattr(described.get_text_config(), "dtype", None) or torch.float32

@@ -1,0 +1,159 @@
+"""The plan: bytes of weights and state to the byte, the peak of a step within 15 %, nothing trained."""
+
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from makers import FAMILIES, save_tiny, tiny_llama, tiny_models
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from owlore.blocks import find_units, freeze
+from owlore.config import TrainConfig
+from owlore.optim import RotatingOptimizer, Weights
+from owlore.strategies import STRATEGIES, Hyper
+from owlore.train.footprint import measure_footprint, saved_bytes
+from owlore.train.loss import CausalLoss
+from owlore.train.plan import make_plan, plan_from_config, shape_of
+from owlore.train.recompute import Recompute
+
+GROUPS = ("embeddings", "norm", "head")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operators create, for as long as they live; the model's own do not count."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {}
+        self.own = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.own and key not in self.seen and storage.nbytes():
+                    self.seen[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key)
+        return out
+
+    def _gone(self, key):
+        self.now -= self.seen.pop(key, 0)
+
+
+def hyper(blocks, drawn, *, always_on=(), rank=16):
+    inclusion = np.zeros(blocks)
+    inclusion[list(drawn)] = 1.0
+    return Hyper(seed=0, every=10, draw="exact", inclusion=inclusion, always_on=always_on, rank=rank, refresh=None,
+                 scale=1.0, weight_decay=0.0)  # fmt: skip
+
+
+CASES = {
+    "owlore high": ("owlore", (4, 5), (), False, 1),
+    "owlore low": ("owlore", (0, 5), (), False, 1),
+    "owlore low, recomputed": ("owlore", (0, 5), (), True, 1),
+    "owlore, accumulated": ("owlore", (1, 2, 5), (), False, 2),
+    "lisa": ("lisa", (2, 5), GROUPS, False, 1),
+    "galore": ("galore", tuple(range(6)), (), False, 1),
+    "full": ("full", tuple(range(6)), GROUPS, False, 1),
+    "full, recomputed": ("full", tuple(range(6)), GROUPS, True, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, dtype):
+    method, drawn, always_on, recompute, accum = CASES[case]
+    model = tiny_llama(blocks=6, width=64, hidden=160, vocab=512, dtype=dtype).train()
+    freeze(model)
+    units = find_units(model)
+    settings = hyper(6, drawn, always_on=always_on)
+    plan = make_plan(shape_of(model), STRATEGIES[method], settings, weights=Weights.MASTER, batch=6, accum=accum,
+                     tokens=96, recompute=recompute)  # fmt: skip
+    strategy = STRATEGIES[method](units, settings)
+    optimizer = RotatingOptimizer(units.parameters(range(6), units.groups), seed=0)
+    loss = CausalLoss(model)
+    wrapped = Recompute(units.modules, enabled=recompute)
+    wrapped.lowest = 0 if always_on else min(drawn)
+    stream = torch.Generator().manual_seed(0)
+    with LiveBytes(model) as live:
+        optimizer.switch(strategy.rules_at(0), 0)
+        for step in range(2):
+            for index in range(accum):
+                ids = torch.randint(4, 500, (6, 96), generator=stream)
+                optimizer.micro_batch(step, last=index == accum - 1)
+                (loss(ids, ids) / 500).backward()
+            optimizer.update(1e-4, 1.0)
+    held = optimizer.held()
+    assert plan.bytes["masters"] == held.masters
+    assert plan.bytes["optimizer"] == held.moments + held.projectors
+    assert plan.bytes["weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    planned = plan.bytes["total"] - plan.bytes["weights"]
+    assert planned == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_of_a_family_are_counted_within_five_percent(family):
+    model = tiny_models()[family]().train()
+    footprint = measure_footprint(model.config, dtype=torch.float32)
+    units = find_units(model)
+    for drawn in ((2,), (0, 2), (1,)):
+        freeze(model)
+        for parameter in units.parameters(drawn, ()).values():
+            parameter.requires_grad_(True)
+        ids = torch.randint(4, 60, (3, 100), generator=torch.Generator().manual_seed(0))
+        kinds = [footprint.trained if i in drawn else footprint.frozen for i in range(min(drawn), 3)]
+        planned = 3 * (footprint.outside(100) + sum(kind(100) for kind in kinds))
+        assert planned == pytest.approx(saved_bytes(model, ids), rel=0.05)
+
+
+def test_depth_and_shares_follow_the_table():
+    model = tiny_llama(blocks=8)
+    shape = shape_of(model)
+    top = make_plan(shape, STRATEGIES["owlore"], hyper(8, (7,)), weights=Weights.MASTER, batch=1, accum=1, tokens=8,
+                    recompute=False)  # fmt: skip
+    assert top.backward_depth == {"expected": 1.0, "blocks": 8}
+    total = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[7].parameters())
+    assert top.trainable == {"per_step": pytest.approx(block / total), "always_on": 0.0}
+    uniform = Hyper(seed=0, every=1, draw="exact", inclusion=np.full(8, 2 / 8), always_on=(), rank=8, refresh=None,
+                    scale=1.0, weight_decay=0.0)  # fmt: skip
+    spread = make_plan(shape, STRATEGIES["owlore"], uniform, weights=Weights.MASTER, batch=1, accum=1, tokens=8,
+                       recompute=False)  # fmt: skip
+    # Uniform draws of g among L blocks: the lowest is (L + 1) / (g + 1) from the bottom on average, counted from 1.
+    assert spread.backward_depth["expected"] == pytest.approx(8 + 1 - 9 / 3, abs=0.15)
+
+
+def test_a_plan_needs_the_configuration_alone(tmp_path, capsys):
+    from htsr import console
+    from owlore.cli import cli
+
+    model = save_tiny(tmp_path / "model", blocks=4)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as done:
+        console.run(cli, ["plan", str(model), "--active", "2", "--rank", "8", "--json"])
+    assert done.value.code == 0
+    made = json.loads(capsys.readouterr().out)
+    assert set(made["bytes"]) == {"weights", "masters", "gradients", "optimizer", "activations", "logits", "total"}
+    assert set(made["trainable"]) == {"per_step", "always_on"}
+    assert set(made["backward_depth"]) == {"expected", "blocks"}
+
+
+def test_longer_rows_larger_batches_and_more_blocks_cost_more(tmp_path):
+    model = save_tiny(tmp_path / "model", blocks=4)
+
+    def total(**settings):
+        given = {"model": str(model), "active": 2, "rank": 8, "seq_len": 64, **settings}
+        return plan_from_config(TrainConfig.build(given), lambda message: None).bytes["total"]
+
+    usual = total()
+    for more in ({"seq_len": 128}, {"batch": 8}, {"active": 4}, {"rank": "full"}, {"always_on": "embeddings"}):
+        assert total(**more) > usual, more
+    assert total(checkpointing="on") < usual
