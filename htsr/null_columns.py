@@ -24,7 +24,8 @@ NULL_COLUMNS = {
     "p_edge": "chance that noise with light tails and that deviation has a lambda_max as large (Tracy-Widom)",
     "kurtosis": "excess kurtosis of the entries: 0 for a normal law",
     "p_null": "chance that the same entries in random order have a lambda_max as large",
-    "p_null_by": "how p_null was found: permutation (99 of them), or tracy-widom where the entries' tails are light",
+    "p_null_by": "how p_null was found: permutation (99 of them); tracy-widom, where the entries' tails are light; "
+    "bound, an upper bound, where lambda_max lies far beyond what any order of the entries reaches",
     "alpha_farms": "PL_Alpha_Hill of the pooled eigenvalues of submatrices of one fixed shape (FARMS)",
 }
 TEXT_COLUMNS = ("p_null_by",)

@@ -123,7 +123,7 @@ def entry_nulls(source: Source, view: LayerView, lambda_max: float, rng: np.rand
     """What needs the matrix itself: the kurtosis of its entries, p_null and FARMS.
 
     A matrix of more than 2^28 entries is read once for its moments and never held: it has no alpha_farms, and a
-    p_null only where its entries have light tails.
+    p_null only where that needs no permutation.
     """
     entries = measure_entries(slices(source, view), view.rows, view.cols)
     row: dict[str, Any] = {"kurtosis": entries.kurtosis}
@@ -132,6 +132,8 @@ def entry_nulls(source: Source, view: LayerView, lambda_max: float, rng: np.rand
         row["alpha_farms"] = alpha_farms(W.T if view.transposed else W)
     if entries.light_tailed:
         row |= {"p_null": entries.noise_survival(float(lambda_max)), "p_null_by": "tracy-widom"}
+    elif not np.isnan(bound := entries.bound_survival(float(lambda_max))):
+        row |= {"p_null": bound, "p_null_by": "bound"}
     elif W is not None:
         row |= {"p_null": permutation_p(W, float(lambda_max), rng), "p_null_by": "permutation"}
     return row

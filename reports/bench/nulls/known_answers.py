@@ -74,11 +74,12 @@ def matrices(make: Callable[[np.random.Generator], np.ndarray], count: int, seed
         eigenvalues = np.linalg.eigvalsh(W.T @ W)
         entries, noise = measure_entries([W], *W.shape), fit_noise(eigenvalues, *W.shape)
         by_permutation = permutation_p(W.astype(np.float32), float(eigenvalues[-1]), rng)
-        by_law = entries.noise_survival(float(eigenvalues[-1]))
+        by_law, bound = (f(float(eigenvalues[-1])) for f in (entries.noise_survival, entries.bound_survival))
+        p_null = by_law if entries.light_tailed else by_permutation if np.isnan(bound) else bound
         alpha = fit_power_law(eigenvalues[eigenvalues > 1e-5]).alpha
         found.append({"alpha in 2..6": 2 <= alpha <= 6, "permutation < 0.05": by_permutation < 0.05,
                       "tracy-widom < 0.05": by_law < 0.05, "light tails": entries.light_tailed,
-                      "p_null < 0.05": (by_law if entries.light_tailed else by_permutation) < 0.05,
+                      "p_null < 0.05": p_null < 0.05, "beyond the bound": not np.isnan(bound),
                       "p_edge < 0.05": noise.p_edge < 0.05, "spikes": noise.num_spikes})  # fmt: skip
     result = {key: int(sum(f[key] for f in found)) for key in found[0] if key != "spikes"}
     spikes = np.bincount([f["spikes"] for f in found], minlength=5)

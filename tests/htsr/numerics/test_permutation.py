@@ -116,6 +116,33 @@ def test_heavy_tailed_noise_is_not_mistaken_for_structure() -> None:
     assert sum(p < 0.05 for p in by_law) > 15  # what Tracy-Widom would have said
 
 
+HEAVY = {
+    "laplace": lambda rng, shape: rng.laplace(size=shape),
+    "student t, 5": lambda rng, shape: rng.standard_t(5, shape),
+    "sparse normal": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.1),
+    "sparse signs": lambda rng, shape: np.sign(rng.standard_normal(shape)) * (rng.random(shape) < 0.02),
+    "two scales": lambda rng, shape: rng.standard_normal(shape) * np.where(rng.random(shape) < 0.05, 4, 1),
+}
+
+
+@pytest.mark.parametrize("law", HEAVY)
+def test_noise_never_reaches_the_bound_and_structure_does(law: str) -> None:
+    rng = np.random.default_rng(21)
+    seen = 0
+    for shape in [(64, 64), (96, 300)] * 20:
+        W = HEAVY[law](rng, shape)
+        entries = measure_entries([W], *shape)
+        seen += entries.spread_out
+        assert np.isnan(entries.bound_survival(top(W)))
+        spike = np.outer(*(np.sign(rng.standard_normal(side)) for side in shape))  # no entry stands out
+        W = W + 2 * W.std() * spike
+        assert not measure_entries([W], *shape).bound_survival(top(W)) > 1e-9
+    assert seen > 5
+    W = HEAVY[law](rng, (256, 256))
+    W += 1.5 * W.std() * np.outer(*np.sign(rng.standard_normal((2, 256))))
+    assert measure_entries([W], 256, 256).bound_survival(top(W)) < 1e-9
+
+
 def test_moments_of_pieces_are_those_of_the_whole() -> None:
     W = 0.3 + np.random.default_rng(3).standard_t(5, (70, 40))
     entries = measure_entries([W[:30], W[30:]], 70, 40)
