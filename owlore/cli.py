@@ -95,16 +95,62 @@ def plan(file: str | None, **options: Any) -> None:
 def render_plan(made: dict[str, Any]) -> str:
     """Bytes by kind, and the two shares, in a few lines."""
     depth, share = made["backward_depth"], made["trainable"]
-    lines = [f"{kind:<12} {size / 1e9:>9.3f} GB" for kind, size in made["bytes"].items()]
+    lines = [f"{kind:<12} {size_text(size):>12}" for kind, size in made["bytes"].items()]
     lines[-1] += "   at the peak; the kinds do not all peak at one moment"
     return "\n".join(
         [
             *lines,
             "",
-            f"trained      {share['per_step']:>9.2%} of the parameters in a step, {share['always_on']:.2%} always",
-            f"backward     {depth['expected']:>9.1f} of {depth['blocks']:g} blocks deep on average",
+            f"trained      {share['per_step']:>12.2%} of the parameters in a step, {share['always_on']:.2%} always",
+            f"backward     {depth['expected']:>12.1f} of {depth['blocks']:g} blocks deep on average",
         ]
     )
+
+
+def size_text(size: float) -> str:
+    """Bytes as MB or GB (powers of ten)."""
+    return f"{size / 1e6:,.1f} MB" if size < 1e9 else f"{size / 1e9:,.2f} GB"
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("-o", "--out", metavar="DIR", help="Write loss-by-step.png and loss-by-time.png there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
+    """Hold finished runs against each other: held-out loss, time, memory."""
+    from owlore.compare import compare_runs, data_differ, plot_held_out
+
+    table = compare_runs(runs)
+    if data_differ(runs):
+        console.notice("note: the runs saw different data; their losses cannot be held against each other")
+    if out is not None:
+        _save_comparison(runs, Path(out), plot_held_out)
+    click.echo(jsonlib.dumps({"runs": table}) if as_json else render_comparison(table))
+
+
+def _save_comparison(runs: tuple[str, ...], out: Path, plot: Callable[..., Any]) -> None:
+    from matplotlib.figure import Figure
+
+    out.mkdir(parents=True, exist_ok=True)
+    for against, name in (("step", "loss-by-step"), ("seconds", "loss-by-time")):
+        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+        plot(runs, figure.add_subplot(), against=against)
+        figure.savefig(out / f"{name}.png")
+
+
+def render_comparison(table: list[dict[str, Any]]) -> str:
+    """The rows of `owlore.compare.compare_runs` aligned, best held-out loss first."""
+    width = max(len(row["run"]) for row in table)
+    head = f"{'run':<{width}}  method    steps  before   after  trained   s/step   tok/s        peak       state"
+    lines = [head]
+    for row in sorted(table, key=lambda row: (row["loss_after"] is None, row["loss_after"] or 0.0)):
+        before, after = ("-" if row[k] is None else f"{row[k]:.4f}" for k in ("loss_before", "loss_after"))
+        lines.append(
+            f"{row['run']:<{width}}  {row['method']:<8} {row['steps']:>6} {before:>7} {after:>7} "
+            f"{row['trainable']:>8.2%} {row['seconds_per_step']:>8.3g} {row['tokens_per_s']:>7,.0f} "
+            f"{size_text(row['peak_bytes']):>11} {size_text(row['peak_state_bytes']):>11}"
+        )
+    return "\n".join(lines)
 
 
 def render_run(directory: Path, record: dict[str, Any]) -> str:
@@ -113,7 +159,7 @@ def render_run(directory: Path, record: dict[str, Any]) -> str:
     change = "not measured (give --eval-data)" if before is None else f"{before:.4f} -> {after:.4f} nats a token"
     lines = {
         "held-out loss": change,
-        "peak memory": f"{record['peak_bytes'] / 1e9:.2f} GB",
+        "peak memory": size_text(record["peak_bytes"]),
         "speed": f"{record['tokens_per_s']:,.0f} tokens/s, {record['median_step_seconds']:.3g} s a step (median)",
         "trained": f"{record['trainable']:.2%} of the parameters in a step, on average",
         "model": str(directory / "model"),

@@ -1,0 +1,80 @@
+"""Runs side by side: what they cost and what they reached, from what they wrote down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htsr.errors import BadInput, NotFound
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = (
+    "run", "method", "steps", "tokens", "loss_before", "loss_after", "trainable", "seconds_per_step", "tokens_per_s",
+    "peak_bytes", "peak_state_bytes",
+)  # fmt: skip
+
+
+def read_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """run.json and the rows of metrics.jsonl of a finished run.
+
+    Raises: NotFound, BadInput (no finished run).
+    """
+    path = Path(directory)
+    if not path.exists():
+        raise NotFound(f"{path}: no such run directory")
+    try:
+        record = json.loads((path / "run.json").read_text())
+        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} is not the directory of a finished run (run.json, metrics.jsonl): {error}") from error
+    if record.get("schema") != "owlore-run/1":
+        raise BadInput(f"{path}/run.json has schema {record.get('schema')!r}, expected 'owlore-run/1'")
+    return record, rows
+
+
+def compare_runs(directories: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """One row a run, with the names of `COLUMNS`; loss_before and loss_after are held-out, None where not measured."""
+    table = []
+    for directory in directories:
+        record, _ = read_run(directory)
+        row = {"run": Path(directory).name, "method": record["config"]["method"]}
+        row |= {"loss_before": record["eval_loss_first"], "loss_after": record["eval_loss_last"]}
+        row |= {"seconds_per_step": record["median_step_seconds"]}
+        row |= {key: record[key] for key in ("steps", "tokens", "trainable", "tokens_per_s", "peak_bytes")}
+        table.append({key: (row | {"peak_state_bytes": record["peak_state_bytes"]})[key] for key in COLUMNS})
+    return table
+
+
+def data_differ(directories: Sequence[str | Path]) -> bool:
+    """Whether the runs saw different data, so that their losses cannot be held against each other."""
+    records = [read_run(directory)[0] for directory in directories]
+    seen = {json.dumps([r["data"]["sha256"], (r["eval_data"] or {}).get("sha256")]) for r in records}
+    return len(seen) > 1
+
+
+def plot_held_out(directories: Sequence[str | Path], ax: Axes, *, against: str = "step") -> Axes:
+    """Training loss (mean over a tenth of the run) and held-out loss of each run against step or seconds."""
+    import pandas as pd
+
+    for number, directory in enumerate(directories):
+        record, rows = read_run(directory)
+        frame = pd.DataFrame(rows)
+        train = frame[frame["split"] == "train"].dropna(subset=["loss"])
+        held_out = frame[frame["split"] == "eval"]
+        scale = 1.0 if against == "step" else record["median_step_seconds"]
+        colour = f"C{number % 10}"
+        smooth = train["loss"].rolling(max(1, len(train) // 10), min_periods=1).mean()
+        ax.plot(
+            train["step"] * scale, smooth, color=colour, label=f"{Path(directory).name} ({record['config']['method']})"
+        )
+        ax.plot(held_out["step"] * scale, held_out["loss"], "o", color=colour, markersize=6, markeredgecolor="white")
+    ax.set(xlabel="optimizer step" if against == "step" else "seconds of training (median step)",
+           ylabel="loss (nats a trained token)")  # fmt: skip
+    ax.set_title("Loss: lines on training data, dots held out", loc="left", fontweight="bold", fontsize=11)
+    ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
