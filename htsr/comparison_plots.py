@@ -46,7 +46,8 @@ def by_role(matrices: pd.DataFrame, value: str, ax: Axes) -> Axes:
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015)
     bar.set_label(value, color=INK)
     bar.outline.set_visible(False)
-    style(ax, "How far leading directions are shared" if share else f"{value} = b - a", "", grid=False)
+    title = f"How far leading {value.removeprefix('overlap_')} are shared"
+    style(ax, title if share else f"{value.removesuffix('_diff')} of b less that of a", "", grid=False)
     ax.set_facecolor(LIGHT)
     ax.set_xlabel("block", color=INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -250,6 +250,7 @@ def _stored_transposed(tensors: Iterable[TensorInfo]) -> set[str]:
 
 def _view(tensor: TensorInfo, block: int | None, role: str, transposed: bool) -> LayerView:
     rows, cols = flat_shape(tensor.shape)
+    leaf = tensor.name.rpartition(".")[2]
     return LayerView(
         tensor=tensor.name,
         block=block,
@@ -257,7 +258,7 @@ def _view(tensor: TensorInfo, block: int | None, role: str, transposed: bool) ->
         rows=rows,
         cols=cols,
         dtype=tensor.dtype,
-        reason=why_no_spectrum(tensor, convolution="conv" in tensor.name),
+        reason=why_no_spectrum(tensor, convolution="conv" in tensor.name, bias=leaf.endswith("bias")),
         transposed=transposed,
     )
 

@@ -79,7 +79,7 @@ class ExpertMeter(TorchFunctionMode):
     """Sums the squares of what enters each expert, where a block holds its experts as one 3-D parameter.
 
     No module stands for a single expert, so there is nothing to hook; but each is applied as a linear map whose weight
-    is a slice of that parameter, and this listens for such calls.
+    is a slice of that parameter, or all are in one batched product, and this listens for such calls.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], kind: str = "") -> None:
@@ -125,15 +125,19 @@ class ExpertMeter(TorchFunctionMode):
     def _hear(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
         place = weight.untyped_storage().data_ptr()
         stack = self.stacks.get(place)
-        if stack is None or weight.ndim != 2 or weight.shape != stack.shape[1:]:
+        if stack is None or weight.shape not in (stack.shape, stack.shape[1:]):
             return
-        key = (place, (weight.storage_offset() - stack.storage_offset()) // stack.stride(0))
-        squares = square_sums(x)
-        self.sums[key] = self.sums[key] + squares if key in self.sums else squares
-        self.transposed[place] = transposed
+        if weight.ndim == 3:  # all experts in one batched product
+            inputs = dict(enumerate(x)) if x.ndim == 3 else {}
+        else:
+            inputs = {(weight.storage_offset() - stack.storage_offset()) // stack.stride(0): x}
+        for index, tokens in inputs.items():
+            squares, key = square_sums(tokens), (place, index)
+            self.sums[key] = self.sums[key] + squares if key in self.sums else squares
+            self.transposed[place] = transposed
 
 
-MATRIX_PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+MATRIX_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
 def square_sums(x: Tensor) -> Tensor:

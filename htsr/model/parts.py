@@ -204,13 +204,18 @@ def kernel_parts(tensor: str, shape: tuple[int, ...]) -> list[Part]:
     ]
 
 
-def why_not(tensor: TensorInfo, *, convolution: bool) -> str:
-    """Why a tensor has no spectrum here; empty when it has one. `convolution`: by its name, a stack is a kernel."""
+def why_not(tensor: TensorInfo, *, convolution: bool, bias: bool) -> str:
+    """Why a tensor has no spectrum here; empty when it has one.
+
+    convolution, bias: by its name, a stack is a kernel, or the rows are biases (of several experts).
+    """
     shape = tensor.shape
     if tensor.note:
         return tensor.note
     if len(shape) < 2:
         return f"{len(shape)}-D: not a matrix"
+    if bias:
+        return f"{len(shape)}-D: biases, not a matrix"
     if not tensor.readable:
         return f"stored as {tensor.dtype}: codes or integers, not the weights themselves"
     if len(shape) > 4 or (len(shape) == 3 and convolution):
@@ -219,7 +224,8 @@ def why_not(tensor: TensorInfo, *, convolution: bool) -> str:
     values *= math.prod(shape[2:]) if len(shape) == 4 else 1
     if values < MIN_SIDE:
         each = " in each matrix of the stack" if len(shape) == 3 else ""
-        return f"only {values} singular values{each}, at least {MIN_SIDE} make a spectrum"
+        plural = "" if values == 1 else "s"
+        return f"only {values} singular value{plural}{each}, at least {MIN_SIDE} make a spectrum"
     return ""
 
 

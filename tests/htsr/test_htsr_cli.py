@@ -261,3 +261,46 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert done.stdout.endswith("[]\n")
     assert "--lod-scope" in done.stdout
     assert min(seconds) < 0.3
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA directory as PEFT writes it, for q of block 1 of the tiny model."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("adapters") / "lora"
+    path.mkdir()
+    g = makers.generator(0)
+    module = "base_model.model.model.layers.1.self_attn.q_proj"
+    factors = {"A": torch.randn(9, 32, generator=g), "B": torch.randn(32, 9, generator=g)}
+    save_file({f"{module}.lora_{side}.weight": w for side, w in factors.items()}, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 9, "lora_alpha": 18}))
+    return path
+
+
+def test_an_adapter_is_scanned_alone_and_on_its_base(htsr: Any, adapter: Path, model: Path, tmp_path: Path) -> None:
+    alone = htsr("scan", adapter, "--no-plots", "--json")
+    assert alone.code == 0
+    assert alone.err.count("\n") == 1  # one notice: no text runs through differences
+    frame = pd.read_csv(tmp_path / "reports/scans/lora/scan.csv")
+    assert frame[["block", "role", "status"]].to_numpy().tolist() == [[1, "q", "ok"]]
+    both = htsr("scan", adapter, "--base", model, "--calibration", "none", "--no-plots", "--quiet")
+    assert (both.code, both.err) == (0, "")
+    merged = pd.read_csv(tmp_path / "reports/scans/lora-against-tiny/scan.csv")
+    assert merged.loc[merged["relative_change"] > 0, "tensor"].tolist() == ["model.layers.1.self_attn.q_proj.weight"]
+    assert len(merged) == len(scan(model, calibration=None, quiet=True).frame)
+
+
+def test_wrong_adapters_and_bases_have_the_contracts_exit_codes(
+    htsr: Any, adapter: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    for arguments, code in (
+        ((adapter, "--calibration", text), 4),
+        ((model, "--base", adapter), 4),
+        ((adapter, "--base", "demo"), 4),
+        ((adapter, "--base", tmp_path / "none"), 5),
+        ((model, "--base", tmp_path), 4),
+    ):
+        done = htsr("scan", *arguments, "--out", tmp_path / "out", "--quiet")
+        assert (done.code, done.err.count("\n")) == (code, 1), done.err
+        assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ import torch
 
 from htsr.errors import BadInput
 from htsr.model.layers import num_blocks, views
+from htsr.model.parts import read_block
 from htsr.model.source import open_source
 from htsr.numerics.spectrum import Block, eigenvalues
 from htsr.scan import scan
@@ -97,3 +98,33 @@ def test_without_the_package_the_error_names_the_extra(file: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(BadInput, match=r"pip install 'htsr-owlore\[gguf\]'"):
         open_source(file)
+
+
+def test_experts_and_fused_projections_are_read_out_of_quantised_stacks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stack, fused = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 24, 64), (96, 64)))
+    writer = gguf.GGUFWriter(tmp_path / "moe.gguf", "llama")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for block in range(2):
+        for part in ("gate", "up"):
+            data = gguf.quants.quantize(stack + block, kind)
+            writer.add_tensor(f"blk.{block}.ffn_{part}_exps.weight", data, raw_dtype=kind)
+        writer.add_tensor(f"blk.{block}.attn_qkv.weight", gguf.quants.quantize(fused, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = open_source(tmp_path / "moe.gguf")
+    found = {(view.block, view.role): view for view in views(source)}
+    roles = {f"experts.{e}.{part}" for e in range(3) for part in ("gate", "up")} | {"qkv"}
+    assert found.keys() == {(block, role) for block in range(2) for role in roles}  # no widths known, so no q, k, v
+    expected = gguf.quants.dequantize(gguf.quants.quantize(stack + 1, kind), kind)
+    view = found[1, "experts.2.up"]
+    assert (view.tensor, view.rows, view.cols) == ("blk.1.ffn_up_exps.weight[2]", 24, 64)
+    for block in (Block(axis=0, start=3, stop=24), Block(axis=1, start=5, stop=40)):
+        part = expected[2][block.start : block.stop] if block.axis == 0 else expected[2][:, block.start : block.stop]
+        assert np.array_equal(read_block(source, view, block), part)
+    frame = scan(tmp_path / "moe.gguf", calibration=None, quiet=True).frame.set_index("tensor")
+    values = eigenvalues(expected[2])
+    assert frame.loc[view.tensor, "lambda_max"] == pytest.approx(values[-1], rel=1e-12)
+    assert frame.loc[view.tensor, "dtype"] == "dequantised:Q8_0"

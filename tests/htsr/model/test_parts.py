@@ -238,11 +238,13 @@ def test_granite_experts_and_stacks_of_other_names() -> None:
         "layers.0.block_sparse_moe.output_linear.weight": torch.randn(2, 16, 12, generator=g),
         "layers.0.mixer.bank": torch.randn(2, 16, 12, generator=g),
         "layers.0.short_conv.weight": torch.randn(16, 16, 12, generator=g),
+        "layers.0.experts.down_proj_bias": torch.randn(16, 12, generator=g),
     }
     found = {view.role: view for view in views(open_source(state))}
     experts = {f"experts.{e}.{role}" for e in range(2) for role in ("gate", "up", "down")}
-    assert set(found) == experts | {"bank.0", "bank.1", "short_conv"}
+    assert set(found) == experts | {"bank.0", "bank.1", "short_conv", "down_proj_bias"}
     assert "convolution" in found["short_conv"].reason
+    assert "biases" in found["down_proj_bias"].reason
 
 
 @pytest.mark.parametrize(("outputs", "inputs", "size"), [(16, 12, 3), (12, 16, 3), (20, 6, 2), (24, 3, 4), (16, 16, 1)])
