@@ -28,11 +28,13 @@ def _noise(frame: pd.DataFrame) -> list[str]:
             f"All {len(tested)} matrices differ from noise: the same entries in random order have a smaller largest "
             f"eigenvalue (p_null < {NOISE_LEVEL:g})."
         ]
-    good = alike["alpha"].astype(float).between(2, 6).sum()
+    good = int(alike["alpha"].astype(float).between(2, 6).sum())
+    flat = int((alike["p_null"] > 1 - NOISE_LEVEL).sum())
     return [
         f"{len(alike)} of {len(tested)} matrices cannot be told from noise: their largest eigenvalue is one that the "
         f"same entries in random order have as well (p_null >= {NOISE_LEVEL:g}): {_names(alike)}."
         + (f" The alphas of {good} of them lie between 2 and 6 all the same." if good else "")
+        + (f" {flat} of them are flatter than noise (p_null > {1 - NOISE_LEVEL:g})." if flat else "")
     ]
 
 
@@ -57,7 +59,11 @@ def _thresholds(frame: pd.DataFrame) -> list[str]:
     wide = frame.loc[width[width > WIDE].sort_values(ascending=False, kind="stable").index]
     many = f"{len(wide)} of {len(width)} exponents move by more than {WIDE:g}" if len(wide) else "No exponent moves far"
     named = f": {_names(wide)}" if len(wide) else ""
-    return [f"{many} when xmin moves to another eigenvalue that fits within 5 % as well{named}."]
+    interval = float((frame["alpha_high"] - frame["alpha_low"]).median())
+    return [
+        f"{many} when xmin moves to another eigenvalue that fits within 5 % as well{named}. The 95 % bootstrap "
+        f"interval of alpha is {interval:.2g} wide in the median matrix."
+    ]
 
 
 def _names(rows: pd.DataFrame) -> str:
