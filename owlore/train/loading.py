@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from htsr.console import quiet_libraries
+from htsr.console import quiet_libraries, silence_stderr
 from htsr.errors import BadInput, UsageError
 from htsr.model.source import Source, locate, open_source
 
@@ -86,7 +87,8 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
     if gguf and dtype == "auto":
         wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        with quiet_libraries():
+        # transformers draws a bar of its own while it dequantises, terminal or not.
+        with quiet_libraries(), silence_stderr() if gguf else nullcontext():
             model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **attention(attn), **gguf)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
