@@ -167,3 +167,34 @@ def scan_rows(**columns: list[object]) -> Any:
     given = {name: columns.get(name, [value] * length) for name, value in plain.items()}
     frame = pd.DataFrame({"block": columns["block"], "tensor": columns["tensor"], **given, **filled})
     return frame.astype({"block": "Int64", "n_tail": "Int64", **dict.fromkeys(numbers, "float64")})
+
+
+def ks_distances(x: Any) -> tuple[Any, Any]:
+    """alpha_i and D_i of every candidate xmin of an ascending spectrum, from the formulas."""
+    import numpy as np
+
+    N = len(x)
+    alphas, distances = np.ones(N - 1), np.ones(N - 1)
+    for i in range(N - 1):
+        n = N - i
+        alphas[i] = 1 + n / (np.log(x[i:]).sum() - n * np.log(x[i]))
+        distances[i] = np.abs(1 - (x[i:] / x[i]) ** (1 - alphas[i]) - np.arange(n) / n).max()
+    return alphas, distances
+
+
+def near_tie(y: Any, gap: float) -> Any:
+    """An ascending spectrum whose two best candidates are about `gap` apart in D: y with its best xmin moved up."""
+    import numpy as np
+
+    low, high = 0.0, 0.5
+    i = int(np.argmin(ks_distances(y)[1]))
+    for _ in range(25):  # towards the next value, until another candidate takes over
+        z = y.copy()
+        z[i] = y[i] + (low + high) / 2 * (y[i + 1] - y[i])
+        D = ks_distances(z)[1]
+        best, second = np.sort(D)[:2]
+        if int(np.argmin(D)) == i and second - best > gap:
+            low = (low + high) / 2
+        else:
+            high = (low + high) / 2
+    return z

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from htsr.errors import BadInput
+from htsr.numerics.bf16 import has_matrix_units, medium_gram
 from htsr.numerics.certificate import Verdict, judge
 from htsr.numerics.fullrank import has_full_rank
 from htsr.numerics.metrics import EIGENVALUE_CUT
@@ -41,6 +42,8 @@ ATTEMPTS = 3
 SAMPLE_SIDE, LONG_TAIL = 512, 0.38
 ALPHA_TOLERANCE = 5e-7
 EPS32, EPS64 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
+
+UNITS_SIDE = 2048  # from here on torch is worth importing for the matrix units
 
 Read = Callable[[], Iterable[Any]]
 
@@ -86,6 +89,8 @@ class Backend:
 
 def _reduce(slices: Iterable[Any], side: int, scale: float) -> Tridiagonal:
     scaled = (as_array(block, np.float32) * np.float32(scale) if scale != 1 else block for block in slices)
+    if has_matrix_units() and side >= UNITS_SIDE:
+        return Tridiagonal(medium_gram(scaled, side))
     return Tridiagonal(gram(scaled, side, np.float32, mirror=False))
 
 

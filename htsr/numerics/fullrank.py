@@ -22,9 +22,14 @@ def has_full_rank(A: np.ndarray) -> bool:
     than |E z| for the kernel vector z. So s must exceed |E g| / |g| for random g (which the float32 arithmetic of
     this very check overstates), and |A' x| in float64 must agree with s.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # what is singular up to rounding overflows on the way
+        return _has_full_rank(np.asarray(A, np.float32))
+
+
+def _has_full_rank(A: np.ndarray) -> bool:
     from scipy.linalg.lapack import sgetrf, sgetrs
 
-    scaled_A = scaled(np.asarray(A, np.float32))
+    scaled_A = scaled(A)
     if scaled_A is None:
         return False
     lu, pivots, info = sgetrf(scaled_A)
