@@ -30,15 +30,12 @@ def _noise(frame: pd.DataFrame) -> list[str]:
         ]
     good = int(alike["alpha"].astype(float).between(2, 6).sum())
     flat = int((alike["p_null"] > 1 - NOISE_LEVEL).sum())
+    verb = "is" if flat == 1 else "are"
     return [
         f"{len(alike)} of {len(tested)} matrices cannot be told from noise: their largest eigenvalue is one that the "
         f"same entries in random order have as well (p_null >= {NOISE_LEVEL:g}): {_names(alike)}."
         + (f" The alphas of {good} of them lie between 2 and 6 all the same." if good else "")
-        + (
-            f" {flat} {'is' if flat == 1 else 'are'} even flatter than noise (p_null > {1 - NOISE_LEVEL:g})."
-            if flat
-            else ""
-        )
+        + (f" {flat} {verb} even flatter than noise (p_null > {1 - NOISE_LEVEL:g})." if flat else "")
     ]
 
 
