@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.choices import SCOPES, check_choice
-from htsr.errors import BadInput, UsageError
+from htsr.errors import BadInput, HtsrError, UsageError
 from htsr.model.layers import find_blocks, views
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
 from htsr.model.walk import MeasuredBlock, loaded_blocks, record_calls, stream_blocks
@@ -106,7 +106,7 @@ def calibrate(
     shares = fused_shares(source)
     blocks: dict[int, Outliers] = {}
     matrices: dict[tuple[int, str], Outliers] = {}
-    for measured in walk:
+    for measured in _guarded(walk, source):
         blocks[measured.index], roles = block_outliers(measured, tau, scope, shares)
         matrices |= {(measured.index, role): outliers for role, outliers in roles.items()}
         if progress is not None:
@@ -262,10 +262,28 @@ def _folder(path: Path) -> tuple[Path, dict[str, str]]:
     return path.parent, {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 
 
+def _guarded(walk: Iterator[MeasuredBlock], source: Source) -> Iterator[MeasuredBlock]:
+    """The same walk; what a model raises that cannot be called with text alone becomes BadInput."""
+    try:
+        yield from walk
+    except (HtsrError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
+        raise BadInput(
+            f"{source.id}: text cannot be run through it ({_brief(error)}), expected a text model"
+        ) from error
+
+
 def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
     """Raise BadInput when the tokenizer makes ids that the model has no embedding for."""
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise BadInput(f"got a {type(model).__name__}, which reads {reads}, expected a model that reads text")
     access = getattr(model, "get_input_embeddings", None)
-    table = access() if access is not None else None
+    try:
+        table = access() if access is not None else None
+    except NotImplementedError:  # a model of several towers has none of its own
+        table = None
     rows = getattr(table, "num_embeddings", None)
     if rows is not None and int(windows.max()) >= rows:
         raise BadInput(f"tokenizer: got token {int(windows.max())}, expected ids below {rows}; it is another model's")

@@ -34,7 +34,7 @@ _ROLES = [
         (r"k_proj|key|k_lin|attn_k|wk|attention\.k|k", "k"),
         (r"v_proj|value|v_lin|attn_v|wv|attention\.v|v", "v"),
         (r"o_proj|out_proj|out_lin|attn_output|attn_o|attn\.c_proj|self_attn\.dense|attention\.dense", "o"),
-        (r"attention\.output\.dense|attention\.wo|attention\.o|attn\.proj|attn\.o", "o"),
+        (r"attention\.output\.dense|attention\.wo|attention\.o|attn\.proj|attn\.o|attn\.wo", "o"),
         (r"ffn_gate_inp|ffn_gate_inp_shexp|router\.classifier|router|shared_expert_gate|mlp\.gate|moe\.gate", "router"),
         (r"gate_proj|ffn_gate|ffn_gate_exps|ffn_gate_shexp|wi_0|w1", "gate"),
         (r"up_proj|ffn_up|ffn_up_exps|ffn_up_shexp|wi_1|w3", "up"),

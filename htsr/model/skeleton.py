@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from htsr.errors import BadInput
-from htsr.model.layers import BlockStack, find_blocks
+from htsr.model.layers import BlockStack, LayerView, expert_role, find_blocks, role_of, views
 
 if TYPE_CHECKING:
     from htsr.model.source import Source
+
+
+Origin = str | list[list[str]]  # a tensor, or of a stack of experts the tensors of each, one below the other
 
 
 class CannotStreamError(Exception):
@@ -33,7 +36,7 @@ class Skeleton:
 
     model: nn.Module
     stack: BlockStack
-    names: dict[str, str]  # parameter of `model` -> tensor of `source`
+    names: dict[str, Origin]  # parameter of `model` -> where it is in `source`
     source: Source
     device: torch.device
 
@@ -50,8 +53,13 @@ class Skeleton:
     def fill(self, names: Iterable[str]) -> None:
         """Give the named parameters their weights from the source."""
         for name in names:
-            weights = self.source.read(self.names[name]).to(device=self.device, dtype=torch.float32)
+            weights = self._read(self.names[name]).to(device=self.device, dtype=torch.float32)
             _set(self.model, name, weights.reshape(self.model.get_parameter(name).shape))
+
+    def _read(self, origin: Origin) -> Tensor:
+        if isinstance(origin, str):
+            return self.source.read(origin)
+        return torch.stack([torch.cat([self.source.read(part) for part in expert]) for expert in origin])
 
     @property
     def missing(self) -> list[str]:
@@ -70,9 +78,9 @@ def build_skeleton(source: Source, device: str | torch.device = "cpu") -> Skelet
     if getattr(model.config, "is_encoder_decoder", False):
         raise CannotStreamError("the decoder's blocks read the encoder's output")
     stack = find_blocks(model)
-    skeleton = Skeleton(
-        model=model, stack=stack, names=_match(model, source), source=source, device=torch.device(device)
-    )
+    names = _match(model, source)
+    names |= _match_by_role(model, stack, source, names)
+    skeleton = Skeleton(model=model, stack=stack, names=names, source=source, device=torch.device(device))
     for block in stack.modules:
         empty(block)
     inside = tuple(f"{name}." for name in stack.names)
@@ -139,11 +147,11 @@ class _EmptyOnMeta(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _match(model: nn.Module, source: Source) -> dict[str, str]:
+def _match(model: nn.Module, source: Source) -> dict[str, Origin]:
     """The source's name of every parameter; a checkpoint may carry the name of the model's base in front."""
     shapes = {info.name: info.shape for info in source.tensors}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    names = {}
+    names: dict[str, Origin] = {}
     for name, parameter in model.named_parameters():
         candidates = (name, prefix + name, name.removeprefix(prefix))
         found = next((c for c in candidates if c in shapes), None)
@@ -155,6 +163,56 @@ def _match(model: nn.Module, source: Source) -> dict[str, str]:
             )
         names[name] = found
     return names
+
+
+def _match_by_role(
+    model: nn.Module, stack: BlockStack, source: Source, known: Mapping[str, Origin]
+) -> dict[str, Origin]:
+    """Where the matrices of blocks are that have other names in the file, by block and role, of the same shape.
+
+    transformers 5 holds experts in one parameter where published files have a tensor for each.
+    """
+    missing = {name: p for name, p in model.named_parameters() if name not in known and p.ndim in (2, 3)}
+    if not missing:
+        return {}
+    by_key = {(view.block, view.role): view for view in views(source) if not view.part_of}
+    found: dict[str, Origin] = {}
+    for index, block in enumerate(stack.names):
+        for name, parameter in missing.items():
+            if name.startswith(f"{block}."):
+                rest, shape = name.removeprefix(f"{block}."), tuple(parameter.shape)
+                origin = (
+                    _experts(by_key, index, rest, shape, source)
+                    if len(shape) == 3
+                    else _same_shape(by_key.get((index, role_of(rest))), shape)
+                )
+                if origin is not None:
+                    found[name] = origin
+    return found
+
+
+def _same_shape(view: LayerView | None, shape: tuple[int, ...]) -> str | None:
+    return view.tensor if view is not None and view.part is None and (view.rows, view.cols) == shape else None
+
+
+def _experts(
+    by_key: Mapping[tuple[int | None, str], LayerView], index: int, rest: str, shape: tuple[int, ...], source: Source
+) -> Origin | None:
+    """A stack (experts, out, in) from the tensors of its experts, gate before up, or the same stack by another name."""
+    experts = []
+    for number in range(shape[0]):
+        role = expert_role(rest, number)
+        roles = [role.removesuffix("gate_up") + part for part in ("gate", "up")] if role.endswith("gate_up") else [role]
+        members = [by_key[index, r] for r in roles if (index, r) in by_key]
+        if len(members) != len(roles) or (index, f"experts.{shape[0]}.down") in by_key:
+            return None
+        experts.append(members)
+    stored = {view.stored for members in experts for view in members}
+    if len(stored) == 1 and source.info(name := stored.pop()).shape == shape:
+        return name
+    whole = all(view.part is None and view.cols == shape[2] for members in experts for view in members)
+    tall = all(sum(view.rows for view in members) == shape[1] for members in experts)
+    return [[view.tensor for view in members] for members in experts] if whole and tall else None
 
 
 def _set(module: nn.Module, local: str, weights: Tensor) -> None:

@@ -217,6 +217,7 @@ def test_experts_are_pooled_with_their_own_tokens(route: str, tmp_path: Path, te
     model = tiny_mixtral()
     model.save_pretrained(tmp_path / "moe")  # with one tensor an expert, as published checkpoints have them
     found = run(open_source(tmp_path / "moe" if route == "directory" else model), text)
+    assert found.route == "streamed"
     linear, experts = plain_inputs(model, "model.layers", text), expert_inputs(model, text)
     for index, (maps, more) in enumerate(zip(linear, experts, strict=True)):
         weights, read = [w for w, _ in (*maps, *more)], [r for _, r in (*maps, *more)]
