@@ -53,7 +53,7 @@ def entry_key(source: Source, view: LayerView, **settings: Any) -> str:
     if geometry.get("part"):
         geometry["part"].pop("tensor", None)
     what = [
-        code_version(), type(source).__name__, source.is_delta, tensor.dtype, list(tensor.shape),
+        code_version(), source.is_delta, tensor.dtype, list(tensor.shape),
         source.tensor_sha256(view.stored), geometry, settings,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
