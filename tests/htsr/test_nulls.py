@@ -176,3 +176,21 @@ def test_a_matrix_flatter_than_noise_is_called_so() -> None:
     flat = scan({"model.layers.0.self_attn.v_proj.weight": W}, calibration=None, nulls=True, quiet=True).frame
     assert flat["p_null"].tolist() == [pytest.approx(1.0, abs=1e-6)]
     assert "1 is even flatter than noise" in null_sentences(flat)[0]
+
+
+def test_differences_of_weights_are_judged_whatever_their_scale(tmp_path: Path) -> None:
+    """Steps of 1e-4 have no eigenvalue above weightwatcher's cut; a thin step among them is structure."""
+    g, base = makers.generator(5), weights()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    thin = torch.outer(torch.randn(256, generator=g), torch.randn(256, generator=g))
+    tuned = {k: v + 1e-4 * torch.randn(v.shape, generator=g) for k, v in base.items() if v.ndim == 2}
+    tuned[name] = tuned[name] + 3e-5 * thin
+    result = scan(tuned, base=base, calibration=None, nulls=True, quiet=True)
+    rows = result.frame.set_index("tensor")
+    assert rows.loc[name, "num_spikes"] == 1
+    assert rows.loc[name, "p_null"] < 1e-3
+    other = rows.loc["model.layers.1.self_attn.q_proj.weight"]
+    assert other["p_null"] > 0.001
+    assert other["mp_sigma"] == pytest.approx(1e-4, rel=0.02)
+    result.save(tmp_path)
+    assert "plots/ks.png" in {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png")}
