@@ -4,8 +4,9 @@ A replica draws as many eigenvalues with replacement as there are and fits them 
 the uncertainty of xmin too, which sigma = (alpha - 1) / sqrt(n) leaves out. The interval is the percentile one: the
 2.5 % and 97.5 % quantiles of the replicas' exponents.
 
-Measured coverage of the 95 % interval on exact Pareto samples is in reports/bench/nulls/README.md. Eigenvalues of one
-matrix repel each other and are not independent draws: on the bulk of a random matrix the interval is conservative.
+Measured on exact Pareto samples with alpha from 1.5 to 8, the 95 % interval covers the truth at a rate of 0.925 to
+0.995 from 100 points on and of 0.91 at 50 (reports/bench/nulls; sigma's 95 % cover 0.91). Eigenvalues of one matrix
+repel each other and are not independent draws: on the bulk of a random matrix the interval is conservative.
 """
 
 from __future__ import annotations

@@ -21,12 +21,25 @@ import scipy
 from htsr.numerics.bootstrap import REPLICAS, alpha_interval
 from htsr.numerics.goodness import goodness_of_fit
 from htsr.numerics.marchenko_pastur import edge_and_scale, fit_noise
-from htsr.numerics.permutation import measure_entries, permutation_p
+from htsr.numerics.permutation import SHIFT, measure_entries, permutation_p
 from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.thresholds import alpha_average, ks_curve
 
 SIDE = 256
 ALPHAS, SIZES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0), (50, 100, 384, 1024, 2048)
+LAWS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "uniform": lambda rng, shape: rng.uniform(-1, 1, shape),
+    "laplace": lambda rng, shape: rng.laplace(size=shape),
+    "student t, 4": lambda rng, shape: rng.standard_t(4, shape),
+    "student t, 5": lambda rng, shape: rng.standard_t(5, shape),
+    "two scales": lambda rng, shape: rng.standard_normal(shape) * np.where(rng.random(shape) < 0.05, 4, 1),
+    "sparse normal, 30 %": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.3),
+    "sparse normal, 5 %": lambda rng, shape: rng.standard_normal(shape) * (rng.random(shape) < 0.05),
+    "sparse signs, 5 %": lambda rng, shape: np.sign(rng.standard_normal(shape)) * (rng.random(shape) < 0.05),
+    "sparse signs, 2 %": lambda rng, shape: np.sign(rng.standard_normal(shape)) * (rng.random(shape) < 0.02),
+    "sparse signs, 1 %": lambda rng, shape: np.sign(rng.standard_normal(shape)) * (rng.random(shape) < 0.01),
+}
 SPIKES = {"weak": (1.05, 1.1, 1.15), "above the edge": (1.1, 1.25, 1.5), "strong": (1.5, 2.0, 3.0)}
 
 
@@ -86,6 +99,31 @@ def matrices(make: Callable[[np.random.Generator], np.ndarray], count: int, seed
     return {"matrices": count, **result, "spikes 0, 1, 2, 3, 4+": [*spikes[:4].tolist(), int(spikes[4:].sum())]}
 
 
+def margins(count: int) -> dict[str, Any]:
+    """How far noise of a law gets towards `Entries.bound_survival`: its largest eigenvalue, in Tracy-Widom units.
+
+    Only matrices that the bound would judge (`spread_out`); it speaks from 10 units beyond the shift on.
+    """
+    result = {}
+    for seed, (law, draw) in enumerate(LAWS.items()):
+        rng, found = np.random.default_rng([99, seed]), []
+        for rows, cols in [(64, 64), (128, 512), (256, 256)] * count:
+            W = draw(rng, (rows, cols))
+            entries = measure_entries([W], rows, cols)
+            if entries.spread_out:
+                edge, scale = edge_and_scale(rows, cols)
+                units = (np.linalg.norm(W, 2) ** 2 / (entries.variance + entries.mean**2) - edge) / scale
+                shift = SHIFT * max(0.0, entries.kurtosis) / min(rows, cols) ** (1 / 3)
+                found.append((units, units - shift, entries.kurtosis))
+        highest = np.max(found, axis=0).tolist() if found else [None] * 3
+        result[law] = {
+            "matrices": len(found),
+            **dict(zip(("units", "beyond the shift", "kurtosis"), highest, strict=True)),
+        }
+        print(law, result[law], flush=True)
+    return result
+
+
 def seconds(work: Callable[[], Any], runs: int = 5) -> float:
     """Median CPU seconds of this thread."""
     times = []
@@ -139,6 +177,7 @@ def main() -> None:
     for seed, (name, make) in enumerate(cases.items()):
         record["matrices"][name] = matrices(make, options.matrices, seed)
         print(name, record["matrices"][name], flush=True)
+    record["bound"] = margins(options.matrices // 2)
     record["pareto"] = [{k: None if v != v else v for k, v in row.items()} for row in pareto(options.samples)]
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
