@@ -113,7 +113,7 @@ def test_a_table_says_where_it_comes_from(scanned: ScanResult) -> None:
 def test_a_saved_scan_reads_back_to_the_same_numbers(scanned: ScanResult, tmp_path: Path) -> None:
     directory = scanned.save(tmp_path / "deep" / "scan")
     names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    plots = {f"plots/{name}.png" for name in ("alpha", "lod", "heatmap", "esd", "table")}
+    plots = {f"plots/{name}.png" for name in ("alpha", "lod", "heatmap", "esd", "ks", "table")}
     assert names == plots | {"scan.csv", "blocks.csv", "table.json", "scan.json", "report.html", "spectra.npz"}
     assert sorted(p.name for p in directory.parent.iterdir()) == ["scan"]  # nothing temporary stays
     again = htsr.load_scan(directory)
