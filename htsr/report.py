@@ -119,8 +119,10 @@ def facts(result: ScanResult) -> list[tuple[str, str]]:
     rows: list[tuple[str, Any]] = [
         ("model", model.get("id")),
         ("revision", model.get("revision")),
+        ("base", (record.get("base") or {}).get("id")),
         ("weights sha256", model.get("weights_sha256")),
         ("created", record.get("created")),
+        ("engine", record.get("settings", {}).get("engine")),
         ("precision", record.get("settings", {}).get("precision")),
         ("calibration", calibration and f"{calibration['source']}, {calibration['windows']} windows of "
          f"{calibration['seq_len']} tokens, tau {calibration['tau']:g}, {calibration['scope']} scope"),
