@@ -26,6 +26,7 @@ from owlore.options import (
     share_or_path,
     text,
     true_or_path,
+    whole,
     word_or,
 )
 
@@ -85,10 +86,12 @@ class TrainConfig:
         "drop", choice("drop", "host", "keep"), "State of blocks that leave: freed, or kept (on the host).", method=True
     )
     always_on: tuple[str, ...] = option((), names(*GROUPS), "Parameters outside the blocks that always train.")
+    project_always_on: bool = option(False, flag(), "Project the gradients of always-on matrices too.", method=True)
     preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
     weights: str = option(
         "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
     )
+    state_bits: int = option(32, whole(32, 8), "Bits of each optimizer moment.")
     checkpointing: str = option("auto", choice("auto", "on", "off"), "Recompute activations in backward.")
     eval_data: str | float | None = option(None, share_or_path(), "Held-out data, or the share of --data to hold out.")
     eval_every: int | None = option(None, integer(1), "Steps between evaluations. [default: before and after]")

@@ -50,6 +50,19 @@ def number(minimum: float, *, above: bool = False, below: float | None = None) -
     return Parser("X", parse)
 
 
+def whole(*known: int) -> Parser:
+    """One of the whole numbers `known`."""
+    expected = "one of " + ", ".join(map(str, known))
+
+    def parse(value: Any) -> int:
+        number = _number(value, expected)
+        if number not in known:
+            raise ValueError(expected)
+        return int(number)
+
+    return Parser("|".join(map(str, known)), parse)
+
+
 def choice(*known: str) -> Parser:
     """One of the words `known`. YAML reads a bare on/off as true/false: those are taken for the words."""
 

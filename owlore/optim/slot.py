@@ -26,6 +26,7 @@ from owlore.kernels.projector import (
 )
 from owlore.kernels.rounding import stochastic_round
 from owlore.kernels.seeds import generator_for
+from owlore.optim.moments import Moments, moment_bytes
 
 
 class Weights(Enum):
@@ -41,13 +42,14 @@ class Rule:
     """How one parameter is updated.
 
     rank: projection to this rank where the smaller side is larger, None for none. scale: GaLore's factor on projected
-    updates. refresh: steps between bases, None for one basis an activation.
+    updates. refresh: steps between bases, None for one basis an activation. bits: of each moment, 32 or 8.
     """
 
     adam: AdamW = field(default_factory=AdamW)
     rank: int | None = None
     scale: float = 1.0
     refresh: int | None = None
+    bits: int = 32
 
     def projects(self, shape: torch.Size | tuple[int, ...]) -> bool:
         return self.rank is not None and len(shape) == 2 and min(shape) > self.rank
@@ -78,12 +80,12 @@ def planned_bytes(shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, weight
     count = int(torch.Size(shape).numel())
     masters = 4 * count if dtype != torch.float32 and weights is Weights.MASTER else 0
     if not rule.projects(shape):
-        return HeldBytes(masters=masters, moments=8 * count)
+        return HeldBytes(masters=masters, moments=moment_bytes(count, rule.bits))
     assert rule.rank is not None
     rows, cols = shape
     small = int(torch.Size(projected_shape(rows, cols, rule.rank)).numel())
     basis = int(torch.Size(basis_shape(rows, cols, rule.rank)).numel())
-    return HeldBytes(masters=masters, moments=8 * small, projectors=4 * basis)
+    return HeldBytes(masters=masters, moments=moment_bytes(small, rule.bits), projectors=4 * basis)
 
 
 class Slot:
@@ -98,8 +100,7 @@ class Slot:
         shape: tuple[int, ...] = tuple(parameter.shape)
         if self.projected:
             shape = projected_shape(shape[0], shape[1], rule.rank or 0)
-        self.mean = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-        self.square = torch.zeros_like(self.mean)
+        self.moments = Moments(shape, bits=rule.bits, device=parameter.device)
         self.basis: Tensor | None = None
         self.updates = 0  # Adam's step count
         self.basis_age: int | None = None  # updates since the basis was found; None asks for a new one
@@ -134,7 +135,7 @@ class Slot:
         stream = generator_for(self.seed, "basis", self.name, step)
         fresh = find_basis(self.whole, self.rule.rank, generator=stream, start=self.basis)
         if self.basis is not None:
-            self.mean, self.square = rotate_moments(self.mean, self.square, self.basis, fresh, self.right)
+            self.moments.write(*rotate_moments(*self.moments.read(), self.basis, fresh, self.right))
         self.basis, self.basis_age = fresh, 0
         self.gathered = project(self.whole, fresh, self.right)
         self.whole = None
@@ -157,9 +158,12 @@ class Slot:
         adam = self.rule.adam
         gradient, self.gathered = self.gathered.mul_(clip_factor), None
         self.updates += 1
-        update_moments(gradient, self.mean, self.square, adam)
+        mean, square = self.moments.read()
+        update_moments(gradient, mean, square, adam)
         del gradient
-        change = direction(self.mean, self.square, self.updates, adam)
+        change = direction(mean, square, self.updates, adam)
+        self.moments.write(mean, square)
+        del mean, square
         if self.projected:
             assert self.basis is not None and self.basis_age is not None
             change = project_back(change, self.basis, self.right)
@@ -199,13 +203,11 @@ class Slot:
 
     def held(self) -> HeldBytes:
         """Bytes held now, counted tensor by tensor."""
-        return HeldBytes(
-            masters=_bytes(self.master), moments=_bytes(self.mean) + _bytes(self.square), projectors=_bytes(self.basis)
-        )
+        return HeldBytes(masters=_bytes(self.master), moments=self.moments.num_bytes(), projectors=_bytes(self.basis))
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"mean": self.mean, "square": self.square, "basis": self.basis, "master": self.master}
-        return {key: value for key, value in found.items() if value is not None}
+        found = {"basis": self.basis, "master": self.master}
+        return self.moments.tensors() | {key: value for key, value in found.items() if value is not None}
 
     def counters(self) -> dict[str, int | None]:
         return {"updates": self.updates, "basis_age": self.basis_age}
@@ -213,7 +215,7 @@ class Slot:
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int | None]) -> None:
         """Take over saved state, bit for bit."""
         device = self.parameter.device
-        self.mean, self.square = tensors["mean"].to(device), tensors["square"].to(device)
+        self.moments.restore(tensors, device)
         self.basis = tensors["basis"].to(device) if "basis" in tensors else None
         if self.master is not None and "master" in tensors:
             self.master = tensors["master"].to(device)

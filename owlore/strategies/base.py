@@ -19,7 +19,7 @@ from owlore.optim import Rule
 from owlore.sampling import DRAWS
 
 SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"})
-PROJECTION = frozenset({"rank", "refresh", "scale"})
+PROJECTION = frozenset({"rank", "refresh", "scale", "project_always_on"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Hyper:
     refresh: int | None
     scale: float
     weight_decay: float
+    state_bits: int = 32
+    project_always_on: bool = False
 
 
 class Strategy:
@@ -74,14 +76,15 @@ class Strategy:
         outside = self.units.parameters((), self.hyper.always_on)
         inside = self.units.parameters(blocks, ())
         rules = {name: self.rule(p.ndim, projectable=True) for name, p in inside.items()}
-        return rules | {name: self.rule(p.ndim, projectable=False) for name, p in outside.items()}
+        project = self.hyper.project_always_on
+        return rules | {name: self.rule(p.ndim, projectable=project) for name, p in outside.items()}
 
     def rule(self, ndim: int, *, projectable: bool) -> Rule:
-        """Vectors are not decayed; matrices inside blocks are projected where the method projects."""
-        adam = AdamW(decay=self.hyper.weight_decay if ndim > 1 else 0.0)
+        """Vectors are not decayed; matrices are projected where the method projects and the place allows it."""
+        adam, bits = AdamW(decay=self.hyper.weight_decay if ndim > 1 else 0.0), self.hyper.state_bits
         if not (projectable and "rank" in self.reads):
-            return Rule(adam=adam)
-        return Rule(adam=adam, rank=self.hyper.rank, scale=self.hyper.scale, refresh=self.hyper.refresh)
+            return Rule(adam=adam, bits=bits)
+        return Rule(adam=adam, rank=self.hyper.rank, scale=self.hyper.scale, refresh=self.hyper.refresh, bits=bits)
 
 
 class Sampled(Strategy):

@@ -48,6 +48,8 @@ def hyper_of(config: TrainConfig, inclusion: Any) -> Hyper:
         refresh=None if config.refresh == "per-activation" else int(config.refresh),
         scale=config.scale,
         weight_decay=config.weight_decay,
+        state_bits=config.state_bits,
+        project_always_on=config.project_always_on,
     )
 
 

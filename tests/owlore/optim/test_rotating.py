@@ -1,5 +1,7 @@
 """The rotating optimizer: state follows the active set; projecting, accumulating and clipping are exact."""
 
+from dataclasses import replace
+
 import paper
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_full_rank_projection_with_the_identity_as_basis_is_adamw():
     optimizer.switch({"square": Rule(rank=15)}, 0)
     slot = optimizer.slots["square"]
     slot.basis, slot.basis_age = torch.eye(16), 0
-    slot.mean, slot.square = torch.zeros(16, 16), torch.zeros(16, 16)
+    slot.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
     gradients = [torch.randn(16, 16, generator=generator(i)) for i in range(6)]
     for index, gradient in enumerate(gradients):
         step(optimizer, {"square": [gradient]}, index)
@@ -189,7 +191,9 @@ def test_clipping_bounds_the_norm_in_the_projected_space():
     basis = optimizer.slots["tall"].basis
     expected = (project(big["tall"][0], basis, True).square().sum() + big["vector"][0].square().sum()).sqrt()
     assert norm == pytest.approx(float(expected), rel=1e-5)
-    moments = torch.cat([optimizer.slots[n].mean.flatten() for n in names]) / 0.1  # after one step m = 0.1 g
+    moments = (
+        torch.cat([optimizer.slots[n].moments.read()[0].flatten() for n in names]) / 0.1
+    )  # after one step m = 0.1 g
     assert float(moments.norm()) == pytest.approx(1.0, rel=1e-4)
 
 
@@ -264,6 +268,30 @@ def test_saved_state_goes_on_bit_for_bit(dtype, policy):
     expected, _ = whole.state()
     found, _ = second.state()
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
+
+
+@pytest.mark.parametrize("rule", [Rule(bits=8), Rule(rank=6, bits=8)], ids=["plain", "projected"])
+def test_moments_in_eight_bits_are_a_quarter_as_large_and_lead_nearly_the_same_way(rule):
+    results = []
+    for bits in (32, 8):
+        weights = parameters()
+        start = {n: p.detach().clone() for n, p in weights.items()}
+        optimizer = RotatingOptimizer(weights, seed=0)
+        optimizer.switch(dict.fromkeys(weights, replace(rule, bits=bits)), 0)
+        for index in range(20):
+            step(optimizer, random_gradients(weights, index), index)
+        planned = [planned_bytes(SHAPES[n], torch.float32, replace(rule, bits=bits), Weights.MASTER) for n in SHAPES]
+        assert optimizer.held().total == sum(p.total for p in planned)
+        moved = torch.cat([(weights[n].detach() - start[n]).flatten() for n in SHAPES])
+        results.append((optimizer.held().moments, moved))
+    (wide, exact), (narrow, coarse) = results
+    assert narrow < wide  # a quarter for large matrices; these are padded to whole blocks of 256
+    assert (coarse - exact).norm() <= 0.05 * exact.norm()
+
+
+def test_moments_in_eight_bits_are_a_quarter_of_a_large_matrix():
+    eight, full = (planned_bytes((512, 512), torch.float32, Rule(bits=b), Weights.MASTER).moments for b in (8, 32))
+    assert eight == pytest.approx(full / 4, rel=0.02)
 
 
 def test_unknown_names_and_policies_are_refused():
