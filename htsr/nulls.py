@@ -75,7 +75,8 @@ def null_row(source: Source, view: LayerView, eigenvalues: np.ndarray, seed: int
     cut = RELATIVE_CUT * float(eigenvalues[-1]) if source.is_delta else EIGENVALUE_CUT
     row = {**fit_nulls(eigenvalues[eigenvalues > cut], rng), "effective_rank": effective_rank(eigenvalues)}
     if not view.pool:  # the pooled slices of a convolution are not the spectrum of one matrix
-        row |= noise_nulls(eigenvalues, view.rows, view.cols) | entry_nulls(source, view, eigenvalues[-1], rng)
+        row |= noise_nulls(eigenvalues, view.rows, view.cols)
+        row |= entry_nulls(source, view, float(eigenvalues[-1]), cut, rng)
     return row
 
 
@@ -119,7 +120,9 @@ def noise_nulls(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, floa
     return {"mp_sigma": noise.sigma, "mp_edge": noise.edge, "num_spikes": noise.num_spikes, "p_edge": noise.p_edge}
 
 
-def entry_nulls(source: Source, view: LayerView, lambda_max: float, rng: np.random.Generator) -> dict[str, Any]:
+def entry_nulls(
+    source: Source, view: LayerView, lambda_max: float, cut: float, rng: np.random.Generator
+) -> dict[str, Any]:
     """What needs the matrix itself: the kurtosis of its entries, p_null and FARMS.
 
     A matrix of more than 2^28 entries is read once for its moments and never held: it has no alpha_farms, and a
@@ -127,24 +130,25 @@ def entry_nulls(source: Source, view: LayerView, lambda_max: float, rng: np.rand
     """
     entries = measure_entries(slices(source, view), view.rows, view.cols)
     row: dict[str, Any] = {"kurtosis": entries.kurtosis}
-    W = whole(slices(source, view), view) if view.rows * view.cols <= MAX_ENTRIES else None
+    unit = 2.0 ** np.floor(np.log2(entries.largest or 1.0))  # of float32 entries near 1, whatever the weights' scale
+    W = whole(slices(source, view), view, unit) if view.rows * view.cols <= MAX_ENTRIES else None
     if W is not None:
-        row["alpha_farms"] = alpha_farms(W.T if view.transposed else W)
+        row["alpha_farms"] = alpha_farms(W.T if view.transposed else W, cut / unit**2)
     if entries.light_tailed:
-        row |= {"p_null": entries.noise_survival(float(lambda_max)), "p_null_by": "tracy-widom"}
-    elif not np.isnan(bound := entries.bound_survival(float(lambda_max))):
+        row |= {"p_null": entries.noise_survival(lambda_max), "p_null_by": "tracy-widom"}
+    elif not np.isnan(bound := entries.bound_survival(lambda_max)):
         row |= {"p_null": bound, "p_null_by": "bound"}
     elif W is not None:
-        row |= {"p_null": permutation_p(W, float(lambda_max), rng), "p_null_by": "permutation"}
+        row |= {"p_null": permutation_p(W, lambda_max / unit**2, rng), "p_null_by": "permutation"}
     return row
 
 
-def whole(blocks: Iterator[np.ndarray], view: LayerView) -> np.ndarray:
-    """The matrix (rows, cols) as C-contiguous float32, from slices as wide as its shorter side."""
+def whole(blocks: Iterator[np.ndarray], view: LayerView, unit: float) -> np.ndarray:
+    """The matrix (rows, cols) over `unit` as C-contiguous float32, from slices as wide as its shorter side."""
     tall = view.rows >= view.cols
     W = np.empty((view.rows, view.cols), np.float32)
     across, start = W if tall else W.T, 0
     for block in blocks:
-        across[start : start + len(block)] = block
+        across[start : start + len(block)] = np.asarray(block) / unit
         start += len(block)
     return W

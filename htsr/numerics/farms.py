@@ -17,8 +17,8 @@ PLACES = 10
 LEAST_ROWS = 8
 
 
-def alpha_farms(W: np.ndarray) -> float:
-    """The exponent; W is (out, in), any float dtype. NaN for a matrix that holds no window of 8 x 16."""
+def alpha_farms(W: np.ndarray, cut: float = EIGENVALUE_CUT) -> float:
+    """The exponent of the eigenvalues above `cut`; W is (out, in), any float dtype. NaN where no 8 x 16 window fits."""
     rows, cols = W.shape
     height = min(WINDOW_ROWS, rows, cols // ASPECT)
     if height < LEAST_ROWS:
@@ -29,7 +29,7 @@ def alpha_farms(W: np.ndarray) -> float:
         for c in places(cols, ASPECT * height)
     ]
     values = np.sort(np.concatenate(found))
-    return alpha_hill(values[values > EIGENVALUE_CUT])
+    return alpha_hill(values[values > cut])
 
 
 def places(side: int, window: int) -> range:

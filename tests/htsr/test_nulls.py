@@ -170,6 +170,16 @@ def test_every_tensor_without_a_row_stays_empty() -> None:
     assert extended["p_null_by"].tolist() == ["permutation", ""]
 
 
+def test_the_scale_of_the_weights_does_not_matter() -> None:
+    """2^-100 squared is below what float32 holds; only the absolute cut of the fits knows the scale."""
+    W = weights()["model.layers.0.mlp.up_proj.weight"].double()
+    frames = [scan({"model.layers.0.mlp.up_proj.weight": W * scale}, base={"model.layers.0.mlp.up_proj.weight": W * 0},
+                   calibration=None, nulls=True, quiet=True).frame for scale in (1.0, 2.0**-100)]  # fmt: skip
+    same = ["alpha_low", "alpha_high", "p_gof", "effective_rank", "num_spikes", "kurtosis", "p_null", "alpha_farms"]
+    assert frames[0]["p_null_by"].tolist() == ["permutation"]
+    assert frames[1].loc[0, same].tolist() == pytest.approx(frames[0].loc[0, same].tolist(), rel=1e-6)
+
+
 def test_a_matrix_flatter_than_noise_is_called_so() -> None:
     left, right = (torch.linalg.qr(torch.randn(128, 128, generator=makers.generator(s)))[0] for s in (3, 4))
     W = left @ torch.diag(torch.linspace(0.8, 1.2, 128)) @ right
