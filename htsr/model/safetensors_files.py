@@ -122,7 +122,7 @@ def directory_files(directory: Path) -> list[Path]:
         return [inside(directory, directory / name) for name in sorted(set(read_index(directory, index).values()))]
     files = sorted(directory.glob("*.safetensors"))
     if [f.name for f in files] == ["adapter_model.safetensors"]:
-        _refuse(files[0], "the low-rank factors of an adapter", "full weights; merge the adapter into its base model")
+        _refuse(files[0], "the low-rank factors of an adapter", "its adapter_config.json beside them, or full weights")
     if not files:
         raise BadInput(f"{directory.name}: got a directory without model.safetensors or its index, expected weights")
     return [inside(directory, file) for file in files]
