@@ -17,6 +17,7 @@ from htsr.errors import OutOfMemory
 from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
 from owlore.data.batches import num_steps, total_rows
+from owlore.data.files import locate_data
 from owlore.data.prepare import Prepared, prepare
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Strategy
@@ -74,6 +75,9 @@ def train_from_config(
     say = _speaker(config)
     model = config.model if model is None else model
     config, strategy_class = resolve(config)
+    for named in (config.data if data is None else data, config.eval_data):
+        if isinstance(named, str | Path):
+            locate_data(named)  # a wrong path is said now, not after a large model has been loaded
     place = find_place(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
     device = pick_device(config.device)
     loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=device, tokenizer=tokenizer)
