@@ -83,7 +83,7 @@ class Backend:
     reduce: Callable[[Iterable[Any], int, float], Reduced]  # slices, side, scale -> of scale^2 W^T W
     residuals: Callable[[Iterable[Any], Any, np.ndarray], np.ndarray]
     ritz: Callable[[Iterable[Any], Any], np.ndarray]
-    full_rank: Callable[[Any], bool]
+    full_rank: Callable[[Any, type], bool]
     exact: Callable[[Iterable[Any], int], np.ndarray]
 
 
@@ -98,7 +98,7 @@ LAPACK = Backend(
     reduce=_reduce,
     residuals=residual_norms,
     ritz=ritz_values,
-    full_rank=lambda A: has_full_rank(as_array(A, np.float32)),
+    full_rank=lambda A, dtype: has_full_rank(as_array(A, dtype), dtype),
     exact=lambda slices, side: gram_eigenvalues(gram(slices, side, mirror=False)),
 )
 
@@ -125,15 +125,23 @@ def spectrum(
         values = gram_eigenvalues(gram(read(), n, np.float32))
         return Spectrum(values=values, route="fp32", refined=0, flops=whole_flops(n, m))
     if precision == "fp64" or n <= EXACT_SIDE:
-        return Spectrum(values=backend.exact(read(), n), route="fp64", refined=n, flops=whole_flops(n, m))
+        return Spectrum(values=_exact(read, n, square, backend), route="fp64", refined=n, flops=whole_flops(n, m))
     counter = [0.0]
     try:
         values, refined = _certified(read, m, n, square, backend, relative_cut, counter)
         return Spectrum(values=values, route="certified", refined=refined, flops=counter[0])
     except (OpenError, np.linalg.LinAlgError) as error:
-        values = backend.exact(read(), n)
+        values = _exact(read, n, square, backend)
         flops = counter[0] + whole_flops(n, m)
         return Spectrum(values=values, route="escalated", refined=n, reason=str(error), flops=flops)
+
+
+def _exact(read: Read, n: int, square: Callable[[], Any] | None, backend: Backend) -> np.ndarray:
+    """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
+    values = backend.exact(read(), n)
+    if values[0] == 0 < values[-1] and square is not None and backend.full_rank(square(), np.float64):
+        return np.maximum(values, 1e-3 * EPS64 * values[-1])
+    return values
 
 
 def whole_flops(n: int, m: int) -> float:
@@ -227,7 +235,7 @@ def _rank_floor(n: int, top: float, square: Callable[[], Any] | None, backend: B
     if square is None:
         raise OpenError("the rank cannot be told in float32")
     counter[0] += 2 / 3 * n**3
-    if not backend.full_rank(square()):
+    if not backend.full_rank(square(), np.float32):
         raise OpenError("the rank cannot be told in float32")
     return 1e-3 * EPS32 * top
 

@@ -1,6 +1,6 @@
-"""Whether a square matrix has full rank, by one float32 LU factorisation.
+"""Whether a square matrix has full rank, by one LU factorisation.
 
-The Gram matrix squares the condition number, so its float32 eigenvalues cannot tell a small singular value from zero.
+The Gram matrix squares the condition number, so its eigenvalues cannot tell a small singular value from zero.
 The matrix itself can: after scaling rows and columns by powers of two, the smallest singular value of L U is far
 above what the factorisation got wrong, or the question stays open.
 """
@@ -10,44 +10,48 @@ from __future__ import annotations
 import numpy as np
 
 STEPS = 6  # of inverse iteration
-SAFETY = 1.5
+SAFETY = 0.3
 PROBES = 4
 
 
-def has_full_rank(A: np.ndarray) -> bool:
+def has_full_rank(A: np.ndarray, dtype: type = np.float32) -> bool:
     """True when the square matrix A clearly has full numerical rank; False when it has not, or it cannot be shown.
 
-    A' is A scaled, x the right singular vector of the smallest singular value s of E + A' = L U (inverse iteration).
-    Were A' singular, s would be the work of E alone: x its kernel vector, |A' x| much smaller than s, and s no larger
-    than |E z| for the kernel vector z. So s must exceed |E g| / |g| for random g (which the float32 arithmetic of
-    this very check overstates), and |A' x| in float64 must agree with s.
+    A' is A scaled, in `dtype`, and x the right singular vector of the smallest singular value s of E + A' = L U, by
+    inverse iteration.
+    Were A' singular, s would be the work of E alone, the projection of E z on one direction for the kernel vector z:
+    about |E z| / sqrt(side). Two things are asked for: s is no less than SAFETY |E g| / |g| for random g, which the
+    float32 arithmetic of this very check overstates, and |A' x| in float64, nearly 0 in that case, is s.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what is singular up to rounding overflows on the way
-        return _has_full_rank(np.asarray(A, np.float32))
+        return _has_full_rank(np.asarray(A, dtype))
 
 
 def _has_full_rank(A: np.ndarray) -> bool:
-    from scipy.linalg.lapack import sgetrf, sgetrs
+    from scipy.linalg import lapack
+
+    single = A.dtype == np.float32
+    getrf, getrs = (lapack.sgetrf, lapack.sgetrs) if single else (lapack.dgetrf, lapack.dgetrs)
 
     scaled_A = scaled(A)
     if scaled_A is None:
         return False
-    lu, pivots, info = sgetrf(scaled_A)
+    lu, pivots, info = getrf(scaled_A)
     if info != 0 or not np.isfinite(lu).all():
         return False
-    probes = np.random.default_rng(0).standard_normal((len(A), PROBES)).astype(np.float32)
+    probes = np.random.default_rng(0).standard_normal((len(A), PROBES)).astype(A.dtype)
     wrong = np.linalg.norm(_apply(lu, pivots, probes) - scaled_A @ probes) / np.linalg.norm(probes)
     x = probes[:, :1] / np.linalg.norm(probes[:, 0])
     smallest = 0.0
     for _ in range(STEPS):  # of (A^T A)^-1
-        y = sgetrs(lu, pivots, x, trans=1)[0]
-        z = sgetrs(lu, pivots, y, trans=0)[0]
+        y = getrs(lu, pivots, x, trans=1)[0]
+        z = getrs(lu, pivots, y, trans=0)[0]
         size = np.linalg.norm(z)
         if not np.isfinite(size) or size == 0:
             return False
         smallest, x = float(np.linalg.norm(y) / size), z / size
     seen = float(np.linalg.norm(scaled_A.astype(np.float64) @ x))
-    return bool(smallest > SAFETY * wrong and abs(seen - smallest) < smallest / 4)
+    return bool(smallest > SAFETY * wrong and abs(seen - smallest) < smallest / 8)
 
 
 def scaled(A: np.ndarray) -> np.ndarray | None:
@@ -62,10 +66,11 @@ def scaled(A: np.ndarray) -> np.ndarray | None:
 
 def _apply(lu: np.ndarray, pivots: np.ndarray, X: np.ndarray) -> np.ndarray:
     """P L U X."""
-    from scipy.linalg.blas import strmm
+    from scipy.linalg.blas import dtrmm, strmm
 
-    Y = strmm(1.0, lu, X)
-    Y = strmm(1.0, lu, Y, lower=1, diag=1)
+    trmm = strmm if lu.dtype == np.float32 else dtrmm
+    Y = trmm(1.0, lu, X)
+    Y = trmm(1.0, lu, Y, lower=1, diag=1)
     for i in range(len(pivots) - 1, -1, -1):
         if pivots[i] != i:
             Y[[i, pivots[i]]] = Y[[pivots[i], i]]

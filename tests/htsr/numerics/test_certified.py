@@ -161,6 +161,19 @@ def test_full_rank_is_shown_for_ordinary_matrices_and_scales_do_not_matter() -> 
     assert not has_full_rank(np.full((5, 5), np.nan, np.float32))
 
 
+def test_a_singular_value_that_no_gram_matrix_sees_counts_in_the_rank() -> None:
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((60, 60)))[0] for _ in range(2))
+    for smallest, rank in ((1e-10, 60), (0.0, 59)):
+        sigma = np.concatenate([[smallest], np.linspace(0.5, 1, 59)])
+        W = (U * sigma) @ V
+        found = run(W)
+        assert found.route == "fp64"
+        assert np.count_nonzero(found.values) == rank
+        truth = spectrum_metrics(sigma**2, 60)
+        assert spectrum_metrics(found.values, 60).entropy == pytest.approx(truth.entropy, rel=1e-9)
+
+
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**-40, 2.0**40])
 def test_scale_is_taken_out_before_float32_squares_it(scale: float) -> None:
     W = heavy(2 * SIDE, SIDE, 3).astype(np.float64)
