@@ -66,6 +66,7 @@ class TrainConfig:
     batch: int = option(4, integer(1), "Sequences of a micro-batch.")
     accum: int = option(1, integer(1), "Micro-batches of a step.")
     seq_len: int = option(512, integer(2), "Tokens of a row at most; longer ones are cut.")
+    group_by_length: bool = option(False, flag(), "Put rows of similar length into a batch: less padding.")
     lr: float = option(3e-4, number(0, above=True), "Peak learning rate.")
     schedule: str = option("linear", choice("linear", "cosine", "constant"), "Learning rate after the warm-up.")
     warmup: int = option(0, integer(0), "Steps in which the learning rate rises from 0.")

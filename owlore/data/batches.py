@@ -5,6 +5,7 @@ There is no data loader and no state: a resume, another process or a notebook as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,13 +59,21 @@ def total_rows(n: int, epochs: float) -> int:
 
 
 def step_rows(
-    step: int, *, batch: int, accum: int, n: int, seed: int, total_rows: int | None = None
+    step: int,
+    *,
+    batch: int,
+    accum: int,
+    n: int,
+    seed: int,
+    total_rows: int | None = None,
+    visits: Callable[[int], np.ndarray] | None = None,
 ) -> list[list[int]]:
     """Row indexes of the micro-batches of step `step`, counted from 1 as in metrics.jsonl.
 
     Epochs follow each other without a gap, so a step may hold the end of one and the beginning of the next. With
     `total_rows` (see `total_rows()`) what lies beyond it is left out: the last step holds fewer rows, perhaps fewer
-    micro-batches. The rows of (batch, accum) and of (batch * accum, 1) are the same rows.
+    micro-batches. The rows of (batch, accum) and of (batch * accum, 1) are the same rows. `visits(epoch)` is the order
+    of an epoch where it is another than `order(seed, epoch, n)`.
     """
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
@@ -72,7 +81,8 @@ def step_rows(
     last = first + batch * accum
     if total_rows is not None:
         last = min(last, total_rows)
-    rows = [int(order(seed, position // n, n)[position % n]) for position in range(first, last)]
+    visits = visits or (lambda epoch: order(seed, epoch, n))
+    rows = [int(visits(position // n)[position % n]) for position in range(first, last)]
     return [rows[i : i + batch] for i in range(0, len(rows), batch)]
 
 

@@ -13,7 +13,8 @@ import torch
 
 from htsr.errors import Interrupted, NotFinite
 from owlore.blocks import Units
-from owlore.data.batches import collate, epoch_at, step_rows
+from owlore.data.arrange import Arrangement, Sequences
+from owlore.data.batches import collate
 from owlore.data.tokenise import Encoded
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
@@ -34,8 +35,6 @@ class Pace:
     seed: int
     steps: int
     batch: int
-    accum: int
-    total_rows: int | None
     every: int | None  # optimizer steps of a period; None: one period for the whole run
     lr: float
     schedule: str
@@ -68,6 +67,7 @@ class Trainer:
     recompute: Recompute
     pace: Pace
     data: Encoded
+    arrangement: Arrangement
     eval_data: Encoded | None
     metrics: MetricsLog
     checkpoints: Path
@@ -140,10 +140,9 @@ class Trainer:
         """One optimizer step; returns its metrics row."""
         started = time.perf_counter()
         pace = self.pace
-        rows = step_rows(self.step + 1, batch=pace.batch, accum=pace.accum, n=len(self.data), seed=pace.seed,
-                         total_rows=pace.total_rows)  # fmt: skip
+        batches = self.arrangement.step(self.step + 1)
         lr = learning_rate(self.step, peak=pace.lr, steps=pace.steps, schedule=pace.schedule, warmup=pace.warmup)
-        loss = self._gather(rows)
+        loss = self._gather(batches)
         norm = None
         if loss is not None:
             total = self.optimizer.gradient_norm()
@@ -154,15 +153,16 @@ class Trainer:
                 )
             self.optimizer.update(lr, pace.clip, total)
         self.step += 1
-        tokens = sum(int(self.data.offsets[row + 1] - self.data.offsets[row]) for part in rows for row in part)
+        rows = [row for sequences in batches for sequence in sequences for row in sequence]
+        tokens = int(self.arrangement.lengths[rows].sum())
         return self._record(time.perf_counter() - started, tokens, loss=loss, lr=lr, grad_norm=norm)
 
-    def _gather(self, rows: list[list[int]]) -> float | None:
+    def _gather(self, parts: list[Sequences]) -> float | None:
         """Forward and backward of all micro-batches; the mean loss a trained token, None where nothing is trained.
 
         The sum is divided by the step's number of trained tokens, so accumulating equals one big batch.
         """
-        batches = [collate(self.data, part) for part in rows]
+        batches = [collate(self.data, [row for (row,) in part]) for part in parts]
         tokens = sum(batch.num_trained for batch in batches)
         if not tokens:
             return None
@@ -193,9 +193,7 @@ class Trainer:
 
     @property
     def _epoch(self) -> float:
-        pace = self.pace
-        n = len(self.data)
-        return epoch_at(self.step, batch=pace.batch, accum=pace.accum, n=n, total_rows=pace.total_rows)
+        return self.arrangement.epoch(self.step)
 
     # -- around it ---------------------------------------------------------------------------------------------------
 

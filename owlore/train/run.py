@@ -10,15 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from htsr.console import notice, progress
 from htsr.errors import OutOfMemory
 from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
-from owlore.data.batches import num_steps, total_rows
+from owlore.data.arrange import Arrangement, Grouped
 from owlore.data.files import locate_data
 from owlore.data.prepare import Prepared, prepare
+from owlore.data.tokenise import Encoded
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Strategy
 from owlore.train.card import model_card
@@ -124,6 +126,7 @@ def assemble(
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
     )
+    arrangement = arrange(config, prepared.train)
     identity = {
         "weights_sha256": loaded.weights_sha256,
         "data_sha256": prepared.provenance["train"]["sha256"],
@@ -138,8 +141,9 @@ def assemble(
         optimizer=optimizer,
         loss=CausalLoss(loaded.model),
         recompute=Recompute(units.modules, enabled=recomputes(config, units)),
-        pace=_pace(config, strategy_class, len(prepared.train)),
+        pace=_pace(config, strategy_class, arrangement),
         data=prepared.train,
+        arrangement=arrangement,
         eval_data=prepared.heldout,
         metrics=MetricsLog(place.directory / "metrics.jsonl"),
         checkpoints=place.checkpoints,
@@ -203,16 +207,19 @@ def _train(
 # -- settings to pieces ----------------------------------------------------------------------------------------------
 
 
-def _pace(config: TrainConfig, strategy: type[Strategy], rows: int) -> Pace:
+def arrange(config: TrainConfig, data: Encoded) -> Arrangement:
+    """Which rows each step sees."""
     epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
+    kind = Grouped if config.group_by_length else Arrangement
+    return kind(np.diff(data.offsets), seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs)
+
+
+def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangement) -> Pace:
+    steps = arrangement.steps
     return Pace(
         seed=config.seed,
-        steps=int(config.steps or 0)
-        if epochs is None
-        else num_steps(rows, epochs=epochs, batch=config.batch, accum=config.accum),
+        steps=int(config.steps or 0) if steps is None else steps,
         batch=config.batch,
-        accum=config.accum,
-        total_rows=None if epochs is None else total_rows(rows, epochs),
         every=config.every if "every" in strategy.reads else None,
         lr=config.lr,
         schedule=config.schedule,
