@@ -47,7 +47,9 @@ def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
     return {**dict.fromkeys(COLUMNS, np.nan), **known, "status": status, "reason": reason}
 
 
-def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[dict[str, Any], np.ndarray | None]:
+def analyse(
+    source: Source, view: LayerView, precision: str = "auto", device: str = "cpu"
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """The row of a tensor and its eigenvalues (None where there are none). Bad numbers make a failed row, no error.
 
     Beside COLUMNS the row says how the spectrum was found: `route`, `refined`, `why` and `flops` of a `Spectrum`.
@@ -57,7 +59,7 @@ def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[d
     start = time.perf_counter()
     row = empty_row(view, "ok", "")
     try:
-        found = spectrum(source, view, precision)
+        found = spectrum(source, view, precision, device)
         values = found.values
     except (BadInput, np.linalg.LinAlgError) as error:
         reason = why_failed(source, view, error)
@@ -72,8 +74,11 @@ def analyse(source: Source, view: LayerView, precision: str = "auto") -> tuple[d
     return row, values
 
 
-def spectrum(source: Source, view: LayerView, precision: str = "auto") -> Spectrum:
-    """The ascending eigenvalues of a view: of its Gram matrix, of thin factors, or pooled over a kernel's slices."""
+def spectrum(source: Source, view: LayerView, precision: str = "auto", device: str = "cpu") -> Spectrum:
+    """The ascending eigenvalues of a view: of its Gram matrix, of thin factors, or pooled over a kernel's slices.
+
+    device: where the Gram matrix and its eigenvalues are computed; the other two are small and stay on the CPU.
+    """
     if view.pool:
         route = "fp32" if precision == "fp32" else "fp64"
         values = pooled_eigenvalues(source, view, PRECISIONS[precision])
@@ -89,7 +94,17 @@ def spectrum(source: Source, view: LayerView, precision: str = "auto") -> Spectr
         precision=precision,
         square=lambda: read_block(source, view, Block(axis=0 if view.rows >= view.cols else 1, start=0, stop=side)),
         relative_cut=RELATIVE_CUT if source.is_delta else None,
+        backend=backend(device),
     )
+
+
+def backend(device: str) -> certified.Backend:
+    """LAPACK on the CPU, torch elsewhere."""
+    if device == "cpu":
+        return certified.LAPACK
+    from htsr.numerics.device import torch_backend
+
+    return torch_backend(device)
 
 
 def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarray:

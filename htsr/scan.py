@@ -66,7 +66,7 @@ def scan(
     Args:
         model: `demo`, a directory, a .safetensors or .gguf file, a Hugging Face id, an nn.Module or a state dict.
         out: a directory to save the result to; nothing is written without it.
-        device: where the calibration text runs; spectra are computed on the CPU.
+        device: where the calibration text runs. Spectra are computed on the CPU unless a CUDA device is named.
         precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where that
             provably gives the same fit, else fp64. `fp64`, `fp32`: throughout.
         engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
@@ -105,7 +105,9 @@ def scan(
     clock.lap("load")
     outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
     clock.lap("lod")
-    rows, spectra = analyse_all(source, layers, analyser(engine, source, precision, fresh=fresh), workers, quiet)
+    rows, spectra = analyse_all(
+        source, layers, analyser(engine, source, precision, device, fresh=fresh), workers, quiet
+    )
     clock.lap("alpha")
     frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
     clock.lap("lod")
@@ -161,11 +163,12 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
 
 
-def analyser(engine: str, source: Source, precision: str, *, fresh: bool) -> Analyser:
+def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyser:
     """What makes the row of a view."""
     if engine == "native":
-        work: Analyser = lambda view: analyse(source, view, precision)  # noqa: E731
-        return remembered(work, source, cache_directory(), fresh=fresh, precision=precision)
+        on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
+        work: Analyser = lambda view: analyse(source, view, precision, **on)  # noqa: E731
+        return remembered(work, source, cache_directory(), fresh=fresh, precision=precision, **on)
     from htsr.engine import one_at_a_time
 
     return one_at_a_time(source)

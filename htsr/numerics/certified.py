@@ -17,6 +17,7 @@ show that the matrix has full rank, else the matrix is escalated.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +67,9 @@ class Spectrum:
 class Reduced(Protocol):
     """A float32 Gram matrix, decomposed."""
 
-    values: np.ndarray
+    @property
+    def values(self) -> np.ndarray:
+        """All eigenvalues, ascending, float64."""
 
     def vectors(self, indices: np.ndarray) -> Any:
         """Eigenvectors of the values at `indices`, as columns."""
@@ -124,22 +127,23 @@ def spectrum(
     if precision == "fp32":
         values = gram_eigenvalues(gram(read(), n, np.float32))
         return Spectrum(values=values, route="fp32", refined=0, flops=whole_flops(n, m))
+    full_rank = functools.cache(lambda dtype: square is not None and backend.full_rank(square(), dtype))
     if precision == "fp64" or n <= EXACT_SIDE:
-        return Spectrum(values=_exact(read, n, square, backend), route="fp64", refined=n, flops=whole_flops(n, m))
+        return Spectrum(values=_exact(read, n, full_rank, backend), route="fp64", refined=n, flops=whole_flops(n, m))
     counter = [0.0]
     try:
-        values, refined = _certified(read, m, n, square, backend, relative_cut, counter)
+        values, refined = _certified(read, m, n, full_rank, backend, relative_cut, counter)
         return Spectrum(values=values, route="certified", refined=refined, flops=counter[0])
     except (OpenError, np.linalg.LinAlgError) as error:
-        values = _exact(read, n, square, backend)
+        values = _exact(read, n, full_rank, backend)
         flops = counter[0] + whole_flops(n, m)
         return Spectrum(values=values, route="escalated", refined=n, reason=str(error), flops=flops)
 
 
-def _exact(read: Read, n: int, square: Callable[[], Any] | None, backend: Backend) -> np.ndarray:
+def _exact(read: Read, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
     """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
     values = backend.exact(read(), n)
-    if values[0] == 0 < values[-1] and square is not None and backend.full_rank(square(), np.float64):
+    if values[0] == 0 < values[-1] and full_rank(np.float64):
         return np.maximum(values, 1e-3 * EPS64 * values[-1])
     return values
 
@@ -158,7 +162,7 @@ def _certified(
     read: Read,
     m: int,
     n: int,
-    square: Callable[[], Any] | None,
+    full_rank: Callable[[type], bool],
     backend: Backend,
     relative_cut: float | None,
     counter: list[float],
@@ -183,7 +187,7 @@ def _certified(
     first = _depth(values, radius, verdict, precision)
     _check_worth(n, m, n - first)
     if rough[0] <= radius[0]:
-        values = np.maximum(values, _rank_floor(n, float(rough[-1]), square, backend, counter))
+        values = np.maximum(values, _rank_floor(n, float(rough[-1]), full_rank, counter))
     for _ in range(ATTEMPTS):
         theta = backend.ritz(read(), reduced.vectors(np.arange(first, n)))
         counter[0] += ritz_flops(n, m, n - first)
@@ -230,14 +234,13 @@ def _check_worth(n: int, m: int, k: int) -> None:
         raise OpenError(f"{k} of {n} eigenvalues belong to the tail or may")
 
 
-def _rank_floor(n: int, top: float, square: Callable[[], Any] | None, backend: Backend, counter: list[float]) -> float:
+def _rank_floor(n: int, top: float, full_rank: Callable[[type], bool], counter: list[float]) -> float:
     """What to raise values to that are mere noise: above the limit of the numerical rank, once full rank is shown."""
-    if square is None:
-        raise OpenError("the rank cannot be told in float32")
-    counter[0] += 2 / 3 * n**3
-    if not backend.full_rank(square(), np.float32):
-        raise OpenError("the rank cannot be told in float32")
-    return 1e-3 * EPS32 * top
+    for dtype in (np.float32, np.float64):
+        counter[0] += 2 / 3 * n**3
+        if full_rank(dtype):
+            return 1e-3 * EPS32 * top
+    raise OpenError("it may lack rank")
 
 
 def merge(values: np.ndarray, theta: np.ndarray, first: int, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -85,10 +85,8 @@ def _gram_in_place(slices: Iterable[Any], side: int, dtype: type, mirror: bool) 
 
 
 def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
-    """Ascending eigenvalues of a Gram matrix, float64; G may be overwritten.
+    """Ascending eigenvalues of a Gram matrix, float64, without noise; G may be overwritten.
 
-    What lies below side * eps * lambda_max is rounding noise of G and is returned as 0: a rank-deficient matrix has
-    zeros there, not noise. (A singular value below about 1e-7 of the largest cannot be seen in a float64 Gram matrix.)
     Raises BadInput when G holds a NaN or an infinity.
     """
     side = len(G)
@@ -100,7 +98,16 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
         values = eigvalsh(G, lower=True, overwrite_a=True, check_finite=False, driver="ev")
     else:
         values = np.linalg.eigvalsh(G)
-    noise = side * np.finfo(G.dtype).eps * values[-1]
+    return without_noise(values, G.dtype.type)
+
+
+def without_noise(values: np.ndarray, dtype: type) -> np.ndarray:
+    """Ascending eigenvalues of a Gram matrix that was computed in `dtype`, as float64.
+
+    What lies below side * eps * lambda_max is rounding noise of G and is returned as 0: a rank-deficient matrix has
+    zeros there, not noise. (A singular value below about 1e-7 of the largest cannot be seen in a float64 Gram matrix.)
+    """
+    noise = len(values) * np.finfo(dtype).eps * values[-1]
     return np.where(values > noise, values, 0.0).astype(np.float64)
 
 
