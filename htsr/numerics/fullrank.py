@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 STEPS = 6  # of inverse iteration
-SAFETY = 0.3
+SAFETY = 0.1  # singular matrices of side 1500 have 0.002 and less in its place, and AGREEMENT 50 and more
+AGREEMENT = 4.0
 PROBES = 4
 
 
@@ -19,9 +20,9 @@ def has_full_rank(A: np.ndarray, dtype: type = np.float32) -> bool:
 
     A' is A scaled, in `dtype`, and x the right singular vector of the smallest singular value s of E + A' = L U, by
     inverse iteration.
-    Were A' singular, s would be the work of E alone, the projection of E z on one direction for the kernel vector z:
-    about |E z| / sqrt(side). Two things are asked for: s is no less than SAFETY |E g| / |g| for random g, which the
-    float32 arithmetic of this very check overstates, and |A' x| in float64, nearly 0 in that case, is s.
+    Were A' singular with kernel vector z, s would be one projection of E z, about |E z| / sqrt(side), and |A' x| about
+    |E x|, sqrt(side) times s. So full rank is: s >= SAFETY |E g| / |g| for random g (the rounding of this very check
+    overstates that), and |A' x| in float64 is s up to a factor AGREEMENT.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what is singular up to rounding overflows on the way
         return _has_full_rank(np.asarray(A, dtype))
@@ -51,7 +52,7 @@ def _has_full_rank(A: np.ndarray) -> bool:
             return False
         smallest, x = float(np.linalg.norm(y) / size), z / size
     seen = float(np.linalg.norm(scaled_A.astype(np.float64) @ x))
-    return bool(smallest > SAFETY * wrong and abs(seen - smallest) < smallest / 8)
+    return bool(smallest > SAFETY * wrong and smallest < AGREEMENT * seen < AGREEMENT**2 * smallest)
 
 
 def scaled(A: np.ndarray) -> np.ndarray | None:
