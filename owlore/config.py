@@ -67,6 +67,7 @@ class TrainConfig:
     accum: int = option(1, integer(1), "Micro-batches of a step.")
     seq_len: int = option(512, integer(2), "Tokens of a row at most; longer ones are cut.")
     group_by_length: bool = option(False, flag(), "Put rows of similar length into a batch: less padding.")
+    packing: bool = option(False, flag(), "Put several rows, kept apart, into a sequence of at most --seq-len tokens.")
     lr: float = option(3e-4, number(0, above=True), "Peak learning rate.")
     schedule: str = option("linear", choice("linear", "cosine", "constant"), "Learning rate after the warm-up.")
     warmup: int = option(0, integer(0), "Steps in which the learning rate rises from 0.")
@@ -121,6 +122,8 @@ class TrainConfig:
             raise UsageError(f"got --steps {self.steps} and --epochs {self.epochs:g}, expected one of them")
         if self.steps is not None and self.warmup > self.steps:
             raise UsageError(f"--warmup got {self.warmup}, expected at most the {self.steps} steps; lower it")
+        if self.packing and self.group_by_length:
+            raise UsageError("got --packing and --group-by-length, expected one of them: packed sequences are full")
         if self.eval_every is not None and self.eval_data is None:
             raise UsageError("--eval-every was given without --eval-data; name a file or a share to hold out")
         changed = {name for name, spec in SETTINGS.items() if getattr(self, name) != spec.default}

@@ -1,7 +1,7 @@
-"""How rows become the sequences of steps: shuffled, or grouped by length; a pure function of (seed, step).
+"""Which rows make the sequences of a step: shuffled, or grouped by length; `packing` puts several into a sequence.
 
 A sequence is a tuple of row indexes. Nothing here has a state that a checkpoint would have to hold: what step t sees
-follows from the seed, the lengths of the rows and t.
+is a pure function of the seed, the lengths of the rows and t.
 """
 
 from __future__ import annotations

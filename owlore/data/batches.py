@@ -29,6 +29,12 @@ class MicroBatch:
     input_ids: Tensor  # [B, T] int64
     labels: Tensor  # [B, T] int64
     num_trained: int  # labels[:, 1:] != -100, the tokens that the shifted loss counts
+    position_ids: Tensor | None = None  # [B, T] int64 where rows are packed: from 0 again at the beginning of each
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors by name, on a device."""
+        tensors = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        return {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
 
 
 def permutation(seed: int, purpose: int, epoch: int, n: int) -> np.ndarray:

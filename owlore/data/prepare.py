@@ -22,6 +22,7 @@ class Prepared:
     train: Encoded
     heldout: Encoded | None
     report: DataReport
+    seq_len: int
     provenance: dict[str, dict[str, Any]]
 
 
@@ -49,7 +50,7 @@ def prepare(
     report = data_report(train, tokenizer, rows.provenance["source"])
     if heldout is not None:
         data_report(heldout, tokenizer, f"held-out part of {provenance['eval']['source']}")
-    return Prepared(train=train, heldout=heldout, report=report, provenance=provenance)
+    return Prepared(train=train, heldout=heldout, report=report, seq_len=seq_len, provenance=provenance)
 
 
 def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:

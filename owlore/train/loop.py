@@ -14,7 +14,8 @@ import torch
 from htsr.errors import Interrupted, NotFinite
 from owlore.blocks import Units
 from owlore.data.arrange import Arrangement, Sequences
-from owlore.data.batches import collate
+from owlore.data.batches import MicroBatch, collate
+from owlore.data.packing import collate_packed
 from owlore.data.tokenise import Encoded
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
@@ -162,7 +163,7 @@ class Trainer:
 
         The sum is divided by the step's number of trained tokens, so accumulating equals one big batch.
         """
-        batches = [collate(self.data, [row for (row,) in part]) for part in parts]
+        batches = [self._collate(part) for part in parts]
         tokens = sum(batch.num_trained for batch in batches)
         if not tokens:
             return None
@@ -170,9 +171,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
             with _seeded(seed_for(self.pace.seed, "dropout", self.step, index), self.device):
-                part = self.loss(
-                    batch.input_ids.to(self.device, non_blocking=True), batch.labels.to(self.device, non_blocking=True)
-                )
+                part = self.loss(**batch.on(self.device))
                 mean = part / tokens
                 loss += float(mean.detach())
                 if not math.isfinite(loss):
@@ -180,6 +179,11 @@ class Trainer:
                 if mean.requires_grad:
                     (mean * self.optimizer.grad_scale).backward()
         return loss
+
+    def _collate(self, sequences: Sequences) -> MicroBatch:
+        if any(len(rows) > 1 for rows in sequences):
+            return collate_packed(self.data, sequences)
+        return collate(self.data, [row for (row,) in sequences])
 
     def _record(self, seconds: float, tokens: int, **values: Any) -> dict[str, Any]:
         self.tally.step_seconds.append(seconds)

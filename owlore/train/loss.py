@@ -17,7 +17,10 @@ from owlore.kernels.cross_entropy import IGNORED, linear_cross_entropy
 
 
 class CausalLoss:
-    """Calls as loss(input_ids, labels) -> fp32 scalar, summed over labels that count; labels are not shifted."""
+    """Calls as loss(input_ids, labels) -> fp32 scalar, summed over labels that count; labels are not shifted.
+
+    position_ids: given where several rows share a sequence; each begins at 0 again, and its first label is -100.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -29,19 +32,49 @@ class CausalLoss:
         self.decoder, self.head = _parts(model)
         self.chunked = self.decoder is not None and self._agrees()
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         if not self.chunked:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+            logits = self._logits(input_ids, position_ids)[:, :-1].float()
             return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-        hidden = self._hidden(input_ids)[:, :-1].flatten(0, 1)
+        hidden = self._hidden(input_ids, position_ids)[:, :-1].flatten(0, 1)
         return linear_cross_entropy(
             hidden, self.head.weight, targets, bias=self.head.bias, scale=self.scale, softcap=self.softcap
         )
 
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False)[0]
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **_positions(position_ids))[0]
         return hidden
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **_positions(position_ids)).logits
+        return logits
+
+    @torch.no_grad()
+    def keeps_rows_apart(self) -> bool:
+        """Does a row packed behind another give what it gives alone, whatever the other one says?
+
+        Tried on two short rows in evaluation mode, so that it holds for the model at hand and not for a list of names.
+        """
+        outputs = self._hidden if self.chunked else self._logits
+        parameter = next(self.model.parameters())
+        first, other, row = torch.arange(3 * 6, device=parameter.device).mul_(5).remainder_(17).add_(1).view(3, 1, 6)
+        positions = torch.arange(6, device=parameter.device).repeat(2)[None]
+        training = self.model.training
+        self.model.eval()
+        try:
+            alone = outputs(row).float()
+            packed, again = (
+                outputs(torch.cat([before, row], 1), positions)[:, 6:].float() for before in (first, other)
+            )
+        except TypeError:  # a model that takes no positions
+            return False
+        finally:
+            self.model.train(training)
+        exact = parameter.dtype == torch.float32
+        same = (packed - alone).norm() <= (1e-4 if exact else 3e-2) * alone.norm()
+        blind = (packed - again).norm() <= (1e-5 if exact else 1e-3) * alone.norm()
+        return bool(same and blind)
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -52,7 +85,7 @@ class CausalLoss:
         training = self.model.training
         self.model.eval()
         try:
-            logits = self.model(input_ids=probe, use_cache=False).logits[0, :-1].float()
+            logits = self._logits(probe)[0, :-1].float()
             own = F.cross_entropy(logits, probe[0, 1:], reduction="sum")
             hidden = self._hidden(probe)[0, :-1]
             ours = linear_cross_entropy(
@@ -63,6 +96,10 @@ class CausalLoss:
         # Rounding of the logits to 16 bits before the softmax is the only difference that is allowed.
         tolerance = 1e-5 if self.head.weight.dtype == torch.float32 else 2e-2
         return bool((own - ours).abs() <= tolerance * own.abs()) or not bool(torch.isfinite(own))
+
+
+def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
+    return {} if position_ids is None else {"position_ids": position_ids}
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

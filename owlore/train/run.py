@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from htsr.console import notice, progress
-from htsr.errors import OutOfMemory
+from htsr.errors import BadInput, OutOfMemory
 from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement, Grouped
 from owlore.data.files import locate_data
+from owlore.data.packing import Packed
 from owlore.data.prepare import Prepared, prepare
-from owlore.data.tokenise import Encoded
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Strategy
 from owlore.train.card import model_card
@@ -126,7 +126,13 @@ def assemble(
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
     )
-    arrangement = arrange(config, prepared.train)
+    arrangement = arrange(config, prepared)
+    loss = CausalLoss(loaded.model)
+    if config.packing and not loss.keeps_rows_apart():
+        raise BadInput(
+            "--packing: this model lets packed rows see each other, or does not number them anew (tried on two rows); "
+            "use --group-by-length"
+        )
     identity = {
         "weights_sha256": loaded.weights_sha256,
         "data_sha256": prepared.provenance["train"]["sha256"],
@@ -139,7 +145,7 @@ def assemble(
         units=units,
         strategy=strategy,
         optimizer=optimizer,
-        loss=CausalLoss(loaded.model),
+        loss=loss,
         recompute=Recompute(units.modules, enabled=recomputes(config, units)),
         pace=_pace(config, strategy_class, arrangement),
         data=prepared.train,
@@ -207,11 +213,17 @@ def _train(
 # -- settings to pieces ----------------------------------------------------------------------------------------------
 
 
-def arrange(config: TrainConfig, data: Encoded) -> Arrangement:
+def arrange(config: TrainConfig, prepared: Prepared) -> Arrangement:
     """Which rows each step sees."""
     epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
+    lengths = np.diff(prepared.train.offsets)
+    if config.packing:
+        capacity = prepared.seq_len
+        return Packed(
+            lengths, seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs, capacity=capacity
+        )
     kind = Grouped if config.group_by_length else Arrangement
-    return kind(np.diff(data.offsets), seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs)
+    return kind(lengths, seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs)
 
 
 def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangement) -> Pace:

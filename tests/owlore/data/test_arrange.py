@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from owlore.data.arrange import WINDOW_STEPS, Arrangement, Grouped
 from owlore.data.batches import step_rows
+from owlore.data.packing import OPEN_SEQUENCES, Packed, first_fit
 
 
 def lengths_of(n, seed=0):
@@ -77,3 +78,58 @@ def test_grouping_saves_nearly_all_padding_and_stays_shuffled(accum):
     assert abs(np.corrcoef(np.arange(len(sizes)), sizes)[0, 1]) < 0.25  # long and short steps come in no order
     window = set(rows_of(grouped, range(1, WINDOW_STEPS + 1)))
     assert window == set(rows_of(plain, range(1, WINDOW_STEPS + 1)))  # a row moves by a window at most
+
+
+def literal_first_fit(lengths, rows, capacity):
+    """As in a textbook, with every sequence open for ever."""
+    packed = []
+    for row in rows:
+        for sequence in packed:
+            if sum(lengths[r] for r in sequence) + lengths[row] <= capacity:
+                sequence.append(row)
+                break
+        else:
+            packed.append([row])
+    return packed
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=OPEN_SEQUENCES), st.integers(50, 120))
+def test_packing_is_first_fit(lengths, capacity):
+    found = first_fit(np.array(lengths), np.arange(len(lengths)), capacity)
+    assert [list(sequence) for sequence in found] == literal_first_fit(lengths, range(len(lengths)), capacity)
+
+
+@given(st.integers(1, 300), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_packing_shows_every_row_once_an_epoch_and_fits(n, batch, accum, epochs, seed):
+    lengths = lengths_of(n)
+    packed = Packed(lengths, seed=seed, batch=batch, accum=accum, epochs=epochs, capacity=256)
+    steps = [packed.step(t) for t in range(1, packed.steps + 1)]
+    assert all(steps), "no step is empty"
+    assert all(lengths[list(s)].sum() <= 256 for parts in steps for micro in parts for s in micro)
+    flat = rows_of(packed, range(1, packed.steps + 1))
+    assert len(flat) == epochs * n
+    for epoch in range(epochs):
+        assert sorted(flat[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert packed.epoch(packed.steps) == epochs
+
+
+def test_packing_is_pure_and_does_not_depend_on_where_the_run_ends():
+    lengths = lengths_of(300)
+    one = Packed(lengths, seed=3, batch=4, accum=2, epochs=None, capacity=512)
+    other = Packed(lengths, seed=3, batch=4, accum=2, epochs=9.0, capacity=512)
+    assert [one.step(t) for t in range(1, 60)] == [other.step(t) for t in reversed(range(1, 60))][::-1]
+    assert [one.epoch(t) for t in range(1, 60)] == [other.epoch(t) for t in range(1, 60)]
+    (whole,) = Packed(lengths, seed=3, batch=8, accum=1, epochs=None, capacity=512).step(7)
+    assert [sequence for part in one.step(7) for sequence in part] == whole
+
+
+@pytest.mark.parametrize("epochs", [0.01, 0.5, 1.3])
+def test_a_part_of_an_epoch_is_at_least_its_share_of_the_rows(epochs):
+    packed = Packed(lengths_of(200), seed=0, batch=1, accum=1, epochs=epochs, capacity=256)
+    assert packed.epoch(packed.steps - 1) < epochs <= packed.epoch(packed.steps)
+
+
+def test_packed_sequences_are_nearly_full():
+    lengths = lengths_of(5000)
+    packed = Packed(lengths, seed=0, batch=4, accum=1, epochs=1, capacity=512)
+    assert lengths.sum() / (512 * packed.total) > 0.97
