@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,8 +40,14 @@ def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: st
 def _percent_above(source: Source, view: LayerView, limit: float) -> float:
     if not np.isfinite(limit):
         return np.nan
-    count = sum(int(np.count_nonzero(np.abs(part).astype(np.float64) > limit)) for part in _parts(source, view))
+    count = sum(int(np.count_nonzero(np.abs(part) > _at_most(limit, part.dtype))) for part in _parts(source, view))
     return 100.0 * count / (view.rows * view.cols)
+
+
+def _at_most(limit: float, dtype: np.dtype) -> Any:
+    """The largest number of a float type up to `limit`: what is above one is above the other, without a conversion."""
+    rounded = np.asarray(limit).astype(dtype)[()]
+    return np.nextafter(rounded, rounded.dtype.type(-np.inf)) if float(rounded) > limit else rounded
 
 
 def _parts(source: Source, view: LayerView) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ from htsr.errors import BadInput
 
 BLOCK_ELEMENTS = 1 << 20  # 8 MiB of float64: large enough for BLAS, small enough for a cache and for many workers
 BLOCK_MULTIPLE = 256  # column blocks start at multiples of the quantisation blocks of every GGUF type
+REDUCED_AT_ONCE = 16  # columns, on the way to a tridiagonal matrix
 IN_PLACE_SIDE = 1024  # from here on the Gram matrix is large enough that copies of it count
 
 
@@ -85,19 +86,22 @@ def _gram_in_place(slices: Iterable[Any], side: int, dtype: type, mirror: bool) 
 
 
 def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
-    """Ascending eigenvalues of a Gram matrix, float64, without noise; G may be overwritten.
+    """Ascending eigenvalues of a Gram matrix (its lower triangle is read in Fortran order), float64, without noise.
+
+    G may be overwritten.
 
     Raises BadInput when G holds a NaN or an infinity.
     """
-    side = len(G)
+    from scipy.linalg import lapack
+
+    side, single = len(G), G.dtype == np.float32
     if not np.isfinite(G).all():
         raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
-    if side >= IN_PLACE_SIDE:
-        from scipy.linalg import eigvalsh
-
-        values = eigvalsh(G, lower=True, overwrite_a=True, check_finite=False, driver="ev")
-    else:
-        values = np.linalg.eigvalsh(G)
+    sytrd, sterf = (lapack.ssytrd, lapack.ssterf) if single else (lapack.dsytrd, lapack.dsterf)
+    # (eigvalsh of NumPy and SciPy leaves LAPACK no workspace, which costs a fifth up to a side of about 1000)
+    lower = np.asfortranarray(G.T if G.flags.c_contiguous else G)
+    _, d, e, _, _ = sytrd(lower, lower=1, lwork=REDUCED_AT_ONCE * side, overwrite_a=1)
+    values = sterf(d, e)[0] if side > 1 else d
     return without_noise(values, G.dtype.type)
 
 

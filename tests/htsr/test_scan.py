@@ -330,7 +330,7 @@ def test_memory_of_the_alpha_pass_does_not_grow_with_the_model(tmp_path: Path) -
     save_file(state, tmp_path / "model.safetensors")
     size, largest = 16 * block.nbytes, block.nbytes
     code = (
-        "import json, htsr, htsr.scan as scan, htsr.table\n"
+        "import json, scipy.linalg, htsr, htsr.scan as scan, htsr.table\n"
         "from htsr.provenance import peak_bytes\n"
         "before = peak_bytes()\n"
         f"result = htsr.scan({str(tmp_path)!r}, calibration=None, quiet=True, workers=2)\n"
