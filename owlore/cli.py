@@ -165,6 +165,9 @@ def render_run(directory: Path, record: dict[str, Any]) -> str:
         "model": str(directory / "model"),
         "run": str(directory),
     }
+    if record.get("exported_step", record.get("steps")) != record.get("steps"):
+        best = record["eval_best"]
+        lines["model"] += f" (the best evaluation: {best['loss']:.4f} at step {best['step']})"
     return "\n".join(f"{name:<14} {value}" for name, value in lines.items())
 
 

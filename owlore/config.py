@@ -99,6 +99,9 @@ class TrainConfig:
     eval_every: int | None = option(None, integer(1), "Steps between evaluations. [default: before and after]")
     save_every: int | None = option(None, integer(1), "Steps between checkpoints. [default: the last step]")
     keep: int = option(2, integer(1), "Checkpoints to keep.")
+    keep_best: bool = option(
+        False, flag(), "Keep the checkpoint of the best evaluation too, and export that as model/."
+    )
     resume: bool | str = option(False, true_or_path(), "Go on from the newest checkpoint of --out or DIR.", call=True)
     seed: int = option(0, integer(0), "Of draws, data order and dropout.")
     device: str = option(
@@ -126,6 +129,8 @@ class TrainConfig:
             raise UsageError("got --packing and --group-by-length, expected one of them: packed sequences are full")
         if self.eval_every is not None and self.eval_data is None:
             raise UsageError("--eval-every was given without --eval-data; name a file or a share to hold out")
+        if self.keep_best and self.eval_every is None:
+            raise UsageError("--keep-best was given without --eval-every; say how often to evaluate, and on what data")
         changed = {name for name, spec in SETTINGS.items() if getattr(self, name) != spec.default}
         object.__setattr__(self, "given", self.given or frozenset(changed))
         object.__setattr__(self, "fixed", self.fixed | self.given)

@@ -36,6 +36,10 @@ def model_card(run: dict[str, Any], *, paper: str, loader: str = "AutoModelForCa
     config, data = run["config"], run["data"]
     before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
     losses = "not measured" if before is None else f"{before:.4f} before, {after:.4f} after"
+    if run.get("exported_step", run["steps"]) != run["steps"]:
+        losses += (
+            f"; `model/` is the best evaluation, {run['eval_best']['loss']:.4f} at step {run['eval_best']['step']}"
+        )
     return CARD.format(
         base=run["model"]["id"],
         title=f"{run['model']['id']}, {config['method']}",

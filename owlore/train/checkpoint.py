@@ -2,7 +2,8 @@
 
 A checkpoint holds what differs from the model it started from: the weights of every parameter that was ever trained,
 the optimizer's tensors, and counters. Everything else (draws, data order, learning rate, random numbers) is a function
-of the configuration and the step.
+of the configuration and the step. The checkpoint of the best evaluation (--keep-best) holds the weights of every
+parameter that may be trained, so that the run can go back to it after others were trained as well.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def save(
     root: Path, step: int, *, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
     """Write `root/step-NNNNNN` so that it is either complete or not there; an older one of that step is replaced."""
-    final = root / f"step-{step:06d}"
+    final = path_of(root, step)
     partial = root / f".tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,14 +65,21 @@ def complete(root: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def path_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return root / f"step-{step:06d}"
+
+
 def step_of(path: Path) -> int:
     """Optimizer steps done at the checkpoint in this directory."""
     return int(path.name.removeprefix("step-"))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints, and what a kill left unfinished."""
+def prune(root: Path, keep: int, *, best: int | None = None) -> None:
+    """Delete complete checkpoints but the newest `keep` and that of step `best`, and what a kill left unfinished."""
     for path in complete(root)[:-keep]:
+        if best is not None and path == path_of(root, best):
+            continue
         (path / COMPLETE).unlink()  # from here on it is not a checkpoint, however far the deletion gets
         shutil.rmtree(path)
     for path in root.glob(".tmp-*"):

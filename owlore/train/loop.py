@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from htsr.errors import Interrupted, NotFinite
+from htsr.errors import Interrupted, NotFinite, NotFound
 from owlore.blocks import Units
 from owlore.data.arrange import Arrangement, Sequences
 from owlore.data.batches import MicroBatch, collate
@@ -44,6 +44,7 @@ class Pace:
     eval_every: int | None
     save_every: int | None
     keep: int
+    keep_best: bool
 
 
 @dataclass
@@ -55,6 +56,9 @@ class Tally:
     lost_norm: list[float] = field(default_factory=list)  # a switch: norm that rounding masters back lost
     step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
+    # Step and loss of the best evaluation after step 0. The last one of a run comes after its last checkpoint, so a run
+    # that is made longer does not count the one with which the shorter run ended.
+    best: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -78,9 +82,10 @@ class Trainer:
     trained: set[str] = field(default_factory=set)  # parameters that were ever active
     active: tuple[int, ...] = ()
     step: int = 0  # optimizer steps done
+    exported_step: int | None = None  # the step whose weights the model holds at the end, where it is not the last
 
     def run(self, on_row: Callable[[dict[str, Any]], None]) -> None:
-        """Train to the last step, leave the final weights in the model, and measure them.
+        """Train to the last step and measure; leave the final weights (the best with `keep_best`) in the model.
 
         Raises: Interrupted after a clean checkpoint, NotFinite before a bad update.
         """
@@ -100,13 +105,15 @@ class Trainer:
                 last = self.step == self.pace.steps
                 if _due(self.step, self.pace.eval_every) and not last:
                     on_row(self.evaluate())
-                if _due(self.step, self.pace.save_every) or last or interruption.asked:
+                if _due(self.step, self.pace.save_every) or last or interruption.asked or self._is_best_to_keep:
                     self.save()
                 if interruption.asked and not last:
                     name = interruption.asked.name
                     raise Interrupted(f"{name} at step {self.step}: checkpoint written, go on with --resume")
         self.finish()
         on_row(self.evaluate())
+        if self.pace.keep_best:
+            self.return_to_best()
 
     # -- one period --------------------------------------------------------------------------------------------------
 
@@ -208,6 +215,8 @@ class Trainer:
         loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device)
         if not math.isfinite(loss):
             raise NotFinite(f"held-out loss {loss} at step {self.step}: the model's weights or the data are damaged")
+        if self.step and (self.tally.best is None or loss < self.tally.best["loss"]):
+            self.tally.best = {"step": self.step, "loss": loss}
         return self.metrics.write(
             step=self.step, epoch=self._epoch, split="eval", loss=loss, mem_bytes=memory_held(self.device),
             state_bytes=self.optimizer.held().total, active_blocks=list(self.active),
@@ -223,29 +232,54 @@ class Trainer:
         """A checkpoint from which `restore` goes on bit for bit."""
         tensors, counters = self.optimizer.state()
         parameters = self.optimizer.parameters
+        names = parameters if self._is_best_to_keep else self.trained
         path = checkpoint.save(
             self.checkpoints,
             self.step,
-            weights={name: parameters[name].data for name in sorted(self.trained)},
+            weights={name: parameters[name].data for name in sorted(names)},
             optimizer=tensors,
             state={
                 "identity": self.identity,
                 "optimizer": counters,
                 "active": list(self.active),
+                "trained": sorted(self.trained),
                 "tally": vars(self.tally),
             },
         )
-        checkpoint.prune(self.checkpoints, self.pace.keep)
+        best = self.tally.best if self.pace.keep_best else None
+        checkpoint.prune(self.checkpoints, self.pace.keep, best=None if best is None else best["step"])
         return path
+
+    @property
+    def _is_best_to_keep(self) -> bool:
+        best = self.tally.best
+        return self.pace.keep_best and best is not None and best["step"] == self.step
+
+    def return_to_best(self) -> None:
+        """Put the weights of the best evaluation back into the model, unless it was the last one."""
+        best = self.tally.best
+        if best is not None and best["step"] != self.step:
+            saved = checkpoint.load(checkpoint.path_of(self.checkpoints, best["step"]))
+            self._put_back(saved.weights)
+            self.trained, self.exported_step = set(saved.state["trained"]), saved.step
+
+    def _put_back(self, weights: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                self.optimizer.parameters[name].copy_(tensor)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue where `saved` was written."""
-        with torch.no_grad():
-            for name, tensor in saved.weights.items():
-                self.optimizer.parameters[name].copy_(tensor)
-        self.step, self.trained = saved.step, set(saved.weights)
-        self.active = tuple(saved.state["active"])
         self.tally = Tally(**saved.state["tally"])
+        best = self.tally.best
+        if self.pace.keep_best and best and not checkpoint.path_of(self.checkpoints, best["step"]).is_dir():
+            raise NotFound(
+                f"--keep-best: the checkpoint of the best evaluation (step {best['step']}) is not below "
+                f"{self.checkpoints}; resume from the newest checkpoint of that run"
+            )
+        self._put_back(saved.weights)
+        self.step, self.trained = saved.step, set(saved.state["trained"])
+        self.active = tuple(saved.state["active"])
         rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
         self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
         self._aim_recompute(rules)

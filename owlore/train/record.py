@@ -107,6 +107,8 @@ def run_record(
         "lost_norm": tally.lost_norm,
         "eval_loss_first": evals[0] if evals else None,
         "eval_loss_last": evals[-1] if evals else None,
+        "eval_best": tally.best,
+        "exported_step": trainer.step if trainer.exported_step is None else trainer.exported_step,
         "loss": "chunked" if trainer.loss.chunked else "whole logits: the model's own differ from head(decoder(x))",
         "device": str(trainer.device),
         "versions": {"owlore": owlore.__version__, "htsr": htsr.__version__, "torch": torch.__version__,

@@ -240,6 +240,7 @@ def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangemen
         eval_every=config.eval_every,
         save_every=config.save_every,
         keep=config.keep,
+        keep_best=config.keep_best,
     )
 
 

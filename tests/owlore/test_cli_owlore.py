@@ -225,3 +225,5 @@ def test_the_result_names_what_changed_and_where_it_lies(tmp_path: Path) -> None
     for part in ("2.0000 -> 1.5000", "2.00 GB", "1,234 tokens/s", "12.50%", str(tmp_path / "model")):
         assert part in text
     assert "not measured" in render_run(tmp_path, {**record, "eval_loss_first": None})
+    best = {"steps": 9, "exported_step": 4, "eval_best": {"step": 4, "loss": 1.25}}
+    assert "the best evaluation: 1.2500 at step 4" in render_run(tmp_path, {**record, **best})

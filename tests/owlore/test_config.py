@@ -98,6 +98,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"batch": True}, r"--batch got True"),
     "share": ({"eval_data": 1.5}, r"--eval-data got 1.5, expected a share between 0 and 1, or a path"),
     "eval": ({"eval_every": 5}, r"--eval-every was given without --eval-data"),
+    "best": ({"keep_best": True, "eval_data": 0.1}, r"--keep-best was given without --eval-every"),
+    "packing": ({"packing": True, "group_by_length": True}, r"--packing and --group-by-length, expected one"),
     "warmup": ({"steps": 5, "warmup": 6}, r"--warmup got 6, expected at most the 5 steps"),
     "device": ({"device": "gpu"}, r"--device got 'gpu', expected auto, cpu or cuda"),
     "seed": ({"seed": -1}, r"--seed got -1"),
