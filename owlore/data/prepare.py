@@ -10,9 +10,10 @@ import numpy as np
 
 from htsr.errors import BadInput
 from owlore.data.batches import SPLIT_PURPOSE, permutation
+from owlore.data.cache import encode_cached
 from owlore.data.formats import load_rows
 from owlore.data.report import DataReport, data_report
-from owlore.data.tokenise import Encoded, encode
+from owlore.data.tokenise import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +28,24 @@ class Prepared:
 
 
 def prepare(
-    data: Any, tokenizer: Any, *, seq_len: int, eval_data: str | Path | float | Any | None = None, seed: int = 0
+    data: Any,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    eval_data: str | Path | float | Any | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
 ) -> Prepared:
     """Load, tokenise, hold out and report.
 
     `eval_data`: a share in (0, 1) to hold out of `data`, drawn by the seed, or data of its own as for `data`.
+    `cache`: directory in which the tokens of large data are kept for the next run.
 
     Raises: BadInput, NotFound as `load_rows`, `encode` and `data_report`.
     """
     rows = load_rows(data)
-    train = encode(rows.examples, tokenizer, seq_len)
-    provenance = {"train": rows.provenance}
+    train, encoding = encode_cached(rows.examples, tokenizer, seq_len, cache)
+    provenance = {"train": {**rows.provenance, "encoding": encoding}}
     heldout = None
     if isinstance(eval_data, float):
         data_report(train, tokenizer, rows.provenance["source"])  # says what is wrong before the split hides it
@@ -45,8 +53,8 @@ def prepare(
         provenance["eval"] = {**rows.provenance, "share": eval_data, "seed": seed, "rows": len(heldout)}
     elif eval_data is not None:
         other = load_rows(eval_data)
-        heldout = encode(other.examples, tokenizer, seq_len)
-        provenance["eval"] = other.provenance
+        heldout, encoding = encode_cached(other.examples, tokenizer, seq_len, cache)
+        provenance["eval"] = {**other.provenance, "encoding": encoding}
     report = data_report(train, tokenizer, rows.provenance["source"])
     if heldout is not None:
         data_report(heldout, tokenizer, f"held-out part of {provenance['eval']['source']}")

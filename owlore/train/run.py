@@ -40,7 +40,7 @@ from owlore.train.settings import (
     resolve,
     weights_of,
 )
-from owlore.train.tables import find_table, run_inclusion, scanned_table
+from owlore.train.tables import cache_directory, find_table, run_inclusion, scanned_table
 
 if TYPE_CHECKING:
     from htsr import LayerTable
@@ -91,6 +91,7 @@ def train_from_config(
         seq_len=_seq_len(config, loaded, say),
         eval_data=config.eval_data,
         seed=config.seed,
+        cache=cache_directory() / "tokens",
     )
     say(f"data: {prepared.report}")
     found = find_table(

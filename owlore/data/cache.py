@@ -1,0 +1,116 @@
+"""Tokenised rows kept between runs: the same examples, tokenizer and length are encoded once.
+
+An entry is a safetensors file named by everything that the encoding depends on. It is written beside its place and
+renamed; one that is damaged or does not fit together is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from owlore.data import examples, templates, tokenise
+from owlore.data.examples import Example, fingerprint
+from owlore.data.tokenise import Encoded, encode
+
+MIN_ROWS = 2000  # fewer are encoded as quickly as they are looked up
+MAX_ENTRIES = 16
+ARRAYS = {"ids": np.int32, "offsets": np.int64, "trained": np.uint8, "cut": np.bool_, "groups": np.int64}
+
+
+def encode_cached(
+    rows: Sequence[Example], tokenizer: Any, seq_len: int, directory: Path | None
+) -> tuple[Encoded, dict[str, Any]]:
+    """`encode`, and how it came about: the `key` of the entry (None: not kept) and whether it was there (`cached`).
+
+    directory: where entries live; None keeps nothing. A directory that cannot be written to is done without.
+    """
+    key = None if directory is None or len(rows) < MIN_ROWS else _key(rows, tokenizer, seq_len)
+    if directory is None or key is None:
+        return encode(rows, tokenizer, seq_len), {"cached": False, "key": None}
+    path = directory / f"{key}.safetensors"
+    found = _read(path)
+    if found is None:
+        encoded = encode(rows, tokenizer, seq_len)
+        _write(encoded, path)
+        return encoded, {"cached": False, "key": key}
+    return found, {"cached": True, "key": key}
+
+
+def _key(rows: Sequence[Example], tokenizer: Any, seq_len: int) -> str | None:
+    """A digest of all that decides the encoding, or None where that cannot be known.
+
+    Such are tokenizers whose content cannot be written out, and chat templates that read the clock.
+    """
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    template = getattr(tokenizer, "chat_template", None)
+    if backend is None or "strftime_now" in str(template):
+        return None
+    told = {
+        "rows": fingerprint(rows),
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "class": type(tokenizer).__name__,
+        "special": [tokenizer.all_special_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id],
+        "adds": [getattr(tokenizer, f"add_{end}_token", None) for end in ("bos", "eos")],
+        "template": template,
+        "seq_len": seq_len,
+        "code": [_code(), tokenizers.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
+
+
+@cache
+def _code() -> str:
+    """A digest of the modules that encode: an entry of other code is never taken."""
+    sources = (Path(str(module.__file__)).read_bytes() for module in (examples, templates, tokenise))
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+def _read(path: Path) -> Encoded | None:
+    """The entry, or None where there is none that is whole."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in ARRAYS}
+            told = file.metadata() or {}
+        if told.get("sha256") != _digest(arrays) or any(arrays[n].dtype != dtype for n, dtype in ARRAYS.items()):
+            return None
+        return Encoded(**arrays, pad_id=int(told["pad_id"]))
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return None
+
+
+def _write(encoded: Encoded, path: Path) -> None:
+    arrays = {name: np.ascontiguousarray(getattr(encoded, name)) for name in ARRAYS}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, partial, metadata={"sha256": _digest(arrays), "pad_id": str(encoded.pad_id)})
+        partial.replace(path)
+        for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-MAX_ENTRIES]:
+            old.unlink(missing_ok=True)
+    except (OSError, SafetensorError):  # a full or read-only disk: the run does not need the entry
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
+    return digest.hexdigest()
