@@ -143,7 +143,7 @@ def spectrum(
 def _exact(read: Read, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
     """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
     values = backend.exact(read(), n)
-    if values[0] == 0 < values[-1] and full_rank(np.float64):
+    if values[0] == 0 < values[-1] and (full_rank(np.float32) or full_rank(np.float64)):
         return np.maximum(values, 1e-3 * EPS64 * values[-1])
     return values
 
