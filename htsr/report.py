@@ -18,6 +18,7 @@ from htsr.verdict import null_sentences
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from htsr.probability import LayerTable
     from htsr.table import ScanResult
 
 CAPTIONS = {
@@ -72,10 +73,26 @@ def notebook_html(result: ScanResult) -> str:
         if result.plot.has(name):
             data = base64.b64encode(picture(getattr(result.plot, name))).decode()
             parts.append(f'<img alt="{name} by depth" style="max-width:48%" src="data:image/png;base64,{data}">')
-    columns, *rows = cells(result.blocks)
+    return "".join(parts) + _html_rows(result.blocks)
+
+
+def table_html(table: LayerTable) -> str:
+    """A layer table for a notebook's output cell: its model and rule, its bars, its rows."""
+    from htsr.plots import new_axes, table_bars
+
+    rule, model = str(table.rule.get("name")), str(table.model.get("id") or "any model")
+    data = base64.b64encode(picture(lambda: table_bars(table, new_axes()))).decode()
+    return (
+        f"<h4>{escape(model)}: rule {escape(rule)}, gamma {table.gamma}</h4>"
+        f'<img alt="layer table" style="max-width:60%" src="data:image/png;base64,{data}">' + _html_rows(table.frame)
+    )
+
+
+def _html_rows(frame: pd.DataFrame) -> str:
+    columns, *rows = cells(frame)
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return "".join(parts) + f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def model_name(result: ScanResult) -> str:

@@ -42,7 +42,7 @@ class HasBlocks(Protocol):
     def blocks(self) -> Mapping[int, BlockLod]: ...
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ScanResult:
     """A scanned model.
 
@@ -115,6 +115,10 @@ class ScanResult:
         from htsr.store import save_scan
 
         return save_scan(self, Path(directory), plots=plots)
+
+    def __repr__(self) -> str:
+        analysed, name = int((self.frame["status"] == "ok").sum()), self.provenance.get("model", {}).get("id")
+        return f"ScanResult({name!r}, {len(self.blocks)} blocks, {analysed} matrices analysed)"
 
     def _repr_html_(self) -> str:
         from htsr.report import notebook_html

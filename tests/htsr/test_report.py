@@ -45,6 +45,17 @@ def test_names_from_a_model_are_escaped_everywhere(result: ScanResult) -> None:
         assert "&lt;script&gt;" in page
 
 
+def test_a_table_shows_its_rows_and_bars_in_a_notebook_and_escapes_names(result: ScanResult) -> None:
+    page = result.table(rule="lod", gamma=2)._repr_html_()
+    assert EVIL not in page and "&lt;script&gt;" in page
+    assert page.count("<tr>") == 1 + 3
+    assert 'src="data:image/png;base64,' in page and "gamma 2" in page
+
+
+def test_a_scan_names_itself_in_one_short_line(result: ScanResult) -> None:
+    assert repr(result) == f"ScanResult({EVIL!r}, 3 blocks, 3 matrices analysed)"
+
+
 def test_the_words_name_what_stands_out(result: ScanResult) -> None:
     text = " ".join(describe(result))
     assert "3 matrices analysed, 1 failed" in text
