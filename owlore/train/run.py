@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ from owlore.train.settings import (
     weights_of,
 )
 from owlore.train.tables import cache_directory, find_table, run_inclusion, scanned_table
+from owlore.train.trackers import Tracker, check_trackers, open_trackers
 
 if TYPE_CHECKING:
     from htsr import LayerTable
@@ -77,6 +78,7 @@ def train_from_config(
     say = _speaker(config)
     model = config.model if model is None else model
     config, strategy_class = resolve(config)
+    check_trackers(config.log_to)
     for named in (config.data if data is None else data, config.eval_data):
         if isinstance(named, str | Path):
             locate_data(named)  # a wrong path is said now, not after a large model has been loaded
@@ -184,8 +186,11 @@ def _train(
         (place.directory / "config.yaml").write_text(config.to_yaml())
         if table is not None:
             table.save(place.directory / "table.json")
-        with progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar:
-            trainer.run(_reporter(bar, say, trainer.pace.steps))
+        with (
+            open_trackers(config.log_to, place.directory, config.to_dict(), step=first_step) as trackers,
+            progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
+        ):
+            trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
         if trainer.step == 0 and not place.existed:
             shutil.rmtree(place.directory, ignore_errors=True)
@@ -271,11 +276,15 @@ def _speaker(config: TrainConfig) -> Callable[[str], None]:
     return lambda message: notice(message, quiet=config.quiet)
 
 
-def _reporter(bar: Any, say: Callable[[str], None], steps: int) -> Callable[[dict[str, Any]], None]:
-    """Shows rows on the bar or, where there is no terminal, as about twenty lines over the run."""
+def _reporter(
+    bar: Any, say: Callable[[str], None], steps: int, trackers: Sequence[Tracker]
+) -> Callable[[dict[str, Any]], None]:
+    """Hands rows on, and shows them on the bar or, where there is no terminal, as about twenty lines over the run."""
     stride = max(1, steps // 20)
 
     def show(row: dict[str, Any]) -> None:
+        for tracker in trackers if row else ():
+            tracker.log(row)
         if row.get("split") == "eval":
             say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
         elif row:

@@ -20,7 +20,7 @@ CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing aut
 # data and table are compared by content, not by name.
 MAY_CHANGE = frozenset({
     "steps", "epochs", "out", "eval_every", "save_every", "keep", "preset", "device", "checkpointing",
-    "model", "data", "table",
+    "model", "data", "table", "log_to",
 })  # fmt: skip
 
 
