@@ -10,7 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HTSR_CACHE"] = tempfile.mkdtemp(prefix="htsr-cache-")  # neither the user's cache nor an earlier run's
+for cache in ("HTSR_CACHE", "OWLORE_CACHE"):  # neither the user's nor an earlier run's
+    os.environ[cache] = tempfile.mkdtemp(prefix=f"{cache.lower()}-")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

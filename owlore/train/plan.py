@@ -85,7 +85,7 @@ def _table(
 
 def _longest(config: TrainConfig, positions: int | None) -> int:
     limit = min(config.seq_len, positions or config.seq_len)
-    if config.data is None:
+    if config.data is None or config.packing:  # packed sequences are filled up to the limit
         return limit
     from transformers import AutoTokenizer
 
