@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from htsr.errors import BadInput, NotFound
 from htsr.numerics.marchenko_pastur import noise_density
@@ -118,7 +118,7 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
     ax.plot(middle[seen], density[seen], ls="", marker="o", ms=3, color=BLUE)
     _noise(fit, bins, density[seen].min() / 3, len(eigenvalues), ax)
     _tail(positive, fit, ax)
-    ax.set_xscale("log")
+    log_axis(ax, positive)
     ax.set_yscale("log")
     ax.set_xlabel("eigenvalue = singular value squared", color=INK)
     room = 12 if np.isnan(float(fit.get("mp_edge", np.nan))) else 60  # for the legend above the densest bin
@@ -166,7 +166,7 @@ def ks_by_xmin(curve: KsCurve, ax: Axes, title: str = "") -> Axes:
     ax.plot(curve.xmin[near], curve.ks_d[near], ls="", marker="o", ms=4, color=ORANGE, label=label)
     ax.plot(curve.xmin[best], curve.ks_d[best], ls="", marker="o", ms=6, mfc="none", color=INK, mew=1.4,
             label=f"best: alpha {curve.alpha[best]:.2f}")  # fmt: skip
-    ax.set_xscale("log")
+    log_axis(ax, curve.xmin)
     ax.set_ylim(0, 1.32 * float(curve.ks_d.max()))
     ax.set_xlabel("xmin, an eigenvalue", color=INK)
     style(ax, title or "How well each xmin fits", "KS distance")
@@ -308,6 +308,15 @@ def style(ax: Axes, title: str, ylabel: str, *, legend: bool = False, grid: bool
         ax.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower right", bbox_to_anchor=(1.01, 0.985), ncols=6,
                   borderpad=0.2, columnspacing=1.1, handletextpad=0.5, handlelength=1.4)  # fmt: skip
     return ax
+
+
+def log_axis(ax: Axes, values: NDArray[np.float64]) -> None:
+    """Logarithmic x with labels that do not overlap: at 1, 2 and 5 where `values` span little, else at powers of 10."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    if values.max() < 30 * values.min():
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def depth_axis(ax: Axes, blocks: Any) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 from makers import scan_rows as rows
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from htsr.errors import BadInput, NotFound
-from htsr.plots import esd, new_axes
+from htsr.numerics.thresholds import ks_curve
+from htsr.plots import esd, ks_by_xmin, new_axes
 from htsr.probability import LayerTable
 from htsr.table import ScanResult
 
@@ -112,3 +115,17 @@ def test_drawing_never_touches_pyplot() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("span", [3.0, 25.0, 1e5])
+def test_labels_of_eigenvalues_are_few_and_at_least_two(span: float) -> None:
+    values = np.geomspace(0.4, 0.4 * span, 80)
+    row = {"alpha": 3.0, "xmin": values[40], "n_tail": 40, "ks_d": 0.1}
+    for ax in (esd(values, row, new_axes(width=4.2)), ks_by_xmin(ks_curve(values), new_axes(width=4.2))):
+        FigureCanvasAgg(ax.figure).draw()
+        low, high = ax.get_xlim()
+        ticks = [*ax.xaxis.get_major_ticks(), *ax.xaxis.get_minor_ticks()]
+        shown = [t for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
+        boxes = sorted((t.label1.get_window_extent().x0, t.label1.get_window_extent().x1) for t in shown)
+        assert len(boxes) >= 2
+        assert all(first[1] < second[0] for first, second in pairwise(boxes))
