@@ -106,9 +106,7 @@ def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, titl
     positive = eigenvalues[eigenvalues > max(1e-12 * eigenvalues.max(), 1e-30)]
     if len(positive) == 0:
         raise BadInput("spectrum: got no positive eigenvalue, expected some to draw")
-    bins = np.logspace(
-        np.log10(positive.min()), np.log10(positive.max() * 1.001), min(ESD_BINS, 8 + len(positive) // 6)
-    )
+    bins = np.geomspace(positive.min(), positive.max() * 1.001, min(ESD_BINS, 8 + len(positive) // 6))  # exact ends
     density, _ = np.histogram(positive, bins=bins, density=True)
     middle = np.sqrt(bins[:-1] * bins[1:])
     seen = density > 0

@@ -117,7 +117,7 @@ def test_drawing_never_touches_pyplot() -> None:
     assert done.stdout == "False False\n"
 
 
-@pytest.mark.parametrize("span", [3.0, 25.0, 1e5])
+@pytest.mark.parametrize("span", [2.0, 9.0, 18.0, 1e5])
 def test_labels_of_eigenvalues_are_few_and_at_least_two(span: float) -> None:
     values = np.geomspace(0.4, 0.4 * span, 80)
     row = {"alpha": 3.0, "xmin": values[40], "n_tail": 40, "ks_d": 0.1}
@@ -129,3 +129,10 @@ def test_labels_of_eigenvalues_are_few_and_at_least_two(span: float) -> None:
         boxes = sorted((t.label1.get_window_extent().x0, t.label1.get_window_extent().x1) for t in shown)
         assert len(boxes) >= 2
         assert all(first[1] < second[0] for first, second in pairwise(boxes))
+
+
+@pytest.mark.parametrize("smallest", [1.7e-5, 0.1, 0.27, 0.3, 1.1, 7.3, 123.4])
+def test_the_smallest_eigenvalue_is_in_the_first_bin(smallest: float) -> None:
+    values = np.concatenate([[smallest], np.geomspace(50 * smallest, 5000 * smallest, 60)])
+    ax = esd(values, {"alpha": np.nan, "xmin": np.nan, "n_tail": 0, "ks_d": np.nan}, new_axes())
+    assert ax.lines[0].get_xdata()[0] < 2 * smallest
