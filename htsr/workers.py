@@ -35,6 +35,8 @@ def run(
     Threads suffice: BLAS and LAPACK run without the interpreter's lock. Their own threads are limited to one each
     while several items run at once. Raises UsageError for less than one worker.
     """
+    import scipy.linalg.lapack  # noqa: F401  (SciPy has a BLAS of its own: the limits below bind what is loaded by then)
+
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise UsageError(f"workers: got {workers}, expected at least 1")
