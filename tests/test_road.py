@@ -84,6 +84,18 @@ def test_table_auto_scans_once_and_says_so(command, data, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_floor_that_the_table_had_and_the_run_has_not_is_said_aloud(command, data, tmp_path):
+    from htsr import LayerTable
+
+    model = save_tiny(tmp_path / "model", blocks=4)
+    LayerTable.build([4.0, 1.0, 1.0, 1.0], 2, floor=0.2).save(tmp_path / "table.json")
+    train = ["train", model, "--data", data, "--steps", 1, "--table", "table.json"]
+    _, _, err = command("owlore", *train, "--out", "one")
+    assert "--floor 0.2" in err
+    _, _, err = command("owlore", *train, "--out", "two", "--floor", 0.2)
+    assert "--floor" not in err
+
+
 def test_a_damaged_weight_is_a_failed_row_of_the_scan(command, tmp_path):
     broken = tiny_llama(blocks=3, width=64)
     with torch.no_grad():

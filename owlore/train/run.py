@@ -100,6 +100,7 @@ def train_from_config(
         table if table is not None else (config.table if strategy_class.table is not None else None),
         num_blocks=units.num_blocks,
         weights_sha256=loaded.weights_sha256,
+        floor=config.floor,
         say=say,
         scan=lambda: scanned_table(
             model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet

@@ -25,7 +25,7 @@ def cache_directory() -> Path:
 
 
 def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan: Callable[[], LayerTable], say: Say,
-               weights_sha256: str) -> LayerTable | None:  # fmt: skip
+               weights_sha256: str, floor: float = 0.0) -> LayerTable | None:  # fmt: skip
     """The table that `wanted` names: `auto` (scan), `uniform`, `decrease`, a file, a table, or None for none.
 
     Raises: BadInput for a table of another depth; NotFound for a missing file. A table made from other weights is
@@ -51,6 +51,8 @@ def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan:
         say(f"note: the table was made from other weights ({table.model.get('id')}); it is used as it is")
     if table.note:
         say(f"note: {table.note}")
+    if (made_with := table.rule.get("floor")) and not floor:
+        say(f"note: the table was made with floor {made_with:g} and this run has none; --floor {made_with:g} keeps it")
     return table
 
 
