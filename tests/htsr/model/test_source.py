@@ -142,7 +142,7 @@ def test_a_directory_without_weights_is_bad_input(tmp_path: Path) -> None:
 
 def test_an_adapter_directory_says_what_to_do(tmp_path: Path) -> None:
     save_file({"base.lora_A.weight": torch.ones(2, 8)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(BadInput, match="adapter_config.json beside"):
+    with pytest.raises(BadInput, match=r"adapter_config\.json beside"):
         open_source(tmp_path)
 
 
