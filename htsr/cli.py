@@ -36,7 +36,7 @@ def main() -> None:
 @cli.command()
 @click.argument("model")
 @click.option("--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
-@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the calibration text runs.")
+@click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the text runs; cuda: spectra too.")
 @click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto: fp64's fit.")
 @click.option("--engine", type=console.Choice(ENGINES), default="native", help="Whose code computes the spectra.")
 @click.option("--calibration", default="builtin", metavar="builtin|PATH|none", help="Text for LOD: .txt or .jsonl.")
