@@ -67,8 +67,8 @@ def scan(
         model: `demo`, a directory, a .safetensors or .gguf file, a Hugging Face id, an nn.Module or a state dict.
         out: a directory to save the result to; nothing is written without it.
         device: where the calibration text runs. Spectra are computed on the CPU unless a CUDA device is named.
-        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where that
-            provably gives the same fit, else fp64. `fp64`, `fp32`: throughout.
+        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
+            bounds measured on the matrix say that the fit is the same, else fp64. `fp64`, `fp32`: throughout.
         engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
