@@ -31,7 +31,7 @@ from owlore.optim.slot import HeldBytes, planned_bytes
 from owlore.sampling import DRAWS
 from owlore.strategies import Hyper, Strategy
 from owlore.train.footprint import Footprint, measure_footprint
-from owlore.train.loading import DTYPES
+from owlore.train.loading import DTYPES, pick_device
 from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
 from owlore.train.tables import DEFAULT_GAMMA, find_table, run_inclusion
 
@@ -57,7 +57,7 @@ def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
     the draws are taken as uniform: a scan needs the weights.
     """
     config, strategy = resolve(config)
-    shape = model_shape(config)
+    shape = model_shape(config, pick_device(config.device).type)
     table = _table(config, strategy, shape.units.num_blocks, say)
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
     return make_plan(
@@ -160,10 +160,10 @@ def make_plan(
     worst = _worst(draws, units)
     outside = units.parameters((), hyper.always_on)
     rules = strategy.rules_for(worst)
-    state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in _all(units, rules)), HeldBytes())
+    parameters = dict(_all(units, rules))
+    state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes())
     bottom = any(name in outside for name, _ in units.groups["embeddings"])
     low = 0 if bottom else min(min(draw) for draw in draws)
-    parameters = dict(_all(units, rules))
     moments = _Moments(
         gradients=gradient_bytes(parameters, rules, accum),
         arriving=arriving_bytes(parameters, rules),
@@ -171,6 +171,7 @@ def make_plan(
         block=int(batch * shape.footprint.trained(tokens)),
         logits=_logits(shape, batch * tokens),
         recompute=recompute,
+        accumulates=accum > 1,
     )
     held = {"weights": _bytes(units.model.parameters()), "masters": state.masters}
     kinds = held | {
@@ -201,6 +202,7 @@ class _Moments:
     block: int
     logits: int
     recompute: bool
+    accumulates: bool
 
     @property
     def in_backward(self) -> int:
@@ -211,7 +213,10 @@ class _Moments:
     @property
     def peak(self) -> int:
         """At the loss all activations and a chunk of logits are held. In backward, activations go as gradients come;
-        where blocks are recomputed what is kept is small, and either it or the gradients are the larger part."""
+        where blocks are recomputed what is kept is small, and either it or the gradients are the larger part. What
+        earlier micro-batches gathered stands through all of a later one."""
+        if self.accumulates:
+            return self.gradients + self.activations + max(self.logits, self.in_backward)
         kept = max(self.activations, self.gradients) if self.recompute else self.activations + self.arriving
         return max(self.activations + self.logits, kept + self.in_backward)
 

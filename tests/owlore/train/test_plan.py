@@ -63,6 +63,8 @@ CASES = {
     "lisa": ("lisa", (2, 5), GROUPS, False, 1),
     "galore": ("galore", tuple(range(6)), (), False, 1),
     "full": ("full", tuple(range(6)), GROUPS, False, 1),
+    "full, accumulated": ("full", tuple(range(6)), GROUPS, False, 2),
+    "full, recomputed and accumulated": ("full", tuple(range(6)), GROUPS, True, 2),
     "full, recomputed": ("full", tuple(range(6)), GROUPS, True, 1),
 }
 
