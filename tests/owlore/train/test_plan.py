@@ -73,12 +73,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, dtype):
     method, drawn, always_on, recompute, accum = CASES[case]
+    # Few tokens where gradients that stand between micro-batches have to show beside the activations.
+    batch, tokens = (2, 24) if case.startswith("full") and accum > 1 else (6, 96)
     model = tiny_llama(blocks=6, width=64, hidden=160, vocab=512, dtype=dtype).train()
     freeze(model)
     units = find_units(model)
     settings = hyper(6, drawn, always_on=always_on)
-    plan = make_plan(shape_of(model), STRATEGIES[method], settings, weights=Weights.MASTER, batch=6, accum=accum,
-                     tokens=96, recompute=recompute)  # fmt: skip
+    plan = make_plan(shape_of(model), STRATEGIES[method], settings, weights=Weights.MASTER, batch=batch, accum=accum,
+                     tokens=tokens, recompute=recompute)  # fmt: skip
     strategy = STRATEGIES[method](units, settings)
     optimizer = RotatingOptimizer(units.parameters(range(6), units.groups), seed=0)
     loss = CausalLoss(model)
@@ -89,7 +91,7 @@ def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, 
         optimizer.switch(strategy.rules_at(0), 0)
         for step in range(2):
             for index in range(accum):
-                ids = torch.randint(4, 500, (6, 96), generator=stream)
+                ids = torch.randint(4, 500, (batch, tokens), generator=stream)
                 optimizer.micro_batch(step, last=index == accum - 1)
                 (loss(ids, ids) / 500).backward()
             optimizer.update(1e-4, 1.0)
