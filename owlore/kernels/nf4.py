@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,8 @@ class Nf4:
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Nf4:
-        return replace(self, **{n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()})
+        moved: dict[str, Any] = {n: t.to(device, non_blocking=non_blocking) for n, t in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def quantise(weight: Tensor, block: int = 64, double: bool = True) -> Nf4:

@@ -89,13 +89,14 @@ def test_codes_and_values_are_those_of_bitsandbytes(shape, dtype, double):
     functional = pytest.importorskip("bitsandbytes.functional")
     original = weight(shape, dtype=dtype)
     ours = nf4.quantise(original, double=double)
-    packed, state = functional.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=double)
+    with torch.compiler.set_stance("force_eager"):  # its functions compile themselves, for seconds
+        packed, state = functional.quantize_4bit(original, blocksize=64, quant_type="nf4", compress_statistics=double)
+        back = functional.dequantize_4bit(packed, state)
     assert torch.equal(ours.packed, packed.flatten())
     if double:  # a few near ties of the magnitudes' codes go the other way there
         apart = (ours.absmax.int() - state.absmax.int()).abs()
         assert int(apart.max()) <= 1 and float(apart.float().mean()) < 0.01
     else:
         assert torch.equal(ours.absmax, state.absmax)
-    back = functional.dequantize_4bit(packed, state)
     same = nf4.dequantise(ours, dtype).float(), back.float()
-    assert torch.allclose(*same, rtol=0, atol=1e-3 * float(original.abs().max()) if double else 0)
+    assert torch.allclose(*same, rtol=0.05 if double else 0, atol=0)
