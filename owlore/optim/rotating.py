@@ -64,6 +64,9 @@ class RotatingOptimizer:
         self._hooks: dict[str, RemovableHandle] = {}
         self._last_micro_batch = True
         self._step = 0
+        self._squares: Tensor | None = None  # of this step, by slot: squared norm of what was gathered
+        self._seen: Tensor | None = None  # the same summed over the updates since the last `take_norms`
+        self._updates_seen = 0
 
     # -- the active set ----------------------------------------------------------------------------------------------
 
@@ -75,6 +78,7 @@ class RotatingOptimizer:
         unknown = [name for name in wanted if name not in self.parameters]
         if unknown:
             raise KeyError(f"not a parameter of this optimizer: {unknown[0]}")
+        self._squares, self._seen, self._updates_seen = None, None, 0  # they go by slot, and the slots change
         left = tuple(name for name in self.slots if name not in wanted)
         lost = sum(self._leave(name, step) ** 2 for name in left) ** 0.5
         stayed = tuple(name for name in wanted if name in self.slots)
@@ -127,15 +131,29 @@ class RotatingOptimizer:
         """Norm over everything gathered in this step; projected gradients count in their own space."""
         for slot in self.slots.values():
             slot.settle(self._step)
-        parts = [part for slot in self.slots.values() if (part := slot.norm_squared()) is not None]
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt() if parts else torch.zeros(())
+        parts = [slot.norm_squared() for slot in self.slots.values()]
+        device = next((part.device for part in parts if part is not None), torch.device("cpu"))
+        zero = torch.zeros((), device=device)
+        self._squares = torch.stack([zero if part is None else part.to(device) for part in parts]) if parts else None
+        return zero if self._squares is None else self._squares.sum().sqrt()
 
     def update(self, lr: float, clip: float | None, norm: Tensor | None = None) -> None:
         """One update of every active parameter; gradients are scaled so that their norm is at most `clip`."""
         norm = self.gradient_norm() if norm is None else norm
         factor: Tensor | float = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+        if self._squares is not None:
+            seen, device = self._seen, self._squares.device
+            self._seen = self._squares if seen is None else self._squares + seen.to(device)
+            self._updates_seen, self._squares = self._updates_seen + 1, None
         for slot in self.slots.values():
             slot.update(lr, factor, self._step)
+
+    def take_norms(self) -> tuple[dict[str, float], int]:
+        """Squared gradient norms by active parameter, summed over the updates since the last call or `switch`, and the
+        number of these updates. They are sums that the steps made anyway; asking waits for the device once."""
+        sums = [0.0] * len(self.slots) if self._seen is None else self._seen.tolist()
+        updates, self._seen, self._updates_seen = self._updates_seen, None, 0
+        return dict(zip(self.slots, sums, strict=True)), updates
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -149,7 +167,9 @@ class RotatingOptimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors by `kind|name|field`, JSON counters): all that a bit-exact continuation needs."""
         tensors: dict[str, Tensor] = {}
-        counters: dict[str, Any] = {"active": {}, "parked": {}}
+        counters: dict[str, Any] = {"active": {}, "parked": {}, "updates_seen": self._updates_seen}
+        if self._seen is not None:
+            tensors["seen||squares"] = self._seen
         for name, slot in self.slots.items():
             counters["active"][name] = slot.counters()
             tensors |= {f"active|{name}|{key}": t for key, t in slot.tensors().items()}
@@ -169,3 +189,4 @@ class RotatingOptimizer:
             self.slots[name].restore(fields["active", name], counts)
         for name, counts in counters["parked"].items():
             self.parked[name] = Parked(fields["parked", name], dict(counts))
+        self._seen, self._updates_seen = fields.get(("seen", ""), {}).get("squares"), counters.get("updates_seen", 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from owlore.strategies.badam import BAdam
-from owlore.strategies.base import Hyper, Strategy
+from owlore.strategies.base import Hyper, Past, Record, Strategy
 from owlore.strategies.full import Full
 from owlore.strategies.galore import GaLore
 from owlore.strategies.lisa import Lisa, LisaD
@@ -11,4 +11,4 @@ from owlore.strategies.owlore import OwLore
 
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (OwLore, Lisa, LisaD, BAdam, GaLore, Full)}
 
-__all__ = ["STRATEGIES", "Hyper", "Strategy"]
+__all__ = ["STRATEGIES", "Hyper", "Past", "Record", "Strategy"]

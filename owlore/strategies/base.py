@@ -1,13 +1,14 @@
 """What a method is: which parameters are trained in which period, and how each is updated.
 
-A strategy is built once for a run and is a pure function of the period afterwards. The engine knows nothing of methods;
-it asks `units_at` at every switch and hands the answer to the rotating optimizer.
+A strategy is built once for a run and is a pure function of the period afterwards, and of the tables recorded for the
+periods so far. The engine knows nothing of methods; at every switch it offers what finished periods left behind
+(`adapt`), asks `rules_at` and hands the answer to the rotating optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,6 +44,52 @@ class Hyper:
     project_always_on: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a finished period left behind, as run.json and every checkpoint record it.
+
+    steps: optimizer steps in which a gradient came. blocks: those drawn. norms: for each of them the root mean square
+    over these steps of the norm of its gradient, before clipping, of the whole batch; of a projected matrix it is the
+    norm in the projected space (the captured part). 0 where no step brought a gradient.
+    """
+
+    period: int
+    steps: int
+    blocks: tuple[int, ...]
+    norms: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Past:
+        """What `to_dict` gave, back."""
+        return cls(period=saved["period"], steps=saved["steps"], blocks=tuple(saved["blocks"]),
+                   norms=tuple(saved["norms"]))  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"period": self.period, "steps": self.steps, "blocks": list(self.blocks), "norms": list(self.norms)}
+
+
+@dataclass
+class Record:
+    """What is recorded of a run's periods: all that an adaptive rule may look at.
+
+    past: the finished periods in order. tables: inclusion probabilities by period, only where a rule adapts them; the
+    last one belongs to the period that is running.
+    """
+
+    past: list[Past] = field(default_factory=list)
+    tables: list[list[float]] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Record:
+        """What `to_dict` gave, back."""
+        return cls(past=[Past.from_dict(row) for row in saved["past"]], tables=[list(t) for t in saved["tables"]])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"past": [finished.to_dict() for finished in self.past], "tables": self.tables}
+
+
 class Strategy:
     """Base of the methods that train the model's own weights.
 
@@ -60,7 +107,10 @@ class Strategy:
     preset: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, units: Units, hyper: Hyper) -> None:
-        self.units, self.hyper = units, hyper
+        self.units, self.hyper, self.record = units, hyper, Record()
+
+    def adapt(self, period: int) -> None:
+        """`period` begins and everything before it is in the record: set its table, in a method whose tables change."""
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
         """Sorted indexes of the blocks trained in this period; all of them unless a method samples."""
@@ -94,4 +144,22 @@ class Sampled(Strategy):
     reads = SAMPLING
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
-        return DRAWS[self.hyper.draw](self.hyper.inclusion, self.hyper.seed, period)
+        return DRAWS[self.hyper.draw](self.inclusion_at(period), self.hyper.seed, period)
+
+    def inclusion_at(self, period: int) -> NDArray[np.float64]:
+        """Inclusion probabilities of a period: the recorded table where the rule adapts, else the run's one table."""
+        tables = self.record.tables
+        return np.array(tables[period]) if period < len(tables) else self.hyper.inclusion
+
+    def adapt(self, period: int) -> None:
+        """Record the table of `period`; one recorded before (the run goes on inside that period) stays."""
+        tables = self.record.tables
+        if len(tables) == period and (found := self.next_inclusion(period, self.record.past)) is not None:
+            tables.append(found.tolist())
+
+    def next_inclusion(self, period: int, past: Sequence[Past]) -> NDArray[np.float64] | None:
+        """The table of `period` as a pure function of what the periods before it recorded; for adaptive methods.
+
+        It sums to the same whole number of blocks as the run's own table, `self.hyper.inclusion`. A method that adapts
+        gives one for every period (the run's own where it has nothing to say); None means that it does not adapt.
+        """

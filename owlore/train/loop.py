@@ -19,7 +19,7 @@ from owlore.data.packing import collate_packed
 from owlore.data.tokenise import Encoded
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
-from owlore.strategies import Strategy
+from owlore.strategies import Past, Record, Strategy
 from owlore.train import checkpoint
 from owlore.train.evaluate import held_out_loss
 from owlore.train.interrupt import Interruptible
@@ -127,6 +127,8 @@ class Trainer:
 
     def switch(self) -> None:
         """Make this period's parameters active and free what leaves."""
+        self._close_period()
+        self.strategy.adapt(self.period)
         rules = self.strategy.rules_at(self.period)
         self.active = self.strategy.blocks_at(self.period)
         done = self.optimizer.switch(rules, self.step)
@@ -136,6 +138,20 @@ class Trainer:
         for block in self.active:
             self.tally.draws[block] += 1
         self._aim_recompute(rules)
+
+    def _close_period(self) -> None:
+        """Record the gradient norms that the period which ends has seen, block by block."""
+        if not self.step:
+            return
+        squares, steps = self.optimizer.take_norms()
+        home = self.units.block_of()
+        sums = dict.fromkeys(self.active, 0.0)
+        for name, square in squares.items():
+            if name in home:
+                sums[home[name]] += square
+        norms = tuple(math.sqrt(total / max(1, steps)) for total in sums.values())
+        period = (self.step - 1) // self.pace.every if self.pace.every else 0
+        self.strategy.record.past.append(Past(period=period, steps=steps, blocks=self.active, norms=norms))
 
     def _aim_recompute(self, rules: dict[str, Rule]) -> None:
         """Backward reaches down to the lowest active block, or to the bottom when the embeddings are trained."""
@@ -224,6 +240,7 @@ class Trainer:
 
     def finish(self) -> None:
         """End the last activation: masters are written back, state is freed, nothing is trainable."""
+        self._close_period()
         done = self.optimizer.switch({}, self.step)
         self.tally.lost_norm.append(done.lost_norm)
         self.active = ()
@@ -244,6 +261,7 @@ class Trainer:
                 "active": list(self.active),
                 "trained": sorted(self.trained),
                 "tally": vars(self.tally),
+                "record": self.strategy.record.to_dict(),
             },
         )
         best = self.tally.best if self.pace.keep_best else None
@@ -280,6 +298,7 @@ class Trainer:
         self._put_back(saved.weights)
         self.step, self.trained = saved.step, set(saved.state["trained"])
         self.active = tuple(saved.state["active"])
+        self.strategy.record = Record.from_dict(saved.state["record"])
         rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
         self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
         self._aim_recompute(rules)

@@ -96,6 +96,8 @@ def run_record(
         "table": None if table is None else {"rule": table.rule, "model": table.model, "gamma": table.gamma},
         "inclusion": trainer.identity["inclusion"],
         "draws": tally.draws,
+        "periods": [finished.to_dict() for finished in trainer.strategy.record.past],
+        "tables": trainer.strategy.record.tables,
         "trained_parameters": len(trainer.trained),
         "trainable": tally.trainable_steps / max(1, trainer.step) / parameters,
         "steps": trainer.step,
