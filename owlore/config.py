@@ -79,11 +79,22 @@ class TrainConfig:
     refresh: int | str = option(
         "per-activation", word_or(("per-activation",), integer(1)), "Steps between new projections.", method=True
     )
+    project_side: str = option(
+        "smaller",
+        choice("smaller", "larger"),
+        "Side of a matrix that is projected; the paper's is the smaller.",
+        method=True,
+    )
     scale: float = option(1.0, number(0, above=True), "Factor on projected updates.", method=True)
     draw: str = option(
         "exact", choice("exact", "sequential", "cyclic", "shuffled"), "How blocks are drawn.", method=True
     )
-    floor: float = option(0.0, number(0, below=1), "Lower bound of each block's inclusion probability.", method=True)
+    floor: float | None = option(
+        None,
+        number(0, below=1),
+        "Lower bound of a block's inclusion probability. [default: the table's, 0]",
+        method=True,
+    )
     on_switch: str = option(
         "drop", choice("drop", "host", "keep"), "State of blocks that leave: freed, or kept (on the host).", method=True
     )

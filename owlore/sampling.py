@@ -109,6 +109,8 @@ def _integer_lengths(pi: NDArray[np.float64]) -> NDArray[np.int64]:
     lengths = np.minimum(np.round(pi * UNIT).astype(np.int64), UNIT)
     residue = target - int(lengths.sum())
     for block in np.argsort(np.abs(pi - 0.5), kind="stable"):
+        if not residue:
+            break
         step = int(np.clip(residue, -lengths[block], UNIT - lengths[block]))
         lengths[block] += step
         residue -= step

@@ -52,8 +52,11 @@ def adamw(weight: Tensor, gradients: list[Tensor], lr: float, b1: float, b2: flo
 def galore_adamw(
     weight: Tensor, gradients: list[Tensor], basis: Tensor, lr: float, scale: float, b1: float, b2: float, eps: float
 ) -> Tensor:
-    """GaLore, algorithm 2, with a fixed basis: Adam on R, then W <- W - lr * scale * back(N)."""
-    right = weight.shape[0] >= weight.shape[1]
+    """GaLore, algorithm 2, with a fixed basis: Adam on R, then W <- W - lr * scale * back(N).
+
+    The side is the one that the basis fits; of a square matrix the right one, as the paper has it.
+    """
+    right = weight.shape[1] == basis.shape[0]
     w, p = weight.double(), basis.double()
     m = v = torch.zeros(())
     for t, gradient in enumerate(gradients, start=1):

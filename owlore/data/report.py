@@ -30,6 +30,11 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def shown(self) -> list[str]:
+        """The report as lines for a terminal, the sample set in below the counts."""
+        head = ["a row; what is trained stands between « and »:"]
+        return [f"data: {self}", *head, *(f"  | {line}" for line in self.sample.split("\n"))]
+
     def __str__(self) -> str:
         return (
             f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained_share:.1%} of them trained; "

@@ -2,7 +2,8 @@
 
 Reference: Zhao et al. 2024 (GaLore, arXiv 2403.03507), section 4. For G of m x n with m >= n the basis P is the top r
 right singular vectors (n x r) and R = G P; otherwise the top r left ones (m x r) and R = P^T G. The smaller side is
-the one projected.
+the one projected, which costs the fewest state bytes: r min(m, n) of basis and 2 r max(m, n) of moments. The other side
+(`larger`, as optax's GaLore has it) costs r max(m, n) and 2 r min(m, n).
 
 Deviation: the basis comes from a randomised range finder with a Rayleigh-Ritz step (Halko, Martinsson & Tropp 2011,
 algorithms 4.4 and 5.1) instead of a full SVD. What matters is the captured energy ||R||^2 / ||G||^2, which is within
@@ -17,9 +18,9 @@ from torch import Tensor
 OVERSAMPLE = 8  # extra columns of the sketch: the last wanted directions converge through them
 
 
-def projects_right(rows: int, cols: int) -> bool:
-    """True when the columns (the right side) are projected: m >= n."""
-    return rows >= cols
+def projects_right(rows: int, cols: int, larger: bool = False) -> bool:
+    """True when the columns (the right side) are projected: m >= n, unless the larger side is asked for."""
+    return (rows >= cols) != larger
 
 
 def project(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
@@ -32,12 +33,12 @@ def project_back(update: Tensor, basis: Tensor, right: bool) -> Tensor:
     return update @ basis.T if right else basis @ update
 
 
-def projected_shape(rows: int, cols: int, rank: int) -> tuple[int, int]:
-    return (rows, rank) if projects_right(rows, cols) else (rank, cols)
+def projected_shape(rows: int, cols: int, rank: int, larger: bool = False) -> tuple[int, int]:
+    return (rows, rank) if projects_right(rows, cols, larger) else (rank, cols)
 
 
-def basis_shape(rows: int, cols: int, rank: int) -> tuple[int, int]:
-    return (min(rows, cols), rank)
+def basis_shape(rows: int, cols: int, rank: int, larger: bool = False) -> tuple[int, int]:
+    return (cols if projects_right(rows, cols, larger) else rows, rank)
 
 
 def find_basis(
@@ -47,15 +48,17 @@ def find_basis(
     generator: torch.Generator,
     start: Tensor | None = None,
     iterations: int = 3,
+    larger: bool = False,
 ) -> Tensor:
-    """Orthonormal basis (min(m, n) x rank, fp32) of the gradient's leading singular subspace.
+    """Orthonormal basis (of `basis_shape`, fp32) of the gradient's leading singular subspace.
 
     `start` (an earlier basis) warms the search up; random columns are added to it. A rank-deficient or zero gradient
     still gets a full orthonormal basis, for its null directions carry no gradient. `rank` must be < min(m, n).
 
     Raises: FloatingPointError when the gradient holds NaN or infinity.
     """
-    tall = gradient.float() if projects_right(*gradient.shape) else gradient.float().T
+    rows, cols = gradient.shape
+    tall = gradient.float() if projects_right(rows, cols, larger) else gradient.float().T
     scale = tall.abs().amax()
     if not torch.isfinite(scale):
         raise FloatingPointError("gradient with NaN or infinity")

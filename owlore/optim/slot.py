@@ -42,13 +42,15 @@ class Rule:
     """How one parameter is updated.
 
     rank: projection to this rank where the smaller side is larger, None for none. scale: GaLore's factor on projected
-    updates. refresh: steps between bases, None for one basis an activation. bits: of each moment, 32 or 8.
+    updates. refresh: steps between bases, None for one basis an activation. larger: project the larger side instead of
+    the smaller. bits: of each moment, 32 or 8.
     """
 
     adam: AdamW = field(default_factory=AdamW)
     rank: int | None = None
     scale: float = 1.0
     refresh: int | None = None
+    larger: bool = False
     bits: int = 32
 
     def projects(self, shape: torch.Size | tuple[int, ...]) -> bool:
@@ -83,8 +85,8 @@ def planned_bytes(shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, weight
         return HeldBytes(masters=masters, moments=moment_bytes(count, rule.bits))
     assert rule.rank is not None
     rows, cols = shape
-    small = int(torch.Size(projected_shape(rows, cols, rule.rank)).numel())
-    basis = int(torch.Size(basis_shape(rows, cols, rule.rank)).numel())
+    small = int(torch.Size(projected_shape(rows, cols, rule.rank, rule.larger)).numel())
+    basis = int(torch.Size(basis_shape(rows, cols, rule.rank, rule.larger)).numel())
     return HeldBytes(masters=masters, moments=moment_bytes(small, rule.bits), projectors=4 * basis)
 
 
@@ -94,12 +96,12 @@ class Slot:
     def __init__(self, name: str, parameter: nn.Parameter, rule: Rule, *, weights: Weights, seed: int) -> None:
         self.name, self.parameter, self.rule, self.weights, self.seed = name, parameter, rule, weights, seed
         self.projected = rule.projects(parameter.shape)
-        self.right = self.projected and projects_right(*parameter.shape)
+        self.right = self.projected and projects_right(parameter.shape[0], parameter.shape[1], rule.larger)
         keeps_master = parameter.dtype != torch.float32 and weights is Weights.MASTER
         self.master: Tensor | None = parameter.detach().float() if keeps_master else None
         shape: tuple[int, ...] = tuple(parameter.shape)
         if self.projected:
-            shape = projected_shape(shape[0], shape[1], rule.rank or 0)
+            shape = projected_shape(shape[0], shape[1], rule.rank or 0, rule.larger)
         self.moments = Moments(shape, bits=rule.bits, device=parameter.device)
         self.basis: Tensor | None = None
         self.updates = 0  # Adam's step count
@@ -128,12 +130,22 @@ class Slot:
             self.gathered = _added(self.gathered, gradient)
 
     def settle(self, step: int) -> None:
-        """Find the basis that is due from the whole batch's gradient, carry the moments over, project."""
+        """Find the basis that is due from the whole batch's gradient, carry the moments over, project.
+
+        A gradient with NaN or infinity has no basis: what is gathered is then NaN, which the norm shows before any
+        update, and moments and basis stay as they were.
+        """
         if self.whole is None:
             return
         assert self.rule.rank is not None
         stream = generator_for(self.seed, "basis", self.name, step)
-        fresh = find_basis(self.whole, self.rule.rank, generator=stream, start=self.basis)
+        try:
+            fresh = find_basis(self.whole, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
+        except FloatingPointError:
+            rows, cols = self.whole.shape
+            small = projected_shape(rows, cols, self.rule.rank, self.rule.larger)
+            self.gathered, self.whole = self.whole.new_full(small, torch.nan), None
+            return
         if self.basis is not None:
             self.moments.write(*rotate_moments(*self.moments.read(), self.basis, fresh, self.right))
         self.basis, self.basis_age = fresh, 0

@@ -20,7 +20,7 @@ from owlore.optim import Rule
 from owlore.sampling import DRAWS
 
 SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"})
-PROJECTION = frozenset({"rank", "refresh", "scale", "project_always_on"})
+PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_always_on"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Hyper:
     weight_decay: float
     state_bits: int = 32
     project_always_on: bool = False
+    project_larger: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ class Strategy:
         adam, bits = AdamW(decay=self.hyper.weight_decay if ndim > 1 else 0.0), self.hyper.state_bits
         if not (projectable and "rank" in self.reads):
             return Rule(adam=adam, bits=bits)
-        return Rule(adam=adam, rank=self.hyper.rank, scale=self.hyper.scale, refresh=self.hyper.refresh, bits=bits)
+        return Rule(adam=adam, rank=self.hyper.rank, scale=self.hyper.scale, refresh=self.hyper.refresh,
+                    larger=self.hyper.project_larger, bits=bits)  # fmt: skip
 
 
 class Sampled(Strategy):

@@ -230,7 +230,8 @@ def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, R
     for name, parameter in parameters.items():
         rule, count = rules[name], parameter.numel()
         if accum == 1 and rule.projects(parameter.shape):
-            count = int(np.prod(projected_shape(parameter.shape[0], parameter.shape[1], int(rule.rank or 0))))
+            rows, cols = parameter.shape
+            count = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger)))
         gathered += 4 * count
     return gathered + arriving_bytes(parameters, rules)
 

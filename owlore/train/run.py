@@ -95,12 +95,12 @@ def train_from_config(
         seed=config.seed,
         cache=cache_directory() / "tokens",
     )
-    say(f"data: {prepared.report}")
+    for line in prepared.report.shown():
+        say(line)
     found = find_table(
         table if table is not None else (config.table if strategy_class.table is not None else None),
         num_blocks=units.num_blocks,
         weights_sha256=loaded.weights_sha256,
-        floor=config.floor,
         say=say,
         scan=lambda: scanned_table(
             model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet

@@ -50,6 +50,7 @@ def hyper_of(config: TrainConfig, inclusion: Any) -> Hyper:
         weight_decay=config.weight_decay,
         state_bits=config.state_bits,
         project_always_on=config.project_always_on,
+        project_larger=config.project_side == "larger",
     )
 
 

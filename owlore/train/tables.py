@@ -25,7 +25,7 @@ def cache_directory() -> Path:
 
 
 def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan: Callable[[], LayerTable], say: Say,
-               weights_sha256: str, floor: float = 0.0) -> LayerTable | None:  # fmt: skip
+               weights_sha256: str) -> LayerTable | None:  # fmt: skip
     """The table that `wanted` names: `auto` (scan), `uniform`, `decrease`, a file, a table, or None for none.
 
     Raises: BadInput for a table of another depth; NotFound for a missing file. A table made from other weights is
@@ -51,8 +51,6 @@ def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan:
         say(f"note: the table was made from other weights ({table.model.get('id')}); it is used as it is")
     if table.note:
         say(f"note: {table.note}")
-    if (made_with := table.rule.get("floor")) and not floor:
-        say(f"note: the table was made with floor {made_with:g} and this run has none; --floor {made_with:g} keeps it")
     return table
 
 
@@ -81,12 +79,31 @@ def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, say: Say, 
     return table
 
 
-def run_inclusion(table: LayerTable, *, active: int | None, floor: float) -> np.ndarray:
+def run_inclusion(table: LayerTable, *, active: int | None, floor: float | None) -> np.ndarray:
     """Inclusion probabilities for this run's gamma, from the table's probabilities.
 
-    active: blocks a period; None is the table's own. More than there are blocks means all of them.
+    active: blocks a period; None is the table's own. More than there are blocks means all of them. floor: None is the
+    floor that the table was made with.
+
+    Raises: UsageError when a floor that is asked for, or the table's, is more than gamma / blocks.
     """
     gamma = min(active if active is not None else table.gamma, table.num_blocks)
     if gamma < 1:
         raise UsageError(f"--active got {active}, expected at least 1 block a period")
-    return inclusion(table.probability, gamma, floor)
+    own = _floor_of(table)
+    if floor is None and own > gamma / table.num_blocks * (1 + 1e-12):
+        raise UsageError(
+            f"the table was made with floor {own:g} and {gamma} of {table.num_blocks} blocks a period allow "
+            f"{gamma / table.num_blocks:.4g}: give a --floor, or a larger --active"
+        )
+    return inclusion(table.probability, gamma, own if floor is None else floor)
+
+
+def _floor_of(table: LayerTable) -> float:
+    """The lower bound on inclusions that a table's rule names, 0 without one."""
+    found = table.rule.get("floor", 0.0)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1:
+        raise BadInput(
+            f"the table's rule has floor {found!r}, expected a number from 0 to 1; make it with `htsr table`"
+        )
+    return float(found)

@@ -36,7 +36,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     expected = {
         "table": "auto", "method": "owlore", "batch": 4, "accum": 1, "seq_len": 512, "lr": 3e-4, "schedule": "linear",
         "weight_decay": 0.0, "clip": 1.0, "every": 50, "rank": 128, "refresh": "per-activation", "scale": 1.0,
-        "draw": "exact", "floor": 0.0, "on_switch": "drop", "always_on": (), "weights": "auto", "seed": 0,
+        "draw": "exact", "floor": None, "on_switch": "drop", "always_on": (), "weights": "auto", "seed": 0,
         "checkpointing": "auto", "device": "auto", "dtype": "auto", "attn": "sdpa", "epochs": 1.0, "steps": None,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected

@@ -93,3 +93,39 @@ def test_cyclic_draws_walk_through_the_blocks():
 def test_what_is_no_inclusion_is_refused(bad):
     with pytest.raises(ValueError, match=r"inclusion|whole number"):
         draw(np.array(bad), 0, 0)
+
+
+def never_drawn(pi, kind, seed, periods):
+    drawn = {block for period in range(periods) for block in DRAWS[kind](pi, seed, period)}
+    return len(pi) - len(drawn)
+
+
+def test_exact_inclusion_alone_leaves_blocks_undrawn():
+    """LLaMA-2-7B's table, gamma 5, 30 periods: 2.5 of 32 blocks on average, as independent periods make it."""
+    pi = inclusion(paper.LLAMA2_7B_LOD_TAU13, 5)
+    expected = ((1 - pi) ** 30).sum()
+    assert expected == pytest.approx(2.48, abs=0.01)
+    found = [never_drawn(pi, "exact", seed, 30) for seed in range(200)]
+    assert np.mean(found) == pytest.approx(expected, abs=4 * np.std(found) / 200**0.5)
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.2])
+def test_a_floor_bounds_the_chance_of_starvation(delta):
+    """With pi >= 1 - delta^(1/T) a block stays undrawn in T periods with a chance of at most delta."""
+    floor = 1 - delta ** (1 / 30)
+    pi = inclusion(paper.LLAMA2_7B_LOD_TAU13, 5, floor)
+    assert pi.min() == pytest.approx(floor) and pi.sum() == pytest.approx(5)
+    undrawn = np.zeros(32)
+    for seed in range(300):
+        drawn = {block for period in range(30) for block in draw(pi, seed, period)}
+        undrawn[sorted(set(range(32)) - drawn)] += 1
+    assert (undrawn / 300 <= delta + 4 * np.sqrt(delta * (1 - delta) / 300)).all()
+    assert undrawn.sum() / 300 < ((1 - inclusion(paper.LLAMA2_7B_LOD_TAU13, 5)) ** 30).sum()
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "cyclic"])
+@pytest.mark.parametrize(("blocks", "gamma"), [(32, 5), (30, 4), (7, 2)])
+def test_a_cycle_starves_no_block(kind, blocks, gamma):
+    pi = inclusion(table(blocks, seed=0, power=2.0), gamma)
+    cycle = -(-blocks // gamma)
+    assert all(never_drawn(pi, kind, seed, cycle) == 0 for seed in range(20))

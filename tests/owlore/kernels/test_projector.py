@@ -5,7 +5,15 @@ import pytest
 import torch
 from makers import generator
 
-from owlore.kernels.projector import find_basis, project, project_back, projects_right, rotate_moments
+from owlore.kernels.projector import (
+    basis_shape,
+    find_basis,
+    project,
+    project_back,
+    projected_shape,
+    projects_right,
+    rotate_moments,
+)
 
 SHAPES = [(96, 40), (40, 96), (64, 64), (300, 200), (200, 300)]
 
@@ -27,10 +35,25 @@ def test_the_smaller_side_is_projected(shape):
     assert project_back(small, basis, projects_right(*shape)).shape == shape
 
 
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96), (300, 90), (90, 300)])
+def test_the_larger_side_is_projected_when_asked_and_costs_what_the_formula_says(shape):
+    gradient, right = decaying(*shape, seed=5), projects_right(*shape, True)
+    basis = find_basis(gradient, 8, generator=generator(1), larger=True)
+    small = project(gradient, basis, right)
+    assert basis.shape == basis_shape(*shape, 8, True) == (max(shape), 8)
+    assert small.shape == projected_shape(*shape, 8, True) and sorted(small.shape) == [8, min(shape)]
+    assert project_back(small, basis, right).shape == shape
+    # The best basis of one side captures exactly what the best one of the other does: the top singular values.
+    best = project(gradient, paper.galore_basis(gradient, 8), projects_right(*shape)).square().sum()
+    assert 0.995 * best <= small.square().sum() <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("larger", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 4, 16])
-def test_columns_are_orthonormal(shape, rank):
-    basis = find_basis(torch.randn(shape, generator=generator(3)), rank, generator=generator(1))
+def test_columns_are_orthonormal(shape, rank, larger):
+    gradient = torch.randn(shape, generator=generator(3))
+    basis = find_basis(gradient, rank, generator=generator(1), larger=larger)
     assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=5e-6)
 
 

@@ -55,19 +55,22 @@ def test_unprojected_updates_are_adamw():
         assert torch.allclose(p.detach().double(), truth, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tall", "wide", "square"])
+@pytest.mark.parametrize(("name", "larger"), [(n, False) for n in ("tall", "wide", "square")]
+                         + [("tall", True), ("wide", True)])  # fmt: skip
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_projected_updates_follow_galores_algorithm(name, scale):
+def test_projected_updates_follow_galores_algorithm(name, larger, scale):
     weights = parameters()
     start = weights[name].detach().clone()
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch({name: Rule(rank=6, scale=scale)}, 0)
+    rule = Rule(rank=6, scale=scale, larger=larger)
+    optimizer.switch({name: rule}, 0)
     gradients = [torch.randn(SHAPES[name], generator=generator(i)) for i in range(8)]
     for index, gradient in enumerate(gradients):
         step(optimizer, {name: [gradient]}, index)
     basis = optimizer.slots[name].basis
     truth = paper.galore_adamw(start, gradients, basis, 1e-2, scale, 0.9, 0.999, 1e-8)
     assert torch.allclose(weights[name].detach().double(), truth, atol=2e-6)
+    assert optimizer.held() == planned_bytes(SHAPES[name], torch.float32, rule, Weights.MASTER)
 
 
 def test_full_rank_projection_with_the_identity_as_basis_is_adamw():
@@ -83,6 +86,80 @@ def test_full_rank_projection_with_the_identity_as_basis_is_adamw():
         step(optimizer, {"square": [gradient]}, index)
     truth = paper.adamw(start, gradients, 1e-2, 0.9, 0.999, 1e-8, 0.0)
     assert torch.allclose(weights["square"].detach().double(), truth, atol=1e-6)
+
+
+def with_basis(basis, **adam):
+    """An optimizer over `square` (16 x 16) whose basis is this one from the start, and the matrix's first value."""
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch(
+        {"square": Rule(rank=15, adam=AdamW(**adam))}, 0
+    )  # 15 < 16 has the slot projected; the basis is full
+    slot = optimizer.slots["square"]
+    slot.basis, slot.basis_age = basis, 0
+    slot.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
+    return optimizer, weights["square"].detach().clone()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_full_rank_projection_with_any_orthonormal_basis_is_momentum_sgd(seed):
+    """Adam with an epsilon that dwarfs every sqrt(v) is momentum SGD (with bias correction) at lr / epsilon."""
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator(seed))).Q
+    huge = 2.0**40
+    optimizer, start = with_basis(basis, eps=huge)
+    expected, momentum = start.double(), torch.zeros(16, 16, dtype=torch.float64)
+    for index in range(8):
+        gradient = torch.randn(16, 16, generator=generator(100 * seed + index))
+        step(optimizer, {"square": [gradient]}, index, lr=1e-2 * huge)
+        momentum = 0.9 * momentum + 0.1 * gradient.double()
+        expected -= 1e-2 * momentum / (1 - 0.9 ** (index + 1))
+    assert torch.allclose(optimizer.parameters["square"].detach().double(), expected, atol=1e-6)
+
+
+def test_adam_is_not_rotation_invariant_so_another_full_basis_is_not_adamw():
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator(3))).Q
+    optimizer, start = with_basis(basis)
+    gradients = [torch.randn(16, 16, generator=generator(i)) for i in range(4)]
+    for index, gradient in enumerate(gradients):
+        step(optimizer, {"square": [gradient]}, index)
+    plain = paper.adamw(start, gradients, 1e-2, 0.9, 0.999, 1e-8, 0.0)
+    assert (optimizer.parameters["square"].detach().double() - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("when", [0, 1, 2])  # a first basis is due, none is due, a refresh is due
+def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_spoils_no_state(bad, when):
+    weights = parameters()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"tall": Rule(rank=6, refresh=2)}, 0)
+    for index in range(when):
+        step(optimizer, random_gradients(("tall",), index), index)
+    before, (state, _) = weights["tall"].detach().clone(), optimizer.state()
+    state = {name: tensor.clone() for name, tensor in state.items() if not name.startswith("seen")}
+    gradient = torch.randn(SHAPES["tall"], generator=generator(9))
+    gradient[3, 4] = bad
+    optimizer.micro_batch(when, last=True)
+    (weights["tall"] * gradient).sum().backward()
+    assert not torch.isfinite(optimizer.gradient_norm())
+    assert torch.equal(weights["tall"], before)
+    after, _ = optimizer.state()
+    assert all(torch.equal(state[name], after[name]) for name in state)
+
+
+@pytest.mark.parametrize("rank_of", [0, 1, 3])
+def test_rank_deficient_gradients_are_followed_like_any_other(rank_of):
+    weights = parameters()
+    start = weights["tall"].detach().clone()
+    optimizer = RotatingOptimizer(weights, seed=0)
+    optimizer.switch({"tall": Rule(rank=6, refresh=2)}, 0)
+    for index in range(6):
+        left = torch.randn(24, rank_of, generator=generator(index))
+        right = torch.randn(rank_of, 10, generator=generator(50 + index))
+        step(optimizer, {"tall": [left @ right]}, index)
+        basis = optimizer.slots["tall"].basis
+        assert torch.allclose(basis.T @ basis, torch.eye(6), atol=1e-5)
+    assert torch.isfinite(weights["tall"]).all()
+    assert torch.equal(weights["tall"], start) == (rank_of == 0)
 
 
 @pytest.mark.parametrize("rule", [Rule(), PROJECTED, Rule(rank=6, refresh=2)], ids=["plain", "projected", "refreshed"])
