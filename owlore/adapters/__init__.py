@@ -1,0 +1,31 @@
+"""SMT, DoTA and QDoTA as PEFT adapters; importing this package makes them known to PEFT.
+
+    from owlore.adapters import SmtConfig
+    model = peft.get_peft_model(model, SmtConfig(target_modules=["q_proj", "v_proj"]))
+
+A saved adapter loads with `PeftModel.from_pretrained` wherever this package was imported before.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from owlore.adapters.registration import register
+from owlore.adapters.selection import select_blocks
+from owlore.adapters.smt_config import SmtConfig
+from owlore.adapters.smt_layer import SmtLayer
+from owlore.adapters.smt_model import SmtModel
+
+__all__ = ["SmtConfig", "refresh", "select_blocks"]
+
+register("SMT", SmtConfig, SmtModel)
+
+
+def refresh(model: nn.Module) -> None:
+    """Write changed SMT deltas into their weights now: for code that changes deltas by hand and reads the weights.
+
+    Forward passes and merges do it by themselves, also after an optimizer that autograd's version counters miss.
+    """
+    for module in model.modules():
+        if isinstance(module, SmtLayer):
+            module.refresh(force=True)
