@@ -1,0 +1,1 @@
+"""Where frozen blocks live and in which format: store, slots, visit plan, run."""

@@ -1,0 +1,100 @@
+"""The formats in which a frozen matrix rests and travels: as it is, row-wise int8, or NF4.
+
+A format says which tensors stand for a matrix (`fields`, from its shape alone, so that a plan needs no weights), makes
+them (`pack`) and turns them back into a dense matrix (`dense`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from owlore.kernels import int8, nf4, quantised_state
+
+Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+BLOCK = 64  # values that share a magnitude in NF4
+
+
+class Raw:
+    """The weight's own bits."""
+
+    name = "bf16"
+    exact = True
+
+    def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> Fields:
+        return {"weight": (dtype, shape)}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.detach()}
+
+    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        del shape, dtype
+        return held["weight"]
+
+
+class Int8:
+    """One byte a value and a scale a row."""
+
+    name = "int8"
+    exact = False
+
+    def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> Fields:
+        del dtype
+        return {"codes": (torch.int8, shape), "scale": (torch.float32, shape[:1])}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        codes, scale = int8.quantise(weight)
+        return {"codes": codes, "scale": scale}
+
+    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        del shape
+        return int8.dequantise(held["codes"], held["scale"], dtype)
+
+
+class NF4:
+    """4.127 bits a value, with double quantisation of the magnitudes."""
+
+    name = "nf4"
+    exact = False
+
+    def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> Fields:
+        del dtype
+        count = int(torch.Size(shape).numel())
+        blocks = -(-count // BLOCK)
+        return {
+            "packed": (torch.uint8, (-(-count // 2),)),
+            "absmax": (torch.uint8, (blocks,)),
+            "scale": (torch.float32, (-(-blocks // quantised_state.BLOCK),)),
+            "offset": (torch.float32, ()),
+        }
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        return nf4.quantise(weight, block=BLOCK, double=True).tensors()
+
+    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        weight = nf4.Nf4(shape=shape, block=BLOCK, **held)
+        fast = _bitsandbytes() if weight.packed.is_cuda else None
+        if fast is None:
+            return nf4.dequantise(weight, dtype)
+        out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+        fast.dequantize_4bit(weight.packed[:, None], absmax=nf4.magnitudes(weight), out=out, blocksize=BLOCK,
+                             quant_type="nf4")  # fmt: skip
+        return out
+
+
+Format = Raw | Int8 | NF4
+FORMATS: dict[str, Format] = {form.name: form for form in (Raw(), Int8(), NF4())}
+
+
+@lru_cache(maxsize=1)
+def _bitsandbytes() -> Any:
+    """Its functions on CUDA, where it is installed: one kernel instead of five."""
+    try:
+        import bitsandbytes.functional
+    except (ImportError, RuntimeError):
+        return None
+    return bitsandbytes.functional

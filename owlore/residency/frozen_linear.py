@@ -1,0 +1,86 @@
+"""A frozen linear map that saves nothing for backward.
+
+For y = x W^T (+ b) with W frozen, backward needs W alone: dx = dy W. torch's own saves the dense W; here both directions
+ask the block's lease for it, so a quantised block holds one dense matrix at a time and nothing outlives the lease.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from owlore.residency.layout import Weight
+
+
+class PackedWeight:
+    """The quantised matrix of one module. Readable only while its block is leased."""
+
+    def __init__(self, weight: Weight, block: int) -> None:
+        self.weight, self.block = weight, block
+        self.fields: Mapping[str, Tensor] | None = None
+
+    def dense(self) -> Tensor:
+        if self.fields is None:
+            raise RuntimeError(f"{self.weight.name} of block {self.block} was read outside of a lease")
+        return self.weight.form.dense(self.fields, self.weight.shape, self.weight.dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """transposed: the weight is stored (inputs, outputs), as GPT-2's Conv1D does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        return _apply(x, weight.dense(), bias, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        W = ctx.weight.dense().to(grad.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        dx = flat @ (W.T if ctx.transposed else W)
+        return dx.view(*grad.shape[:-1], dx.shape[-1]), None, None, None
+
+
+def _apply(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed:
+        return F.linear(x, W, bias)
+    flat = x.view(-1, x.shape[-1])
+    y = flat @ W if bias is None else torch.addmm(bias, flat, W)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
+    """x W^T + b; autocast's dtype is taken where it is on."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            cast = _Cast(weight, dtype)
+            return _FrozenLinear.apply(x.to(dtype), cast, None if bias is None else bias.to(dtype), transposed)
+    return _FrozenLinear.apply(x, weight, bias, transposed)
+
+
+class _Cast(PackedWeight):
+    """A packed weight whose dense matrix comes in another dtype."""
+
+    def __init__(self, inner: PackedWeight, dtype: torch.dtype) -> None:
+        self.inner, self.dtype = inner, dtype
+
+    def dense(self) -> Tensor:
+        return self.inner.dense().to(self.dtype)
+
+
+def linear_kind(module: nn.Module) -> bool | None:
+    """Whether a linear map stores its weight transposed; None for a module that is no plain linear map.
+
+    Plain: its forward is that of its class, so that the map is known.
+    """
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return False
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
+        return True
+    return None
