@@ -70,8 +70,10 @@ class RotatingOptimizer:
 
     # -- the active set ----------------------------------------------------------------------------------------------
 
-    def switch(self, wanted: Mapping[str, Rule], step: int) -> Switch:
+    def switch(self, wanted: Mapping[str, Rule], step: int, between: Callable[[], None] = lambda: None) -> Switch:
         """Make exactly `wanted` active from global step `step` on; those that stay get a new basis and keep moments.
+
+        between: called when those that leave are written back and those that join have not been looked at.
 
         Raises: KeyError for a name that the optimizer was not built with.
         """
@@ -81,6 +83,7 @@ class RotatingOptimizer:
         self._squares, self._seen, self._updates_seen = None, None, 0  # they go by slot, and the slots change
         left = tuple(name for name in self.slots if name not in wanted)
         lost = sum(self._leave(name, step) ** 2 for name in left) ** 0.5
+        between()
         stayed = tuple(name for name in wanted if name in self.slots)
         for name in stayed:
             self.slots[name].renew()

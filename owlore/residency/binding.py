@@ -34,7 +34,9 @@ def layout_of(module: nn.Module, form: Format) -> Layout:
 class Binding:
     """The parameters of one block. `names` are those that the whole model knows them by, in the module's order."""
 
-    def __init__(self, block: int, module: nn.Module, names: Sequence[str], layout: Layout, device: torch.device) -> None:
+    def __init__(
+        self, block: int, module: nn.Module, names: Sequence[str], layout: Layout, device: torch.device
+    ) -> None:
         self.parameters = dict(module.named_parameters())
         self.local = dict(zip(names, self.parameters, strict=True))
         self.own = False  # parameters have exact values for as long as the block is drawn

@@ -1,6 +1,6 @@
 """A frozen linear map that saves nothing for backward.
 
-For y = x W^T (+ b) with W frozen, backward needs W alone: dx = dy W. torch's own saves the dense W; here both directions
+For y = x W^T (+ b) with W frozen, backward needs W alone: dx = dy W. torch's own saves the dense W; here both ways
 ask the block's lease for it, so a quantised block holds one dense matrix at a time and nothing outlives the lease.
 """
 
@@ -38,7 +38,7 @@ class _FrozenLinear(torch.autograd.Function):
         return _apply(x, weight.dense(), bias, transposed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W = ctx.weight.dense().to(grad.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         dx = flat @ (W.T if ctx.transposed else W)

@@ -67,9 +67,7 @@ class FileMasters:
     places: for each block, name inside the block -> (name in the checkpoint, dtype that the model trains in).
     """
 
-    def __init__(
-        self, read: Read, places: Sequence[Mapping[str, tuple[str, torch.dtype]]], overlay: Overlay
-    ) -> None:
+    def __init__(self, read: Read, places: Sequence[Mapping[str, tuple[str, torch.dtype]]], overlay: Overlay) -> None:
         self._read, self._places, self.overlay = read, places, overlay
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="owlore-masters")
         self._coming: dict[int, Future[Exact]] = {}

@@ -59,10 +59,12 @@ class Port(ABC):
         """A ticket of everything that the compute has been given."""
 
     def leased(self, slot: Tensor) -> None:
-        """A lease on a slot begins (for devices that check how slots are used)."""
+        """A lease on a slot begins; for ports that check how slots are used."""
+        del slot
 
     def released(self, slot: Tensor) -> None:
         """The last lease on a slot ended."""
+        del slot
 
     def seconds(self) -> dict[str, float]:
         """Seconds that copies took and that the compute stood still for them, where the device can tell."""

@@ -33,7 +33,10 @@ class StoreMasters:
 
 
 class Residency:
-    """The blocks of one model. names: for each block what the model calls its parameters, in the module's order."""
+    """The blocks of one model. names: for each block what the model calls its parameters, in the module's order.
+
+    Every block has to be given its weights with `occupy` before anything is visited.
+    """
 
     def __init__(
         self,
@@ -60,8 +63,11 @@ class Residency:
         self._coming: list[int] = []
         self.live: set[int] = set()
         self.exact_visits = False
-        for binding in self.bindings:
-            binding.unbind()
+
+    def occupy(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Put a block's first exact weights (by name inside the block) into the store and free the module's own."""
+        self.store.fill(block, tensors)
+        self.bindings[block].unbind()
 
     def __len__(self) -> int:
         return len(self.bindings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,7 @@ SCHEMA = "owlore-store/1"
 class Store:
     """Blobs of all blocks. resident: blocks whose blob lies on `device`; the others lie on the host."""
 
-    def __init__(
-        self, layouts: Sequence[Layout], *, device: torch.device, resident: Collection[int], pin: Pin
-    ) -> None:
+    def __init__(self, layouts: Sequence[Layout], *, device: torch.device, resident: Collection[int], pin: Pin) -> None:
         self.layouts, self.device, self.resident, self._pin = tuple(layouts), device, frozenset(resident), pin
         self.blobs: dict[int, HostBlob] = {}
 
@@ -90,7 +89,7 @@ class Store:
         with partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for block in range(len(self.layouts)):
-                file.write(memoryview(self.blobs[block].tensor.cpu().numpy()))
+                file.write(self.blobs[block].tensor.cpu().numpy().tobytes())
         partial.replace(path)
 
     def read(self, path: Path, weights_sha256: str) -> None:
@@ -113,7 +112,8 @@ class Store:
             for block, layout in enumerate(self.layouts):
                 self.blobs[block] = self._allocate(block)
                 buffer = torch.empty(layout.num_bytes, dtype=torch.uint8)
-                if file.readinto(memoryview(buffer.numpy())) != layout.num_bytes:  # type: ignore[attr-defined]
+                into: Any = buffer.numpy()
+                if file.readinto(into) != layout.num_bytes:
                     raise BadInput(f"{path} ends inside block {block}; remove it, it is made anew")
                 self.blobs[block].tensor.copy_(buffer)
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import seed_for
@@ -40,6 +41,7 @@ class _Rows:
     entry: Tensor | None = None  # what entered the first block, with its graph, where the embeddings are trained
     before: dict[int, Tensor] = field(default_factory=dict)  # random state before each block that is recomputed
     gradient: Tensor | None = None
+    waiting: list[Tensor | None] = field(default_factory=list)  # of the parameters that `aim` holds
 
 
 class BlockMajor:
@@ -52,6 +54,15 @@ class BlockMajor:
         self.chain, self.boundaries = chain, boundaries
         self.lowest = 0  # block that backward has to reach; the number of blocks where it has to reach none
         self.bottom = False  # backward goes on into the embeddings
+        self.held: tuple[nn.Parameter, ...] = ()
+
+    def aim(self, lowest: int, *, bottom: bool = False, held: Sequence[nn.Parameter] = ()) -> None:
+        """Backward reaches down to block `lowest` (the number of blocks: none), with `bottom` on into the embeddings.
+
+        held: trained parameters outside the blocks whose gradients wait until the embeddings' arrive, because one of
+        them (tied weights) gets a part from both ends and must see their sum.
+        """
+        self.lowest, self.bottom, self.held = (0 if bottom else lowest), bottom, tuple(held)
 
     def gather(self, batches: Sequence[MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
         """Gradients of all micro-batches given to the optimizer; the loss of each, divided by `tokens`."""
@@ -64,9 +75,7 @@ class BlockMajor:
                 for index, batch in enumerate(batches)
             ]
             self._forward(rows, keep=True)
-            losses = [
-                self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)
-            ]
+            losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]
             if any(row.gradient is not None for row in rows):
                 self._backward(rows, step)
             return torch.stack(losses)
@@ -90,7 +99,7 @@ class BlockMajor:
         rows = [self._enter(batch, _Random(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
         self._forward(rows, keep=False)
-        return [self.chain.inject(row.hidden, lambda row=row: self.loss(**row.inputs)) for row in rows]
+        return [self.chain.inject(row.hidden, partial(self.loss, **row.inputs)) for row in rows]
 
     # -- a walk ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +117,9 @@ class BlockMajor:
         return _Rows(inputs, hidden, entry.arguments, random, entry=entry.hidden if grad else None)
 
     def _forward(self, rows: Sequence[_Rows], *, keep: bool) -> None:
-        self.boundaries.expect([(b, m) for b in reversed(range(self.lowest, len(self.chain))) for m in range(len(rows))])
+        self.boundaries.expect(
+            [(b, m) for b in reversed(range(self.lowest, len(self.chain))) for m in range(len(rows))]
+        )
         for block in range(len(self.chain)):
             with self.residency.visit(block), torch.no_grad():
                 for index, row in enumerate(rows):
@@ -132,8 +143,13 @@ class BlockMajor:
         del row.hidden
         if mean.requires_grad:
             self.optimizer.micro_batch(step, last=last)
-            (mean * self.optimizer.grad_scale).backward()
-            row.gradient = top.grad
+            scaled = mean * self.optimizer.grad_scale
+            if self.held:
+                row.gradient, *waiting = torch.autograd.grad(scaled, [top, *self.held], allow_unused=True)
+                row.waiting = list(waiting)
+            else:
+                scaled.backward()
+                row.gradient = top.grad
         return mean.detach()
 
     def _backward(self, rows: Sequence[_Rows], step: int) -> None:
@@ -153,7 +169,9 @@ class BlockMajor:
         for index, row in enumerate(rows):
             if row.entry is not None and row.gradient is not None:
                 self.optimizer.micro_batch(step, last=index == last)
-                torch.autograd.backward(row.entry, row.gradient)
+                waiting = [(p, g) for p, g in zip(self.held, row.waiting, strict=False) if g is not None]
+                roots, gradients = zip((row.entry, row.gradient), *waiting, strict=True)
+                torch.autograd.backward(roots, gradients)
 
 
 class _Random:

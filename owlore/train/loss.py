@@ -34,13 +34,21 @@ class CausalLoss:
 
     def __call__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
+        outputs = self.outputs(input_ids, position_ids)[:, :-1]
         if not self.chunked:
-            logits = self._logits(input_ids, position_ids)[:, :-1].float()
-            return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-        hidden = self._hidden(input_ids, position_ids)[:, :-1].flatten(0, 1)
+            return F.cross_entropy(outputs.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
         return linear_cross_entropy(
-            hidden, self.head.weight, targets, bias=self.head.bias, scale=self.scale, softcap=self.softcap
+            outputs.flatten(0, 1),
+            self.head.weight,
+            targets,
+            bias=self.head.bias,
+            scale=self.scale,
+            softcap=self.softcap,
         )
+
+    def outputs(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What the loss is made of: hidden states for the head or, where that is no shortcut, logits."""
+        return self._hidden(input_ids, position_ids) if self.chunked else self._logits(input_ids, position_ids)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **_positions(position_ids))[0]

@@ -1,0 +1,78 @@
+"""From a model in memory to streamed blocks: layouts, store, masters, one block after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from owlore.residency.binding import layout_of
+from owlore.residency.formats import Format
+from owlore.residency.masters import FileMasters, Masters, Overlay, Read
+from owlore.residency.pinned import Pin
+from owlore.residency.ports import Port
+from owlore.residency.run import Residency, StoreMasters
+from owlore.residency.store import Store
+
+Find = Callable[[str], str | None]  # a parameter's name -> its name in the checkpoint
+
+
+def resident_blocks(num_blocks: int, share: float) -> range:
+    """The top blocks that stay on the device: those are the ones that a step visits twice."""
+    return range(num_blocks - math.floor(share * num_blocks + 1e-9), num_blocks)
+
+
+def empty_residency(
+    modules: Sequence[nn.Module],
+    names: Sequence[Sequence[str]],
+    *,
+    form: Format,
+    resident: Collection[int],
+    port: Port,
+    pin: Pin,
+    num_slots: int = 2,
+    masters: Masters | None = None,
+) -> Residency:
+    """Blocks without weights yet: `Residency.occupy` gives each its own. masters: None where the store is exact."""
+    store = Store([layout_of(m, form) for m in modules], device=port.device, resident=resident, pin=pin)
+    return Residency(
+        modules, names, store=store, masters=masters or StoreMasters(store), port=port, num_slots=num_slots
+    )
+
+
+def move_in(residency: Residency, *, find: Find, read: Read, overlay: Overlay) -> int:
+    """Take every block's weights out of its module and into the store.
+
+    Of a lossy format the exact weights are left where they were read from; a block that the checkpoint does not hold
+    bit for bit (other names, dequantised, changed in memory) goes to the overlay. Returns how many those are.
+    """
+    places, kept = [], 0
+    for block, binding in enumerate(residency.bindings):
+        exact = {name: parameter.data for name, parameter in binding.parameters.items()}
+        place: dict[str, tuple[str, torch.dtype]] = {}
+        if not residency.store.exact:
+            found = _places(exact, {local: find(name) for name, local in binding.local.items()}, read)
+            if found is None:
+                overlay.put(block, exact)
+                kept += 1
+            place = found or {}
+        places.append(place)
+        residency.occupy(block, exact)
+    if not residency.store.exact:
+        residency.masters = FileMasters(read, places, overlay)
+    return kept
+
+
+def _places(
+    exact: dict[str, Tensor], stored: dict[str, str | None], read: Read
+) -> dict[str, tuple[str, torch.dtype]] | None:
+    """Where each tensor is in the checkpoint; None where one is not there with these very bits."""
+    places = {}
+    for name, tensor in exact.items():
+        there = stored[name]
+        if there is None or not torch.equal(read(there).to(tensor.dtype), tensor.cpu()):
+            return None
+        places[name] = (there, tensor.dtype)
+    return places

@@ -1,0 +1,161 @@
+"""Two ways to take the same steps: a model that is all in memory in the usual loop, and one with streamed blocks."""
+
+import copy
+from contextlib import nullcontext
+
+import torch
+from fake_port import FakePort
+from makers import tiny_llama, tiny_models
+
+from owlore.blocks import find_units, freeze
+from owlore.data.batches import IGNORED, MicroBatch
+from owlore.kernels.seeds import seed_for
+from owlore.optim import RotatingOptimizer, Rule
+from owlore.residency.boundaries import Boundaries
+from owlore.residency.build import empty_residency, move_in
+from owlore.residency.chain import Chain
+from owlore.residency.formats import FORMATS
+from owlore.residency.masters import Overlay
+from owlore.residency.pinned import unlocked
+from owlore.train.blockwise import BlockMajor
+from owlore.train.loop import _seeded
+from owlore.train.loss import CausalLoss
+
+SHAPES = ("llama", "qwen2", "gpt2", "gemma")
+LOW_LR = 1e-2
+
+
+def batches(count=1, *, rows=2, seed=0, vocab=60):
+    """Micro-batches of different lengths."""
+    stream = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        ids = torch.randint(4, vocab, (rows, 9 + 2 * index), generator=stream)
+        labels = ids.clone()
+        labels[:, :2] = IGNORED
+        made.append(MicroBatch(input_ids=ids, labels=labels, num_trained=int((labels[:, 1:] != IGNORED).sum())))
+    return made
+
+
+def deep_llama(blocks, **settings):
+    return tiny_llama(blocks=blocks, width=16, heads=2, kv_heads=1, hidden=24, **settings).train()
+
+
+def maker(family):
+    return tiny_models()[family]().train()
+
+
+class Side:
+    """A model, its optimizer, and every gradient that the optimizer was given, in order."""
+
+    def __init__(self, model, *, rank=None, groups=()):
+        self.model, self.groups, self.rank = model, groups, rank
+        freeze(model)
+        self.units = find_units(model)
+        everything = self.units.parameters(range(self.units.num_blocks), self.units.groups)
+        self.optimizer = RotatingOptimizer(everything, seed=0)
+        self.gradients = []
+        self.step = 0
+        self.active = ()
+
+    def draw(self, blocks):
+        self.active = tuple(sorted(blocks))
+        rules = dict.fromkeys(self.units.parameters(blocks, self.groups), Rule(rank=self.rank))
+        self.optimizer.switch(rules, self.step, between=self.settle)
+        for name, slot in self.optimizer.slots.items():
+            if not hasattr(slot, "watched"):
+                slot.watched, receive = True, slot.receive
+                slot.receive = self._watching(name, receive)
+
+    def _watching(self, name, receive):
+        def take(gradient, *, last, step):
+            self.gradients.append((name, last, gradient.clone()))
+            receive(gradient, last=last, step=step)
+
+        return take
+
+    def settle(self):
+        pass
+
+    @property
+    def bottom(self):
+        return "embeddings" in self.groups
+
+    def take_step(self, parts, *, context=nullcontext):
+        """Loss of every micro-batch; gradients are in `gradients`, the update is done."""
+        self.gradients.clear()
+        tokens = sum(part.num_trained for part in parts)
+        with context():
+            losses = self.gather(parts, tokens)
+        self.optimizer.update(LOW_LR, 1.0)
+        self.step += 1
+        return losses
+
+    def by_name(self):
+        found = {}
+        for name, _, gradient in self.gradients:
+            found.setdefault(name, []).append(gradient)
+        return found
+
+
+class Resident(Side):
+    """Everything in memory, one micro-batch after another."""
+
+    def __init__(self, model, **settings):
+        super().__init__(model, **settings)
+        self.loss = CausalLoss(model)
+
+    def gather(self, parts, tokens):
+        losses = []
+        for index, part in enumerate(parts):
+            self.optimizer.micro_batch(self.step, last=index == len(parts) - 1)
+            with _seeded(seed_for(7, "dropout", self.step, index), torch.device("cpu")):
+                mean = self.loss(**part.on(torch.device("cpu"))) / tokens
+                mean.backward()
+            losses.append(mean.detach())
+        return torch.stack(losses)
+
+
+class Streamed(Side):
+    """Blocks in a store, block by block."""
+
+    def __init__(self, model, *, landing="random", slots=2, form="bf16", resident=(), offload=False, seed=0, read=None,
+                 pin=unlocked, **settings):  # fmt: skip
+        super().__init__(model, **settings)
+        self.port = FakePort(landing, seed=seed)
+        names = [[name for name, _ in block] for block in self.units.blocks]
+        self.residency = empty_residency(self.units.modules, names, form=FORMATS[form], resident=resident, pin=pin,
+                                         port=self.port, num_slots=slots)  # fmt: skip
+        self.overlay = Overlay()
+        self.kept = move_in(self.residency, find=lambda name: name if read else None, read=read, overlay=self.overlay)
+        self.chain = Chain(self.units.modules, self.residency.visit)
+        self.boundaries = Boundaries(self.port, offload=offload, pin=pin)
+        self.loss = CausalLoss(model)
+        self.walk = BlockMajor(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
+
+    def settle(self):
+        self.residency.settle(self.active)
+        low = min(self.active, default=self.units.num_blocks)
+        ends = [self.units.groups[group] for group in ("embeddings", "head")]
+        tied = {name for name, _ in ends[0]} & {name for name, _ in ends[1]}
+        outside = self.units.parameters((), self.groups)
+        self.walk.aim(low, bottom=self.bottom, held=list(outside.values()) if self.bottom and tied else ())
+
+    def gather(self, parts, tokens):
+        return self.walk.gather(parts, tokens, seed=7, step=self.step)
+
+
+def pair(make, *, resident=None, **settings):
+    """(Resident, Streamed) of the same weights."""
+    common = {key: settings.pop(key) for key in ("rank", "groups") if key in settings}
+    model = make()
+    return Resident(copy.deepcopy(model), **common), Streamed(model, resident=resident or (), **common, **settings)
+
+
+def same_bits(a, b):
+    """Do both sides have gradients, of the same parameters in the same order for each, with the same bits?"""
+    ours, theirs = a.by_name(), b.by_name()
+    return bool(ours) and ours.keys() == theirs.keys() and all(
+        len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+        for x, y in ((ours[name], theirs[name]) for name in ours)
+    )  # fmt: skip
