@@ -1,0 +1,278 @@
+"""A linear map with trained matrix product operators beside its weight.
+
+What the layer computes with is W = base + sum of terms, each term a signed MPO; it is rebuilt in every forward and
+backward and never kept. An active adapter adds MPO(c) - MPO(c0), with c0 a frozen copy of its first cores: zero at the
+start to the last bit. If the base is an adapter's explicit residual W0 - MPO(c0), then MPO(c0) is added first, which
+leaves MPO(c) of that adapter while it is active.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from owlore.adapters.dota_config import DotaConfig
+from owlore.adapters.nf4_linear import Nf4Linear
+from owlore.adapters.targets import dense_weight, is_plain, matrix_of, shape_of
+from owlore.kernels.mpo import MpoShape, Term, add_terms, decompose, make_shape, mpo_linear, random_cores, rebuild
+from owlore.kernels.nf4 import dequantise, quantise
+from owlore.kernels.seeds import generator_for
+
+
+class MpoCores(nn.Module):
+    """Trained cores `core_k` and their frozen first values `start_k` (both fp32) of one adapter in one matrix."""
+
+    def __init__(self, shape: MpoShape, cores: list[Tensor], device: torch.device) -> None:
+        super().__init__()
+        self.shape = shape
+        for k, core in enumerate(cores):
+            first = core.to(device, torch.float32).contiguous()
+            self.register_parameter(f"core_{k}", nn.Parameter(first))
+            self.register_buffer(f"start_{k}", first.clone())
+
+    @property
+    def cores(self) -> list[Tensor]:
+        return [getattr(self, f"core_{k}") for k in range(len(self.shape.out))]
+
+    @property
+    def start(self) -> list[Tensor]:
+        return [getattr(self, f"start_{k}") for k in range(len(self.shape.out))]
+
+
+class DotaLayer(nn.Module, BaseTunerLayer):
+    """Any linear map (nn.Linear, Conv1D, quantised) with one or several adapters' MPOs."""
+
+    adapter_layer_names = ("dota_mpo",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.out_features, self.in_features = shape_of(self.get_base_layer(), name)
+        self.dota_mpo = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.explicit: str | None = None  # the adapter whose residual the base is
+        self._pending: Callable[[], None] | None = None  # the base's change, waiting for the cores of a file
+        self._unmerged: Tensor | None = None
+        self.register_load_state_dict_post_hook(_settle)
+
+    def update_layer(self, adapter_name: str, config: DotaConfig) -> None:
+        """Add an adapter: decompose the weight (or take cores of the right shapes, to be loaded) and set the base.
+
+        Raises: ValueError when a base that is already quantised or a residual would have to change.
+        """
+        base = self.get_base_layer()
+        changes = config.residual == "explicit" or config.quantise is not None
+        if changes and not is_plain(base):
+            raise ValueError(
+                f"{self.name} has a {type(base).__name__} (quantised, or another adapter's residual): "
+                'expected plain float weights for residual="explicit" or quantise'
+            )
+        shape = make_shape(self.out_features, self.in_features, config.num_cores, config.bond, config.cuts)
+        device = next(self.get_base_layer().parameters(), torch.empty(0)).device
+        if config.fresh:
+            cores = first_cores(self.dense_base(), shape, config, self.name)
+        else:
+            cores = [torch.zeros(core) for core in shape.cores]
+        self.dota_mpo[adapter_name] = MpoCores(shape, cores, device)
+        if changes:
+            self._pending = lambda: self._change_base(adapter_name, config)
+        if config.fresh:
+            _settle(self)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _change_base(self, adapter_name: str, config: DotaConfig) -> None:
+        """Make the base W0 - MPO(c0), or keep W0, and in four bits if asked for."""
+        base, weight = self.get_base_layer(), self.dense_base()
+        if config.residual == "explicit":
+            start = self._mpo(adapter_name)
+            product = rebuild([core.double() for core in start.start], start.shape)
+            weight = (weight.double() - product).to(weight.dtype)
+            self.explicit = adapter_name
+        if config.quantise is None:
+            matrix_of(base).copy_(weight)
+            return
+        self.base_layer = Nf4Linear(weight, base)
+        # PEFT holds on to the old module until every target is replaced; its weight must not wait for that.
+        base.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)
+
+    def _mpo(self, name: str) -> MpoCores:
+        found = self.dota_mpo[name]
+        assert isinstance(found, MpoCores)
+        return found
+
+    # -- the effective weight ----------------------------------------------------------------------------------------
+
+    def _terms(self, names: list[str]) -> tuple[list[Term], list[Tensor]]:
+        """The MPOs that these adapters add to the base, and their cores one after another."""
+        signed: list[tuple[int, MpoShape, list[Tensor]]] = []
+        if self.explicit is not None and self.explicit not in names:
+            anchor = self._mpo(self.explicit)
+            signed.append((1, anchor.shape, anchor.start))
+        for name in names:
+            mpo = self._mpo(name)
+            signed.append((1, mpo.shape, mpo.cores))
+            if name != self.explicit:
+                signed.append((-1, mpo.shape, mpo.start))
+        terms = [Term(shape=shape, sign=sign) for sign, shape, _ in signed]
+        return terms, [core for _, _, cores in signed for core in cores]
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.dota_mpo]
+
+    def dense_base(self) -> Tensor:
+        """The base weight (outputs x inputs), dequantised where it is not plain."""
+        base = self.get_base_layer()
+        return base.dense() if isinstance(base, Nf4Linear) else dense_weight(base)
+
+    @torch.no_grad()
+    def effective(self, names: list[str]) -> Tensor:
+        """The weight that the layer computes with when these adapters are active, in the base's dtype."""
+        terms, cores = self._terms(self._present(names))
+        base = self.dense_base()
+        return add_terms(base, terms, cores) if terms else base.clone()
+
+    # -- mpo_linear's DenseLayer -------------------------------------------------------------------------------------
+
+    def kept_weight(self) -> Tensor | None:
+        base = self.get_base_layer()
+        return matrix_of(base) if is_plain(base) else None
+
+    def base_weight(self, kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        base = self.get_base_layer()
+        return base.dense(dtype) if isinstance(base, Nf4Linear) else kept
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        if not is_plain(base) and not isinstance(base, Nf4Linear):
+            return nn.functional.linear(x, weight.to(x.dtype))
+        if isinstance(base, Conv1D):  # as it does it itself, in the same layout, for the same bits
+            flat = torch.addmm(base.bias, x.reshape(-1, x.shape[-1]), weight.T.contiguous())
+            return flat.view(*x.shape[:-1], base.nf)
+        return nn.functional.linear(x, weight, base.bias)  # type: ignore[arg-type]
+
+    # -- PEFT's interface --------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        terms, cores = ([], []) if self.merged else self._terms(names)
+        if not terms:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.get_base_layer()
+        if is_plain(base) or isinstance(base, Nf4Linear):
+            return mpo_linear(x, self, terms, cores)
+        y = self.base_layer(x, *args, **kwargs)
+        return y + mpo_linear(x, self, terms, cores).to(y.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make the effective weight the base's own (until `unmerge`, which brings every bit back).
+
+        Raises: ValueError for a quantised base, or with `safe_merge` when the result is not finite.
+        """
+        names = self._present(check_adapters_to_merge(self, adapter_names))
+        if not names:
+            return
+        base = self.get_base_layer()
+        if not is_plain(base):
+            raise ValueError(
+                "got a quantised base, expected float weights: merge_and_unload makes it dense, or load the adapter "
+                "with quantise=None on the unquantised model"
+            )
+        wanted = [*self.merged_adapters, *names]
+        self.unmerge()
+        whole = self.effective(wanted)
+        self._check(whole, safe_merge)
+        self._unmerged = matrix_of(base).clone()
+        matrix_of(base).copy_(whole)
+        self.merged_adapters.extend(wanted)
+
+    def _check(self, weight: Tensor, safe: bool) -> None:
+        if safe and not torch.isfinite(weight).all():
+            raise ValueError(f"NaN or infinity in the merged weight of {self.name}")
+
+    def unmerge(self) -> None:
+        if self._unmerged is not None:
+            matrix_of(self.get_base_layer()).copy_(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """MPO(c) - MPO(c0), (outputs x inputs) in fp32."""
+        mpo = self._mpo(adapter)
+        return (rebuild(mpo.cores, mpo.shape) - rebuild(mpo.start, mpo.shape)).detach()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Raises: ValueError for the adapter whose residual the base is: without its c0 the base is nothing."""
+        if adapter_name == self.explicit:
+            raise ValueError(
+                f"the base of {self.name} is the residual of adapter {adapter_name}: unload the model instead"
+            )
+        super().delete_adapter(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """A plain layer with the effective weight of the adapters, or of none."""
+        base = self.get_base_layer()
+        names = [] if not merge else self.active_adapters if adapter_names is None else adapter_names
+        if not is_plain(base) and not isinstance(base, Nf4Linear):
+            if merge:
+                self.merge(safe_merge, adapter_names)  # says why not
+            return base
+        self.unmerge()
+        whole = self.effective(names)
+        self._check(whole, safe_merge)
+        if isinstance(base, Nf4Linear):
+            self.base_layer = base.as_plain(whole)  # PEFT copies weight and bias from here
+            return self.base_layer
+        matrix_of(base).copy_(whole)
+        return base
+
+    def __repr__(self) -> str:
+        return "dota." + super().__repr__()
+
+
+def _settle(layer: nn.Module, *unused: Any) -> None:
+    """Change the base now that the first cores are there; also called after a state dict was loaded."""
+    assert isinstance(layer, DotaLayer)
+    if layer._pending is None or any(core.is_meta for mpo in layer.dota_mpo.values() for core in mpo.buffers()):
+        return
+    pending, layer._pending = layer._pending, None
+    with torch.no_grad():
+        pending()
+
+
+@torch.no_grad()
+def first_cores(weight: Tensor, shape: MpoShape, config: DotaConfig, name: str) -> list[Tensor]:
+    """The cores that an adapter starts from.
+
+    Alternation (LoftQ, arXiv 2310.08659, algorithm 1): quantise what the cores leave, refit the cores to what the
+    quantised residual leaves; the best round is kept, so the error never grows.
+    """
+    if config.init == "random":
+        norm = float(torch.linalg.vector_norm(weight.double()))
+        return random_cores(shape, norm, generator_for(config.seed, "dota-random", name))
+    cores = decompose(weight, shape, config.gauge)
+    if not config.alternations:
+        return cores
+    whole = weight.double()
+    best, least = cores, math.inf
+    for turn in range(config.alternations + 1):
+        product = rebuild([core.float().double() for core in cores], shape)
+        residual = dequantise(quantise((whole - product).to(weight.dtype)), torch.float64)
+        error = float(torch.linalg.vector_norm(whole - product - residual))
+        best, least = (cores, error) if error < least else (best, least)
+        if turn < config.alternations:
+            cores = decompose(whole - residual, shape, config.gauge)
+    return best
