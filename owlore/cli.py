@@ -47,6 +47,8 @@ def _click_settings(name: str) -> dict[str, Any]:
     if not parser.metavar:
         return {"is_flag": True, "default": None, "help": help_text}
     shown: dict[str, Any] = {"default": None, "type": click.UNPROCESSED, "metavar": parser.metavar}
+    if parser.repeated:
+        return shown | {"multiple": True, "help": help_text}
     if parser.metavar.startswith("["):  # the value may be left out
         shown |= {"is_flag": False, "flag_value": True}
     elif spec.default is not None:
@@ -72,7 +74,7 @@ def train(file: str | None, **options: Any) -> None:
 
 def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]) -> TrainConfig:
     """The configuration of a command line; UsageError when something that it needs is nowhere said."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
     config = TrainConfig.build(given, find_config(file) if file else None)
     for name in needs:
         if getattr(config, name) is None:

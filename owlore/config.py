@@ -23,6 +23,7 @@ from owlore.options import (
     near,
     number,
     off_or_number,
+    pairs,
     share_or_path,
     text,
     true_or_path,
@@ -98,8 +99,11 @@ class TrainConfig:
     on_switch: str = option(
         "drop", choice("drop", "host", "keep"), "State of blocks that leave: freed, or kept (on the host).", method=True
     )
-    always_on: tuple[str, ...] = option((), names(*GROUPS), "Parameters outside the blocks that always train.")
+    always_on: tuple[str, ...] = option(
+        (), names(*GROUPS), "Parameters outside the blocks that always train.", method=True
+    )
     project_always_on: bool = option(False, flag(), "Project the gradients of always-on matrices too.", method=True)
+    set: Mapping[str, Any] | None = option(None, pairs(), "An option of the method's own; see `owlore methods NAME`.")
     preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
     weights: str = option(
         "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
@@ -171,7 +175,14 @@ class TrainConfig:
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> TrainConfig:
         """A method's defaults (or its paper's settings) in place of ours, wherever nothing was given."""
-        filled = replace(self, **{name: value for name, value in defaults.items() if name not in self.fixed})
+        return self._filled({name: value for name, value in defaults.items() if name not in self.fixed})
+
+    def with_own(self, own: Mapping[str, Any]) -> TrainConfig:
+        """The same with all of the method's own options spelled out."""
+        return self._filled({"set": own})
+
+    def _filled(self, values: Mapping[str, Any]) -> TrainConfig:
+        filled = replace(self, **values)
         for name in ("given", "fixed"):  # filling in a default is nobody's wish
             object.__setattr__(filled, name, getattr(self, name))
         return filled

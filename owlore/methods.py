@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-METHODS = ("owlore", "lisa", "lisa-d", "badam", "galore", "full")
+METHODS = ("owlore", "lisa", "lisa-d", "badam", "galore", "full", "lora", "dora")

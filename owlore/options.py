@@ -7,9 +7,11 @@ value is named in a help text (`metavar`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from htsr.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Parser:
     metavar: str
     parse: Callable[[Any], Any]
     choices: tuple[str, ...] = ()
+    repeated: bool = False  # a command line may give it several times
 
     def __call__(self, value: Any) -> Any:
         return self.parse(value)
@@ -116,6 +119,51 @@ def text(metavar: str = "TEXT", pattern: str | None = None, expected: str = "tex
     return Parser(metavar, parse)
 
 
+def targets() -> Parser:
+    """Module names, joined by commas or as a list: a list of them; the word `all-linear` stays what it is."""
+    expected = "all-linear, or a comma list of module names"
+
+    def parse(value: Any) -> str | list[str]:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        found = [str(part).strip() for part in parts]
+        if not found or not all(found):
+            raise ValueError(expected)
+        return "all-linear" if found == ["all-linear"] else found
+
+    return Parser("all-linear|NAME,...", parse)
+
+
+def switch() -> Parser:
+    """True or false, also as a word of the command line."""
+    known = {"true": True, "false": False, "on": True, "off": False}
+
+    def parse(value: Any) -> bool:
+        found = value if isinstance(value, bool) else known.get(str(value).lower())
+        if found is None:
+            raise ValueError("true or false")
+        return found
+
+    return Parser("true|false", parse)
+
+
+def pairs() -> Parser:
+    """key=value texts, or a mapping: the mapping. The values stay as they are given, for whoever knows the keys."""
+    expected = "key=value"
+
+    def parse(value: Any) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {str(key).replace("-", "_"): one for key, one in value.items()}
+        found = {}
+        for part in [value] if isinstance(value, str) else list(value):
+            key, sign, one = str(part).partition("=")
+            if not sign or not key.strip():
+                raise ValueError(expected)
+            found[key.strip().replace("-", "_")] = one.strip()
+        return found
+
+    return Parser("KEY=VALUE", parse, repeated=True)
+
+
 def share_or_path() -> Parser:
     """A share in (0, 1) as a float, or a path or name as text."""
 
@@ -160,6 +208,34 @@ def true_or_path() -> Parser:
         return value if isinstance(value, bool) else text(expected="nothing, or a directory")(value)
 
     return Parser("[DIR]", parse)
+
+
+@dataclass(frozen=True)
+class Own:
+    """An option that one method has for itself, given as `--set key=value`."""
+
+    default: Any
+    parser: Parser
+    help: str
+
+
+def read_own(declared: Mapping[str, Own], given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Every declared option by name: what is given, parsed, else its default.
+
+    Raises: UsageError for a value that cannot be read and for an unknown key, with the nearest known one.
+    """
+    for key in given:
+        if key not in declared:
+            hint = near(key, declared) or f" (it has {', '.join(declared) or 'none'})"
+            raise UsageError(f"--set {key}: the method {method} has no such option{hint}; see `owlore methods {method}`")
+    found = {}
+    for key, own in declared.items():
+        try:
+            value = given.get(key, own.default)
+            found[key] = None if value is None and own.default is None else own.parser(value)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--set {key} got {given[key]!r}, expected {error}") from error
+    return found
 
 
 def near(word: str, known: Iterable[str]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from owlore.strategies.badam import BAdam
-from owlore.strategies.base import Hyper, Past, Record, Strategy
+from owlore.strategies.base import Hyper, Past, Record, Start, Strategy
 from owlore.strategies.full import Full
 from owlore.strategies.galore import GaLore
 from owlore.strategies.lisa import Lisa, LisaD
+from owlore.strategies.lora import DoRA, LoRA
 from owlore.strategies.owlore import OwLore
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (OwLore, Lisa, LisaD, BAdam, GaLore, Full)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    cls.name: cls for cls in (OwLore, Lisa, LisaD, BAdam, GaLore, Full, LoRA, DoRA)
+}
 
-__all__ = ["STRATEGIES", "Hyper", "Past", "Record", "Strategy"]
+__all__ = ["STRATEGIES", "Hyper", "Past", "Record", "Start", "Strategy"]

@@ -14,6 +14,8 @@ class BAdam(Sampled):
     name = "badam"
     paper = "arXiv 2404.02827"
     summary = "one block at a time in cyclic or shuffled order, AdamW, everything else frozen"
+    share = "one of L blocks"
+    memory = "weights + AdamW state of one block"
     table = "uniform"
     reads = SAMPLING
     defaults = {"active": 1, "draw": "shuffled"}

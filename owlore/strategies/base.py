@@ -7,20 +7,26 @@ periods so far. The engine knows nothing of methods; at every switch it offers w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from owlore.blocks import Units
 from owlore.kernels.adamw import AdamW
 from owlore.optim import Rule
+from owlore.options import Own
 from owlore.sampling import DRAWS
 
-SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"})
-PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_always_on"})
+if TYPE_CHECKING:
+    from owlore.attach import Attached
+
+OUTSIDE = frozenset({"always_on"})
+SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"}) | OUTSIDE
+PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_always_on"}) | OUTSIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,8 @@ class Hyper:
     """The settings that strategies read, already resolved against the model.
 
     inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
-    `owlore.blocks.GROUPS` trained in every period.
+    `owlore.blocks.GROUPS` trained in every period. own: the method's own options by name. trained: names of the
+    parameters that `Strategy.prepare` put into the model.
     """
 
     seed: int
@@ -43,6 +50,23 @@ class Hyper:
     state_bits: int = 32
     project_always_on: bool = False
     project_larger: bool = False
+    own: Mapping[str, Any] = field(default_factory=dict)
+    trained: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a method may look at before step 1, when it prepares the model.
+
+    own: its own options by name. batches: the first micro-batches of the run, as many as asked for, as arguments of the
+    model with unshifted labels; None where only shapes are known and no weight may be read (a plan). saved: the notes
+    that the preparation of this run left in a checkpoint, None in a new run.
+    """
+
+    own: Mapping[str, Any]
+    seed: int
+    batches: Callable[[int], Iterator[dict[str, Tensor]]] | None = None
+    saved: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +116,24 @@ class Record:
 
 
 class Strategy:
-    """Base of the methods that train the model's own weights.
+    """Base of the methods; as it stands it trains the model's own weights.
 
-    name, paper, summary: for people. table: where the block scores come from by default (`auto`, `uniform`,
-    `decrease`), None when nothing is sampled. reads: the options this method looks at beyond the common ones; any
-    other is refused. defaults: options whose default differs from the engine's. preset: the paper's settings.
+    name, paper, summary: for people; share: of the parameters trained in a step; memory: what is held beside
+    activations. adapts: the result is an adapter and not a model. own: options of this method alone. table: where the
+    block scores come from by default (`auto`, `uniform`, `decrease`), None when nothing is sampled. reads: the options
+    this method looks at beyond the common ones; any other is refused. defaults: options whose default differs from the
+    engine's. preset: the paper's settings.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    share: ClassVar[str]
+    memory: ClassVar[str]
+    adapts: ClassVar[bool] = False
+    own: ClassVar[Mapping[str, Own]] = {}
     table: ClassVar[str | None] = None
-    reads: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = OUTSIDE
     defaults: ClassVar[Mapping[str, Any]] = {}
     preset: ClassVar[Mapping[str, Any]] = {}
 
@@ -112,6 +142,15 @@ class Strategy:
 
     def adapt(self, period: int) -> None:
         """`period` begins and everything before it is in the record: set its table, in a method whose tables change."""
+
+    @classmethod
+    def prepare(cls, model: nn.Module, start: Start) -> Attached | None:
+        """Put what is to be trained into the model, before its units are found; None where that is its own weights.
+
+        Raises: UsageError when the options do not fit the model.
+        """
+        del model, start
+        return None
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
         """Sorted indexes of the blocks trained in this period; all of them unless a method samples."""

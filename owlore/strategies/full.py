@@ -11,4 +11,6 @@ class Full(Strategy):
     name = "full"
     paper = "Loshchilov & Hutter 2019, arXiv 1711.05101"
     summary = "all parameters, AdamW"
+    share = "all"
+    memory = "weights + AdamW state of all parameters"
     defaults = {"always_on": ("embeddings", "norm", "head")}

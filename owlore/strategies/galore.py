@@ -15,6 +15,8 @@ class GaLore(Strategy):
     name = "galore"
     paper = "arXiv 2403.03507"
     summary = "all blocks, gradients projected to rank r, basis refreshed every N steps"
+    share = "all blocks, through rank r"
+    memory = "weights + rank-r state of all blocks"
     reads = PROJECTION
     defaults = {"refresh": 200, "scale": 0.25, "always_on": ("embeddings", "norm", "head")}
     preset = {**defaults, "rank": 128}

@@ -16,6 +16,8 @@ class Lisa(Sampled):
     name = "lisa"
     paper = "arXiv 2403.17919"
     summary = "gamma blocks drawn uniformly every K steps, AdamW, embeddings and head always on"
+    share = "gamma of L blocks and what is always on"
+    memory = "weights + AdamW state of gamma blocks and of what is always on"
     table = "uniform"
     reads = SAMPLING
     defaults = {"active": 2, "every": 20, "always_on": ("embeddings", "norm", "head")}

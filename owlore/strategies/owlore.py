@@ -18,6 +18,8 @@ class OwLore(Sampled):
     name = "owlore"
     paper = "arXiv 2405.18380"
     summary = "gamma blocks drawn by the layer table every K steps, gradients projected to rank r"
+    share = "gamma of L blocks"
+    memory = "weights + rank-r state of gamma blocks"
     table = "auto"
     reads = SAMPLING | PROJECTION
     preset = {

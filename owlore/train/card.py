@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 base_model: {base}
 tags: [owlore, fine-tuned]
 ---
@@ -25,13 +25,17 @@ tags: [owlore, fine-tuned]
 | time | {seconds:.0f} s, {tokens_per_s:.0f} tokens/s |
 | versions | {versions} |
 
-`model/` holds the result; load it with `{loader}.from_pretrained`. `config.yaml` is the whole
+{result} `config.yaml` is the whole
 configuration and can be given back as `--config`; `metrics.jsonl` has one row an optimizer step; `run.json` has the
 draws and the provenance.
 """
 
+MODEL = "`model/` holds the result; load it with `AutoModelForCausalLM.from_pretrained`."
+ADAPTER = """`model/` holds an adapter; `import owlore.adapters`, load the base model, then
+`PeftModel.from_pretrained(base, "model")`. `owlore merge` makes a plain model of both."""
 
-def model_card(run: dict[str, Any], *, paper: str, loader: str = "AutoModelForCausalLM") -> str:
+
+def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str:
     """The card as Markdown, from the contents of run.json."""
     config, data = run["config"], run["data"]
     before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
@@ -60,5 +64,6 @@ def model_card(run: dict[str, Any], *, paper: str, loader: str = "AutoModelForCa
         seconds=run["seconds"],
         tokens_per_s=run["tokens_per_s"],
         versions=", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        loader=loader,
+        library="peft" if adapter else "transformers",
+        result=ADAPTER if adapter else MODEL,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from htsr.console import quiet_libraries
+from owlore.attach import Attached
 from owlore.kernels.rounding import stochastic_round
 from owlore.kernels.seeds import generator_for
 from owlore.train.loading import Loaded
@@ -37,6 +38,14 @@ def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: i
     with quiet_libraries(), _config_dtype(model, loaded.stored_default):
         model.save_pretrained(directory, state_dict=tensors)
         if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(directory)
+
+
+def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
+    """Write the adapter, and the tokenizer that its data were made with; the base is named and not copied."""
+    attached.save(directory, base=loaded.reference)
+    if loaded.tokenizer is not None:
+        with quiet_libraries():
             loaded.tokenizer.save_pretrained(directory)
 
 

@@ -22,7 +22,8 @@ class Loaded:
     """A model on its device, and what an export and a report have to know about where it came from.
 
     source: the checkpoint, from which tensors that were never trained can be read again. stored: dtype of each tensor
-    in it by name (what an export goes back to); `stored_default` for names that it does not have.
+    in it by name (what an export goes back to); `stored_default` for names that it does not have. parameters: of the
+    model as it was loaded, without what a method adds. reference: what names the same model to a later reader.
     """
 
     model: Any
@@ -34,6 +35,8 @@ class Loaded:
     config_sha256: str | None
     stored: dict[str, torch.dtype]
     stored_default: torch.dtype
+    parameters: int
+    reference: str
 
 
 def pick_device(name: str) -> torch.device:
@@ -72,7 +75,8 @@ def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, t
     own = next(model.parameters()).dtype
     target = own if dtype == "auto" else DTYPES[dtype]
     stored = {name: p.dtype for name, p in model.named_parameters()}
-    return _loaded(model.to(device=device, dtype=target), tokenizer, source, stored, own)
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return _loaded(model.to(device=device, dtype=target), tokenizer, source, stored, own, name)
 
 
 def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.device, tokenizer: Any) -> Loaded:
@@ -97,7 +101,13 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
         model = without_quantisation(model)
     known = {t.name: DTYPES[t.dtype] for t in source.tensors if t.dtype in DTYPES}
     default = model.dtype if gguf else DTYPES.get(str(source.config and source.config.get("dtype")), model.dtype)
-    return _loaded(model.to(device), tokenizer, source, {} if gguf else known, default)
+    return _loaded(model.to(device), tokenizer, source, {} if gguf else known, default, _reference(ref))
+
+
+def _reference(ref: str | Path) -> str:
+    """A path as an absolute one, so that it means the same from elsewhere; an id stays an id."""
+    path = Path(ref).expanduser()
+    return str(path.resolve()) if path.exists() else str(ref)
 
 
 def attention(name: str) -> dict[str, str]:
@@ -142,7 +152,14 @@ def _tokenizer_of(name: str) -> Any:
         raise UsageError(f"no tokenizer found for the model object ({name}): pass tokenizer=") from error
 
 
-def _loaded(model: Any, tokenizer: Any, source: Source, stored: dict[str, torch.dtype], default: torch.dtype) -> Loaded:
+def _loaded(
+    model: Any,
+    tokenizer: Any,
+    source: Source,
+    stored: dict[str, torch.dtype],
+    default: torch.dtype,
+    reference: str,
+) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -153,6 +170,8 @@ def _loaded(model: Any, tokenizer: Any, source: Source, stored: dict[str, torch.
         config_sha256=source.config_sha256(),
         stored=stored,
         stored_default=default,
+        parameters=sum(p.numel() for p in model.parameters()),
+        reference=reference,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from htsr.errors import Interrupted, NotFinite, NotFound
+from owlore.attach import Attached
 from owlore.blocks import Units
 from owlore.data.arrange import Arrangement, Sequences
 from owlore.data.batches import MicroBatch, collate
@@ -82,6 +83,7 @@ class Trainer:
     trained: set[str] = field(default_factory=set)  # parameters that were ever active
     active: tuple[int, ...] = ()
     step: int = 0  # optimizer steps done
+    attached: Attached | None = None  # the adapter that is trained, where it is not the model itself
     exported_step: int | None = None  # the step whose weights the model holds at the end, where it is not the last
 
     def run(self, on_row: Callable[[dict[str, Any]], None]) -> None:
@@ -186,7 +188,7 @@ class Trainer:
 
         The sum is divided by the step's number of trained tokens, so accumulating equals one big batch.
         """
-        batches = [self._collate(part) for part in parts]
+        batches = [collated(self.data, part) for part in parts]
         tokens = sum(batch.num_trained for batch in batches)
         if not tokens:
             return None
@@ -202,11 +204,6 @@ class Trainer:
                 if mean.requires_grad:
                     (mean * self.optimizer.grad_scale).backward()
         return loss
-
-    def _collate(self, sequences: Sequences) -> MicroBatch:
-        if any(len(rows) > 1 for rows in sequences):
-            return collate_packed(self.data, sequences)
-        return collate(self.data, [row for (row,) in sequences])
 
     def _record(self, seconds: float, tokens: int, **values: Any) -> dict[str, Any]:
         self.tally.step_seconds.append(seconds)
@@ -262,6 +259,7 @@ class Trainer:
                 "trained": sorted(self.trained),
                 "tally": vars(self.tally),
                 "record": self.strategy.record.to_dict(),
+                "notes": None if self.attached is None else self.attached.notes,
             },
         )
         best = self.tally.best if self.pace.keep_best else None
@@ -302,6 +300,13 @@ class Trainer:
         rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
         self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
         self._aim_recompute(rules)
+
+
+def collated(data: Encoded, sequences: Sequences) -> MicroBatch:
+    """The tensors of a micro-batch whose sequences hold one row each, or several kept apart."""
+    if any(len(rows) > 1 for rows in sequences):
+        return collate_packed(data, sequences)
+    return collate(data, [row for (row,) in sequences])
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -80,7 +80,7 @@ def run_record(
     import owlore
 
     tally = trainer.tally
-    parameters = sum(p.numel() for p in loaded.model.parameters())
+    parameters = loaded.parameters
     evals = [row["loss"] for row in trainer.metrics.rows if row["split"] == "eval"]
     held = max((row["state_bytes"] for row in trainer.metrics.rows), default=0)
     return {

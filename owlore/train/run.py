@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from htsr.console import notice, progress
 from htsr.errors import BadInput, OutOfMemory
+from owlore.attach import Attached
 from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement, Grouped
@@ -22,11 +24,11 @@ from owlore.data.files import locate_data
 from owlore.data.packing import Packed
 from owlore.data.prepare import Prepared, prepare
 from owlore.optim import RotatingOptimizer
-from owlore.strategies import Strategy
+from owlore.strategies import Start, Strategy
 from owlore.train.card import model_card
-from owlore.train.export import export
+from owlore.train.export import export, export_adapter
 from owlore.train.loading import Loaded, load, pick_device
-from owlore.train.loop import Pace, Tally, Trainer
+from owlore.train.loop import Pace, Tally, Trainer, collated
 from owlore.train.loss import CausalLoss
 from owlore.train.metrics import MetricsLog
 from owlore.train.recompute import Recompute
@@ -86,7 +88,6 @@ def train_from_config(
     device = pick_device(config.device)
     loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=device, tokenizer=tokenizer)
     freeze(loaded.model)
-    units = find_units(loaded.model)
     prepared = prepare(
         config.data if data is None else data,
         loaded.tokenizer,
@@ -97,6 +98,8 @@ def train_from_config(
     )
     for line in prepared.report.shown():
         say(line)
+    attached = attach(config, strategy_class, loaded, prepared, place, device)
+    units = find_units(loaded.model)
     found = find_table(
         table if table is not None else (config.table if strategy_class.table is not None else None),
         num_blocks=units.num_blocks,
@@ -106,14 +109,38 @@ def train_from_config(
             model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
         ),
     )
-    trainer = assemble(config, strategy_class, units, loaded, prepared, found, place, device)
+    trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
+
+
+def attach(
+    config: TrainConfig,
+    strategy_class: type[Strategy],
+    loaded: Loaded,
+    prepared: Prepared,
+    place: Place,
+    device: torch.device,
+) -> Attached | None:
+    """Let the method put its adapter into the loaded model, if it has one; nothing is trainable afterwards."""
+    arrangement = arrange(config, prepared)
+
+    def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+        every = (part for step in itertools.count(1) for part in arrangement.step(step))
+        for part in itertools.islice(every, count):
+            yield collated(prepared.train, part).on(device)
+
+    saved = None if place.saved is None else place.saved.state.get("notes")
+    start = Start(own=config.set or {}, seed=config.seed, batches=batches, saved=saved)
+    attached = strategy_class.prepare(loaded.model, start)
+    freeze(loaded.model)
+    return attached
 
 
 def assemble(
     config: TrainConfig,
     strategy_class: type[Strategy],
     units: Units,
+    attached: Attached | None,
     loaded: Loaded,
     prepared: Prepared,
     table: LayerTable | None,
@@ -122,7 +149,7 @@ def assemble(
 ) -> Trainer:
     """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-    strategy = strategy_class(units, hyper_of(config, inclusion))
+    strategy = strategy_class(units, hyper_of(config, inclusion, attached))
     optimizer = RotatingOptimizer(
         units.parameters(range(units.num_blocks), units.groups),
         seed=config.seed,
@@ -160,6 +187,7 @@ def assemble(
         device=device,
         identity=identity,
         tally=Tally(draws=[0] * units.num_blocks),
+        attached=attached,
     )
     if place.saved is not None:
         trainer.restore(place.saved)
@@ -201,13 +229,16 @@ def _train(
     finally:
         trainer.recompute.remove()
     loaded.model.eval()
-    export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed)
+    if trainer.attached is None:
+        export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed)
+    else:
+        export_adapter(loaded, trainer.attached, place.directory / "model")
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
     (place.directory / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    (place.directory / "README.md").write_text(model_card(record, paper=strategy_class.paper))
+    (place.directory / "README.md").write_text(model_card(record, paper=strategy_class.paper, adapter=strategy_class.adapts))
     run = Run(
         directory=place.directory,
-        model=loaded.model,
+        model=loaded.model if trainer.attached is None else trainer.attached.wrapper,
         tokenizer=loaded.tokenizer,
         table=table,
         record=record,

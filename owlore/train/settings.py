@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import NotFound, UsageError
+from owlore.attach import Attached
 from owlore.blocks import Units
 from owlore.config import TrainConfig, refuse_unread
 from owlore.optim import Weights
+from owlore.options import read_own
 from owlore.strategies import STRATEGIES, Hyper, Strategy
 from owlore.train import checkpoint
 
@@ -33,11 +35,14 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     refuse_unread(config, config.given, strategy.reads)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
-    return config.with_defaults({**table, **strategy.defaults, **preset}), strategy
+    own = read_own(strategy.own, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
+    general = {**table, **strategy.defaults, **preset}
+    general.pop("set", None)
+    return config.with_defaults(general).with_own(own), strategy
 
 
-def hyper_of(config: TrainConfig, inclusion: Any) -> Hyper:
-    """What strategies read of the configuration."""
+def hyper_of(config: TrainConfig, inclusion: Any, attached: Attached | None = None) -> Hyper:
+    """What strategies read of the configuration, and of what they prepared."""
     return Hyper(
         seed=config.seed,
         every=config.every,
@@ -51,6 +56,8 @@ def hyper_of(config: TrainConfig, inclusion: Any) -> Hyper:
         state_bits=config.state_bits,
         project_always_on=config.project_always_on,
         project_larger=config.project_side == "larger",
+        own=config.set or {},
+        trained=frozenset() if attached is None else attached.trained,
     )
 
 
