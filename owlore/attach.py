@@ -93,7 +93,7 @@ def smallest_side(model: nn.Module, targets: str | list[str]) -> int:
     sides = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) != 2 or hasattr(module, "num_embeddings") or module is head:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or hasattr(module, "num_embeddings") or module is head:
             continue
         if isinstance(targets, str) or any(name == t or name.endswith(f".{t}") for t in targets):
             sides.append(min(weight.shape))

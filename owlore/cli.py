@@ -197,7 +197,7 @@ def methods(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(jsonlib.dumps(facts))
     elif name is None:
-        click.echo("\n".join(f"{key:<8} {fact['summary']} ({fact['paper']})" for key, fact in facts.items()))
+        click.echo(render_methods(facts))
     else:
         click.echo(render_method(name, facts[name]))
 
@@ -211,26 +211,47 @@ def method_facts(strategy: Any) -> dict[str, Any]:
     return {
         "summary": strategy.summary,
         "paper": strategy.paper,
+        "share": strategy.share,
+        "memory": strategy.memory,
         "text": " ".join((strategy.__doc__ or "").split()),
         "options": {name: usual[name] for name in own},
+        "set": {key: {"default": one.default, "help": one.help} for key, one in strategy.own.items()},
         "preset": dict(strategy.preset),
     }
+
+
+def render_methods(facts: dict[str, Any]) -> str:
+    """Two lines a method: what it does, then what it trains and holds."""
+    return "\n".join(
+        f"{key:<8} {fact['summary']} ({fact['paper']})\n{'':<8}   trains {fact['share']}; holds {fact['memory']}"
+        for key, fact in facts.items()
+    )
 
 
 def render_method(name: str, facts: dict[str, Any]) -> str:
     """The description of one method."""
     lines = [f"{name}: {facts['summary']} ({facts['paper']})", "", click.wrap_text(facts["text"], 100), ""]
+    lines += [f"trains {facts['share']}", f"holds  {facts['memory']}", ""]
     lines.append("options it reads beyond the common ones:" if facts["options"] else "it reads the common options only")
     for key, value in facts["options"].items():
         default = "" if value is None else f" [default: {_shown(value)}]"
         help_text = SETTINGS[key].metadata["help"].split(" [default")[0]
         lines.append(f"  {flag_name(key):<14} {help_text}{default}")
+    if facts["set"]:
+        lines += ["", "its own options, each as --set KEY=VALUE:"]
+    for key, one in facts["set"].items():
+        default = "" if one["default"] is None else f" [default: {_shown(one['default'])}]"
+        lines.append(f"  {key:<14} {one['help']}{default}")
     if facts["preset"]:
-        lines += ["", "--preset paper: " + " ".join(f"{flag_name(k)} {_shown(v)}" for k, v in facts["preset"].items())]
+        general = [f"{flag_name(k)} {_shown(v)}" for k, v in facts["preset"].items() if k != "set"]
+        own = [f"--set {k}={_shown(v)}" for k, v in facts["preset"].get("set", {}).items()]
+        lines += ["", "--preset paper: " + " ".join(general + own)]
     return "\n".join(lines)
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple | list):
         return ",".join(value) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -148,13 +148,16 @@ def switch() -> Parser:
 
 def pairs() -> Parser:
     """key=value texts, or a mapping: the mapping. The values stay as they are given, for whoever knows the keys."""
-    expected = "key=value"
+    expected = "key=value, or a mapping"
 
     def parse(value: Any) -> dict[str, Any]:
         if isinstance(value, Mapping):
             return {str(key).replace("-", "_"): one for key, one in value.items()}
         found = {}
-        for part in [value] if isinstance(value, str) else list(value):
+        parts = [value] if isinstance(value, str) else list(value)
+        if not parts:
+            raise ValueError(expected)
+        for part in parts:
             key, sign, one = str(part).partition("=")
             if not sign or not key.strip():
                 raise ValueError(expected)
@@ -227,7 +230,9 @@ def read_own(declared: Mapping[str, Own], given: Mapping[str, Any], method: str)
     for key in given:
         if key not in declared:
             hint = near(key, declared) or f" (it has {', '.join(declared) or 'none'})"
-            raise UsageError(f"--set {key}: the method {method} has no such option{hint}; see `owlore methods {method}`")
+            raise UsageError(
+                f"--set {key}: the method {method} has no such option{hint}; see `owlore methods {method}`"
+            )
     found = {}
     for key, own in declared.items():
         try:

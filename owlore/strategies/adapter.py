@@ -39,7 +39,5 @@ class AdapterStrategy(Strategy):
         del blocks
         parameters = self.units.parameters(range(self.units.num_blocks), self.units.groups)
         return {
-            name: self.rule(p.ndim, projectable=False)
-            for name, p in parameters.items()
-            if name in self.hyper.trained
+            name: self.rule(p.ndim, projectable=False) for name, p in parameters.items() if name in self.hyper.trained
         }

@@ -61,7 +61,9 @@ class LoRA(AdapterStrategy):
 
         own = start.own
         rank = min(own["r"], smallest_side(model, own["target_modules"]))
-        init = own["init"] if start.batches is not None or own["init"] != "pissa" else "default"  # shapes are the same
+        init: Any = (
+            own["init"] if start.batches is not None or own["init"] != "pissa" else "default"
+        )  # shapes are the same
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,

@@ -8,6 +8,7 @@ zero where attention keeps no scores), and two lengths give both.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from htsr.console import quiet_libraries
 from owlore.blocks import find_units, freeze
 from owlore.train.loading import attention
 
+Prepare = Callable[[nn.Module], Collection[str] | None]
 PROBES = (32, 64)  # tokens
 TOY_VOCABULARY = 64
 
@@ -47,10 +49,16 @@ class Footprint:
     outside: Cost
 
 
-def measure_footprint(config: Any, *, dtype: torch.dtype, attn: str = "sdpa") -> Footprint:
-    """Count on a two-block model of this configuration; needs the memory of two blocks, no weights and no network."""
+def measure_footprint(
+    config: Any, *, dtype: torch.dtype, attn: str = "sdpa", prepare: Prepare | None = None
+) -> Footprint:
+    """Count on a two-block model of this configuration; needs the memory of two blocks, no weights and no network.
+
+    prepare: puts an adapter into a model and returns the names of what is then trained; None trains all of a block.
+    """
     model = _toy(config, dtype, attn)
-    counted = {blocks: [_saved(model, blocks, tokens) for tokens in PROBES] for blocks in ((1,), (0,), ())}
+    names = None if prepare is None else prepare(model)
+    counted = {blocks: [_saved(model, blocks, tokens, names) for tokens in PROBES] for blocks in ((1,), (0,), ())}
     hidden = model.config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
     return Footprint(
         trained=_cost([top - alone for top, alone in zip(counted[1,], counted[()], strict=True)]),
@@ -82,15 +90,15 @@ def _toy(config: Any, dtype: torch.dtype, attn: str) -> Any:
         return AutoModelForCausalLM.from_config(small, dtype=dtype, **attention(attn)).train()
 
 
-def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int) -> int:
+def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int, names: Collection[str] | None) -> int:
     """Bytes that autograd saves in a forward of the decoder for one sequence, parameters not counted.
 
     Without a trained block the last norm's input is made to need a gradient, which gives what lies outside the blocks.
     """
     freeze(model)
     units = find_units(model)
-    for parameter in units.parameters(trained, ()).values():
-        parameter.requires_grad_(True)
+    for name, parameter in units.parameters(trained, ()).items():
+        parameter.requires_grad_(names is None or name in names)
     handle = units.modules[-1].register_forward_hook(_start_here) if not trained else None
     try:
         return saved_bytes(model, torch.zeros(1, tokens, dtype=torch.long))

@@ -21,6 +21,7 @@ from htsr import LayerTable
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput
 from htsr.model.locate import locate
+from owlore.adapters.attach import Attached
 from owlore.blocks import Units, find_units
 from owlore.config import TrainConfig
 from owlore.data.prepare import prepare
@@ -29,7 +30,7 @@ from owlore.kernels.projector import projected_shape
 from owlore.optim import Rule, Weights
 from owlore.optim.slot import HeldBytes, planned_bytes
 from owlore.sampling import DRAWS
-from owlore.strategies import Hyper, Strategy
+from owlore.strategies import Hyper, Start, Strategy
 from owlore.train.footprint import Footprint, measure_footprint
 from owlore.train.loading import DTYPES, pick_device
 from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
@@ -57,13 +58,13 @@ def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
     the draws are taken as uniform: a scan needs the weights.
     """
     config, strategy = resolve(config)
-    shape = model_shape(config, pick_device(config.device).type)
+    shape = model_shape(config, pick_device(config.device).type, strategy=strategy)
     table = _table(config, strategy, shape.units.num_blocks, say)
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
     return make_plan(
         shape,
         strategy,
-        hyper_of(config, inclusion),
+        hyper_of(config, inclusion, shape.attached),
         weights=weights_of(config),
         batch=config.batch,
         accum=config.accum,
@@ -98,9 +99,14 @@ def _longest(config: TrainConfig, positions: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model known by its configuration: units on the meta device and what a sequence costs."""
+    """A model known by its configuration: units on the meta device and what a sequence costs.
+
+    parameters: of the model alone; `attached` is what the method put into it.
+    """
 
     units: Units
+    parameters: int
+    attached: Attached | None
     footprint: Footprint
     dtype: torch.dtype
     hidden: int
@@ -108,8 +114,8 @@ class Shape:
     positions: int | None
 
 
-def model_shape(config: TrainConfig, device: str = "cpu") -> Shape:
-    """The model that `config.model` names, without its weights.
+def model_shape(config: TrainConfig, device: str = "cpu", *, strategy: type[Strategy] = Strategy) -> Shape:
+    """The model that `config.model` names, without its weights, as the method prepares it.
 
     Raises: NotFound, BadInput (no configuration of a causal language model).
     """
@@ -125,16 +131,29 @@ def model_shape(config: TrainConfig, device: str = "cpu") -> Shape:
                 model = AutoModelForCausalLM.from_config(described, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{config.model} has no configuration of a causal language model: {error}") from error
-    return shape_of(model, attn=config.attn)
+    return shape_of(model, attn=config.attn, strategy=strategy, own=config.set or {})
 
 
-def shape_of(model: Any, *, attn: str = "sdpa") -> Shape:
-    """The shape of a model object; its parameters may be on the meta device."""
+def shape_of(
+    model: Any, *, attn: str = "sdpa", strategy: type[Strategy] = Strategy, own: Mapping[str, Any] | None = None
+) -> Shape:
+    """The shape of a model object, which the method prepares; its parameters may be on the meta device."""
     text = model.config.get_text_config()
     dtype = next(model.parameters()).dtype
+    parameters = sum(p.numel() for p in model.parameters())
+    start = Start(own=own or {}, seed=0)
+
+    def names(toy: nn.Module) -> frozenset[str] | None:
+        attached = strategy.prepare(toy, start)
+        return None if attached is None else attached.trained
+
+    footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=names)
+    attached = strategy.prepare(model, start)
     return Shape(
         units=find_units(model),
-        footprint=measure_footprint(model.config, dtype=dtype, attn=attn),
+        parameters=parameters,
+        attached=attached,
+        footprint=footprint,
         dtype=dtype,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
@@ -181,9 +200,11 @@ def make_plan(
         "logits": moments.logits,
     }
     peak = sum(held.values()) + kinds["optimizer"] + moments.peak
-    total = sum(p.numel() for p in units.model.parameters())
+    total = shape.parameters
     always = sum(p.numel() for p in outside.values())
-    mean = float(np.mean([sum(p.numel() for p in units.parameters(d, ()).values()) for d in draws]))
+    named = strategy.rules_for(range(units.num_blocks))
+    inside = [sum(p.numel() for name, p in block if name in named) for block in units.blocks]
+    mean = float(np.mean([sum(inside[block] for block in draw) for draw in draws]))
     depths = [units.num_blocks - (0 if bottom else min(draw)) for draw in draws]
     return Plan(
         bytes=kinds | {"total": peak},

@@ -235,7 +235,9 @@ def _train(
         export_adapter(loaded, trainer.attached, place.directory / "model")
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
     (place.directory / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    (place.directory / "README.md").write_text(model_card(record, paper=strategy_class.paper, adapter=strategy_class.adapts))
+    (place.directory / "README.md").write_text(
+        model_card(record, paper=strategy_class.paper, adapter=strategy_class.adapts)
+    )
     run = Run(
         directory=place.directory,
         model=loaded.model if trainer.attached is None else trainer.attached.wrapper,

@@ -122,7 +122,7 @@ def test_every_setting_is_refused_outside_its_values_and_has_help() -> None:
     for name, spec in SETTINGS.items():
         assert spec.metadata["help"].endswith((".", "]")), name
         with pytest.raises(UsageError, match=flag_name(name)):
-            TrainConfig.build({name: {"not": "a value"}})
+            TrainConfig.build({name: ["no pair"] if name == "set" else {"not": "a value"}})
 
 
 def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
