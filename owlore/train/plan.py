@@ -21,7 +21,7 @@ from htsr import LayerTable
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput
 from htsr.model.locate import locate
-from owlore.adapters.attach import Attached
+from owlore.attach import Attached
 from owlore.blocks import Units, find_units
 from owlore.config import TrainConfig
 from owlore.data.prepare import prepare
