@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-METHODS = ("owlore", "lisa", "lisa-d", "badam", "galore", "full", "lora", "dora")
+METHODS = (
+    "owlore", "lisa", "lisa-d", "grass", "badam", "galore", "full", "lora", "dora", "smt", "dota", "qdota",
+)  # fmt: skip

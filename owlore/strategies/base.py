@@ -35,7 +35,7 @@ class Hyper:
 
     inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
     `owlore.blocks.GROUPS` trained in every period. own: the method's own options by name. trained: names of the
-    parameters that `Strategy.prepare` put into the model.
+    parameters that `Strategy.prepare` put into the model. floor: of inclusions, as asked for.
     """
 
     seed: int
@@ -50,6 +50,7 @@ class Hyper:
     state_bits: int = 32
     project_always_on: bool = False
     project_larger: bool = False
+    floor: float | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
 
@@ -59,13 +60,15 @@ class Start:
     """What a method may look at before step 1, when it prepares the model.
 
     own: its own options by name. batches: the first micro-batches of the run, as many as asked for, as arguments of the
-    model with unshifted labels; None where only shapes are known and no weight may be read (a plan). saved: the notes
-    that the preparation of this run left in a checkpoint, None in a new run.
+    model with unshifted labels; None where only shapes are known and no weight may be read (a plan). loss: of a model
+    and such a batch, mean nats a trained token. saved: the notes that the preparation of this run left in a checkpoint,
+    None in a new run.
     """
 
     own: Mapping[str, Any]
     seed: int
     batches: Callable[[int], Iterator[dict[str, Tensor]]] | None = None
+    loss: Callable[[nn.Module, Any], Tensor] | None = None
     saved: Mapping[str, Any] | None = None
 
 

@@ -23,6 +23,7 @@ from owlore.data.arrange import Arrangement, Grouped
 from owlore.data.files import locate_data
 from owlore.data.packing import Packed
 from owlore.data.prepare import Prepared, prepare
+from owlore.kernels.cross_entropy import IGNORED
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Start, Strategy
 from owlore.train.card import model_card
@@ -130,10 +131,23 @@ def attach(
             yield collated(prepared.train, part).on(device)
 
     saved = None if place.saved is None else place.saved.state.get("notes")
-    start = Start(own=config.set or {}, seed=config.seed, batches=batches, saved=saved)
+    start = Start(own=config.set or {}, seed=config.seed, batches=batches, loss=_mean_loss(loaded.model), saved=saved)
     attached = strategy_class.prepare(loaded.model, start)
     freeze(loaded.model)
     return attached
+
+
+def _mean_loss(model: Any) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
+    """Mean loss a trained token of the model as it is now; other models are not taken."""
+    causal: list[CausalLoss] = []
+
+    def loss(asked: torch.nn.Module, batch: Any) -> torch.Tensor:
+        assert asked is model
+        causal[:] = causal or [CausalLoss(model)]  # made when it is first needed
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        return causal[0](**batch) / max(1, tokens)
+
+    return loss
 
 
 def assemble(

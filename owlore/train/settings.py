@@ -56,6 +56,7 @@ def hyper_of(config: TrainConfig, inclusion: Any, attached: Attached | None = No
         state_bits=config.state_bits,
         project_always_on=config.project_always_on,
         project_larger=config.project_side == "larger",
+        floor=config.floor,
         own=config.set or {},
         trained=frozenset() if attached is None else attached.trained,
     )
