@@ -105,6 +105,16 @@ class TrainConfig:
     project_always_on: bool = option(False, flag(), "Project the gradients of always-on matrices too.", method=True)
     set: Mapping[str, Any] | None = option(None, pairs(), "An option of the method's own; see `owlore methods NAME`.")
     preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
+    residency: str = option(
+        "device", choice("device", "host"), "Where frozen blocks live; from the host they stream behind the compute."
+    )
+    resident_share: float = option(
+        0.0, number(0, below=1), "With --residency host: share of the blocks, from the top, that stays on the device."
+    )
+    frozen: str = option(
+        "bf16", choice("bf16", "int8", "nf4"), "Format of frozen blocks; bf16 is their own, the others are lossy."
+    )
+    offload_activations: bool = option(False, flag(), "Keep what checkpointing keeps in host memory.")
     weights: str = option(
         "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
     )

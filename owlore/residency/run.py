@@ -171,24 +171,30 @@ class Residency:
 
     # -- exact weights -----------------------------------------------------------------------------------------------
 
-    def holds(self, name: str) -> bool:
-        """Is this one of the blocks' parameters?"""
-        return name in self._home
-
     def exact(self, name: str) -> Tensor:
         """A parameter's true value: its own memory while drawn, else its master."""
-        block = self._home[name]
-        local = self.bindings[block].local[name]
-        return self.bindings[block].values()[local] if block in self.live else self.masters.read(block)[local]
+        return self.values([name])[name]
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """True values of parameters by name; each block is read once."""
+        found: dict[str, Tensor] = {}
+        for block, members in self._by_block(names).items():
+            binding = self.bindings[block]
+            exact = binding.values() if block in self.live else self.masters.read(block)
+            found |= {name: exact[binding.local[name]] for name in members}
+        return found
+
+    def _by_block(self, names: Iterable[str]) -> dict[int, list[str]]:
+        blocks: dict[int, list[str]] = {}
+        for name in names:
+            blocks.setdefault(self._home[name], []).append(name)
+        return blocks
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Set parameters to these values, wherever they live."""
-        by_block: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in weights.items():
-            block = self._home[name]
-            by_block.setdefault(block, {})[self.bindings[block].local[name]] = tensor
-        for block, given in by_block.items():
+        for block, members in self._by_block(weights).items():
+            given = {self.bindings[block].local[name]: weights[name] for name in members}
             if block in self.live:
                 for local, tensor in given.items():
                     self.bindings[block].parameters[local].data.copy_(tensor)
@@ -216,11 +222,9 @@ class Residency:
         }
 
     def restore(self) -> None:
-        """Give every block its exact weights for good, in host memory, and its own forwards."""
+        """Give every block its exact weights for good, where they lie, and its own forwards."""
         for block, binding in enumerate(self.bindings):
-            exact = {name: tensor.clone() for name, tensor in self.masters.read(block).items()}
-            if block in self.live:
-                exact = binding.values()
+            exact = binding.values() if block in self.live else self.masters.read(block)
             for name, parameter in binding.parameters.items():
                 parameter.data = exact[name]
             binding.remove()

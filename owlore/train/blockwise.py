@@ -11,7 +11,8 @@ numbers, and gradients arrive at a parameter in the order of the micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +24,7 @@ from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.chain import Arguments, Chain
+from owlore.residency.host_embedding import HostEmbedding
 from owlore.residency.plan import step_visits
 from owlore.residency.run import Residency
 from owlore.train.loss import CausalLoss
@@ -48,10 +50,16 @@ class BlockMajor:
     """Forward and backward of a step, block by block."""
 
     def __init__(
-        self, loss: CausalLoss, optimizer: RotatingOptimizer, residency: Residency, chain: Chain, boundaries: Boundaries
+        self,
+        loss: CausalLoss,
+        optimizer: RotatingOptimizer,
+        residency: Residency,
+        chain: Chain,
+        boundaries: Boundaries,
+        embedding: HostEmbedding | None = None,
     ) -> None:
         self.loss, self.optimizer, self.residency = loss, optimizer, residency
-        self.chain, self.boundaries = chain, boundaries
+        self.chain, self.boundaries, self.embedding = chain, boundaries, embedding
         self.lowest = 0  # block that backward has to reach; the number of blocks where it has to reach none
         self.bottom = False  # backward goes on into the embeddings
         self.held: tuple[nn.Parameter, ...] = ()
@@ -81,6 +89,8 @@ class BlockMajor:
             return torch.stack(losses)
         finally:
             self.boundaries.clear()
+            if self.embedding is not None:
+                self.embedding.forget()
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Iterator[Tensor]:
         """Summed loss of each micro-batch, without gradients; a walk of the blocks serves a group of them."""
@@ -99,7 +109,7 @@ class BlockMajor:
         rows = [self._enter(batch, _Random(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
         self._forward(rows, keep=False)
-        return [self.chain.inject(row.hidden, partial(self.loss, **row.inputs)) for row in rows]
+        return [self._leave(row, row.hidden) for row in rows]
 
     # -- a walk ------------------------------------------------------------------------------------------------------
 
@@ -111,6 +121,8 @@ class BlockMajor:
     def _enter(self, batch: MicroBatch, random: _Random, *, grad: bool) -> _Rows:
         inputs = batch.on(self.residency.port.device)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        if self.embedding is not None:
+            self.embedding.knows(ids, batch.input_ids)
         with torch.set_grad_enabled(grad), random:
             entry = self.chain.capture(lambda: self.loss.outputs(ids, positions), entered=random.remember)
         hidden = entry.hidden.detach()
@@ -139,7 +151,7 @@ class BlockMajor:
             row.random.recall()
 
         with row.random:
-            mean = self.chain.inject(top, lambda: self.loss(**row.inputs), left=left) / tokens
+            mean = self._leave(row, top, left) / tokens
         del row.hidden
         if mean.requires_grad:
             self.optimizer.micro_batch(step, last=last)
@@ -151,6 +163,12 @@ class BlockMajor:
                 scaled.backward()
                 row.gradient = top.grad
         return mean.detach()
+
+    def _leave(self, row: _Rows, hidden: Tensor, left: Callable[[], None] = lambda: None) -> Tensor:
+        """Loss of a micro-batch from what its last block gave."""
+        with nullcontext() if self.embedding is None else self.embedding.idle():
+            loss: Tensor = self.chain.inject(hidden, partial(self.loss, **row.inputs), left=left)
+        return loss
 
     def _backward(self, rows: Sequence[_Rows], step: int) -> None:
         last = len(rows) - 1

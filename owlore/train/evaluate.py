@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterable, Iterator
 
-from owlore.data.batches import collate, length_batches
+import torch
+from torch import Tensor
+
+from owlore.data.batches import MicroBatch, collate, length_batches
 from owlore.data.tokenise import Encoded
 from owlore.train.loss import CausalLoss
 
+Losses = Callable[[Iterable[MicroBatch]], Iterable[Tensor]]
+
 
 @torch.no_grad()
-def held_out_loss(loss: CausalLoss, data: Encoded, *, batch: int, device: torch.device) -> float:
-    """Mean negative log-likelihood (nats) a trained token over the whole of `data`, in evaluation mode."""
+def held_out_loss(
+    loss: CausalLoss, data: Encoded, *, batch: int, device: torch.device, losses: Losses | None = None
+) -> float:
+    """Mean negative log-likelihood (nats) a trained token over the whole of `data`, in evaluation mode.
+
+    losses: gives the summed loss of each micro-batch in another way than calling `loss` on it.
+    """
     training = loss.model.training
     loss.model.eval()
+    every = (collate(data, rows) for rows in length_batches(data, batch))
     total, tokens = 0.0, 0
-    try:
-        for rows in length_batches(data, batch):
-            micro = collate(data, rows)
+
+    def counted() -> Iterator[MicroBatch]:
+        nonlocal tokens
+        for micro in every:
             if micro.num_trained:
-                total += float(loss(micro.input_ids.to(device), micro.labels.to(device)))
                 tokens += micro.num_trained
+                yield micro
+
+    try:
+        one_by_one = (loss(micro.input_ids.to(device), micro.labels.to(device)) for micro in counted())
+        for part in one_by_one if losses is None else losses(counted()):
+            total += float(part)
     finally:
         loss.model.train(training)
     return total / max(1, tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,17 @@ from owlore.kernels.seeds import generator_for
 from owlore.train.loading import Loaded
 
 
-def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: int) -> None:
+def export(
+    loaded: Loaded,
+    directory: Path,
+    *,
+    trained: Collection[str],
+    seed: int,
+    values: Callable[[Iterable[str]], Mapping[str, Tensor]] | None = None,
+) -> None:
     """Write weights, configuration, generation settings and tokenizer.
+
+    values: gives the parameters' exact values by name, where the model itself does not hold them.
 
     A tensor that was never trained leaves with the bits it came with; where it was loaded in another dtype it is read
     from the checkpoint again. A trained one that is held wider than the checkpoint is rounded stochastically.
@@ -26,7 +35,10 @@ def export(loaded: Loaded, directory: Path, *, trained: Collection[str], seed: i
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    held: dict[str, Tensor] = model.state_dict()
+    if values is not None:
+        held |= values(name for name in held if name in parameters)
+    for name, tensor in held.items():
         if tensor.data_ptr() not in seen or not tensor.numel():
             dtype = loaded.stored.get(name, loaded.stored_default)
             if name in loaded.stored and name in parameters and name not in trained and tensor.dtype != dtype:

@@ -28,6 +28,7 @@ from owlore.train.loss import CausalLoss
 from owlore.train.metrics import MetricsLog, memory_held
 from owlore.train.recompute import Recompute
 from owlore.train.schedule import learning_rate
+from owlore.train.streaming import Streaming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,9 @@ class Trainer:
     active: tuple[int, ...] = ()
     step: int = 0  # optimizer steps done
     attached: Attached | None = None  # the adapter that is trained, where it is not the model itself
+    streaming: Streaming | None = None  # where the blocks live, if not plainly on the device
+    finished: bool = False  # the last activation has ended
+    frozen_loss: float | None = None  # the last held-out loss with the frozen blocks as they were trained against
     exported_step: int | None = None  # the step whose weights the model holds at the end, where it is not the last
 
     def run(self, on_row: Callable[[dict[str, Any]], None]) -> None:
@@ -133,13 +137,24 @@ class Trainer:
         self.strategy.adapt(self.period)
         rules = self.strategy.rules_at(self.period)
         self.active = self.strategy.blocks_at(self.period)
-        done = self.optimizer.switch(rules, self.step)
+        done = self.optimizer.switch(rules, self.step, between=lambda: self._settle(rules))
         self.trained.update(rules)
         if done.left:
             self.tally.lost_norm.append(done.lost_norm)
         for block in self.active:
             self.tally.draws[block] += 1
         self._aim_recompute(rules)
+        self._expect_next()
+
+    def _settle(self, rules: dict[str, Rule]) -> None:
+        if self.streaming is not None:
+            self.streaming.settle(rules)
+
+    def _expect_next(self) -> None:
+        """Draws are pure, so what the next period needs can be fetched during this one (a rule that adapts is guessed
+        by its present table; a block that was not expected is read when it is drawn)."""
+        if self.streaming is not None and self.pace.every and (self.period + 1) * self.pace.every < self.pace.steps:
+            self.streaming.expect(self.strategy.blocks_at(self.period + 1))
 
     def _close_period(self) -> None:
         """Record the gradient norms that the period which ends has seen, block by block."""
@@ -192,6 +207,8 @@ class Trainer:
         tokens = sum(batch.num_trained for batch in batches)
         if not tokens:
             return None
+        if self.streaming is not None:
+            return self._gather_streamed(self.streaming, batches, tokens)
         loss = 0.0
         for index, batch in enumerate(batches):
             self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
@@ -205,6 +222,13 @@ class Trainer:
                     (mean * self.optimizer.grad_scale).backward()
         return loss
 
+    def _gather_streamed(self, streaming: Streaming, batches: list[MicroBatch], tokens: int) -> float:
+        losses = streaming.walk.gather(batches, tokens, seed=self.pace.seed, step=self.step)
+        loss = sum(losses.tolist(), 0.0)
+        if not math.isfinite(loss):
+            raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
+        return loss
+
     def _record(self, seconds: float, tokens: int, **values: Any) -> dict[str, Any]:
         self.tally.step_seconds.append(seconds)
         self.tally.tokens += tokens
@@ -212,7 +236,8 @@ class Trainer:
         return self.metrics.write(
             step=self.step, epoch=self._epoch, split="train", tokens=tokens, tokens_per_s=tokens / seconds,
             mem_bytes=memory_held(self.device), state_bytes=self.optimizer.held().total,
-            active_blocks=list(self.active), **values,
+            active_blocks=list(self.active),
+            **self._which(exact=self._exact), **values,
         )  # fmt: skip
 
     @property
@@ -222,35 +247,57 @@ class Trainer:
     # -- around it ---------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Held-out loss as a metrics row; an empty record without evaluation data."""
+        """Held-out loss as a metrics row; an empty record without evaluation data.
+
+        It is of the weights that are trained against and, when training is finished, of the weights as they leave; the
+        two differ where frozen blocks are quantised.
+        """
         if self.eval_data is None:
             return {}
-        loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device)
-        if not math.isfinite(loss):
-            raise NotFinite(f"held-out loss {loss} at step {self.step}: the model's weights or the data are damaged")
-        if self.step and (self.tally.best is None or loss < self.tally.best["loss"]):
-            self.tally.best = {"step": self.step, "loss": loss}
+        exact = self.finished or self._exact
+        loss = comparable = self._held_out(exact=exact)
+        if not self._exact and self.finished:
+            self.frozen_loss = comparable = self._held_out(exact=False)
+        if self.step and (self.tally.best is None or comparable < self.tally.best["loss"]):
+            self.tally.best = {"step": self.step, "loss": comparable}
         return self.metrics.write(
             step=self.step, epoch=self._epoch, split="eval", loss=loss, mem_bytes=memory_held(self.device),
-            state_bytes=self.optimizer.held().total, active_blocks=list(self.active),
+            state_bytes=self.optimizer.held().total, active_blocks=list(self.active), **self._which(exact=exact),
         )  # fmt: skip
+
+    @property
+    def _exact(self) -> bool:
+        """Are frozen blocks read with their own bits?"""
+        return self.streaming is None or self.streaming.exact
+
+    def _which(self, *, exact: bool) -> dict[str, str]:
+        """The key of a row that says which weights its loss is of, in runs where there is a choice."""
+        return {} if self.streaming is None else {"weights": "exact" if exact else self.streaming.frozen}
+
+    def _held_out(self, *, exact: bool) -> float:
+        assert self.eval_data is not None
+        streaming = self.streaming
+        losses = None if streaming is None else lambda batches: streaming.losses(batches, exact=exact)
+        loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device, losses=losses)
+        if not math.isfinite(loss):
+            raise NotFinite(f"held-out loss {loss} at step {self.step}: the model's weights or the data are damaged")
+        return loss
 
     def finish(self) -> None:
         """End the last activation: masters are written back, state is freed, nothing is trainable."""
         self._close_period()
-        done = self.optimizer.switch({}, self.step)
+        done = self.optimizer.switch({}, self.step, between=lambda: self._settle({}))
         self.tally.lost_norm.append(done.lost_norm)
-        self.active = ()
+        self.active, self.finished = (), True
 
     def save(self) -> Path:
         """A checkpoint from which `restore` goes on bit for bit."""
         tensors, counters = self.optimizer.state()
-        parameters = self.optimizer.parameters
-        names = parameters if self._is_best_to_keep else self.trained
+        names = self.optimizer.parameters if self._is_best_to_keep else self.trained
         path = checkpoint.save(
             self.checkpoints,
             self.step,
-            weights={name: parameters[name].data for name in sorted(names)},
+            weights=self._weights(sorted(names)),
             optimizer=tensors,
             state={
                 "identity": self.identity,
@@ -279,7 +326,15 @@ class Trainer:
             self._put_back(saved.weights)
             self.trained, self.exported_step = set(saved.state["trained"]), saved.step
 
+    def _weights(self, names: list[str]) -> dict[str, torch.Tensor]:
+        if self.streaming is not None:
+            return self.streaming.values(names)
+        return {name: self.optimizer.parameters[name].data for name in names}
+
     def _put_back(self, weights: dict[str, torch.Tensor]) -> None:
+        if self.streaming is not None:
+            self.streaming.put(weights)
+            return
         with torch.no_grad():
             for name, tensor in weights.items():
                 self.optimizer.parameters[name].copy_(tensor)
@@ -298,6 +353,7 @@ class Trainer:
         self.active = tuple(saved.state["active"])
         self.strategy.record = Record.from_dict(saved.state["record"])
         rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
+        self._settle(rules)
         self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
         self._aim_recompute(rules)
 

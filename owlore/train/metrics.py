@@ -31,10 +31,13 @@ KEYS = (
 
 
 class MetricsLog:
-    """Appends rows to a file and keeps them in memory; a row is in the file when `write` returns."""
+    """Appends rows to a file and keeps them in memory; a row is in the file when `write` returns.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    more: keys of this run's rows beyond `KEYS`.
+    """
+
+    def __init__(self, path: Path, *, more: tuple[str, ...] = ()) -> None:
+        self.path, self.keys = path, KEYS + more
         self.rows: list[dict[str, Any]] = []
 
     def open(self, *, after: int | None) -> None:
@@ -49,9 +52,9 @@ class MetricsLog:
         temporary.replace(self.path)
 
     def write(self, **row: Any) -> dict[str, Any]:
-        unknown = set(row) - set(KEYS)
+        unknown = set(row) - set(self.keys)
         assert not unknown, f"not a metrics key: {unknown}"
-        full = {key: row.get(key) for key in KEYS}
+        full = {key: row.get(key) for key in self.keys}
         self.rows.append(full)
         with self.path.open("a") as file:
             file.write(json.dumps(full, allow_nan=False) + "\n")

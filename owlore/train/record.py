@@ -112,6 +112,8 @@ def run_record(
         "eval_best": tally.best,
         "exported_step": trainer.step if trainer.exported_step is None else trainer.exported_step,
         "loss": "chunked" if trainer.loss.chunked else "whole logits: the model's own differ from head(decoder(x))",
+        "residency": None if trainer.streaming is None else trainer.streaming.record(),
+        "eval_loss_last_frozen": trainer.frozen_loss,
         "device": str(trainer.device),
         "versions": {"owlore": owlore.__version__, "htsr": htsr.__version__, "torch": torch.__version__,
                      "transformers": transformers.__version__, "python": platform.python_version()},

@@ -43,6 +43,7 @@ from owlore.train.settings import (
     resolve,
     weights_of,
 )
+from owlore.train.streaming import open_streaming, streams
 from owlore.train.tables import cache_directory, find_table, run_inclusion, scanned_table
 from owlore.train.trackers import Tracker, check_trackers, open_trackers
 
@@ -87,7 +88,8 @@ def train_from_config(
             locate_data(named)  # a wrong path is said now, not after a large model has been loaded
     place = find_place(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
     device = pick_device(config.device)
-    loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=device, tokenizer=tokenizer)
+    home = torch.device("cpu") if streams(config) else device
+    loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=home, tokenizer=tokenizer)
     freeze(loaded.model)
     prepared = prepare(
         config.data if data is None else data,
@@ -110,7 +112,7 @@ def train_from_config(
             model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
         ),
     )
-    trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device)
+    trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device, say)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
 
 
@@ -160,6 +162,7 @@ def assemble(
     table: LayerTable | None,
     place: Place,
     device: torch.device,
+    say: Callable[[str], None],
 ) -> Trainer:
     """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
@@ -172,7 +175,12 @@ def assemble(
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
     )
     arrangement = arrange(config, prepared)
+    streaming = None
+    if streams(config):
+        streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
     loss = CausalLoss(loaded.model)
+    if streaming is not None:
+        streaming.connect(loss, optimizer)
     if config.packing and not loss.keeps_rows_apart():
         raise BadInput(
             "--packing: this model lets packed rows see each other, or does not number them anew (tried on two rows); "
@@ -191,12 +199,13 @@ def assemble(
         strategy=strategy,
         optimizer=optimizer,
         loss=loss,
-        recompute=Recompute(units.modules, enabled=recomputes(config, units)),
+        recompute=Recompute(units.modules, enabled=streaming is None and recomputes(config, units)),
+        streaming=streaming,
         pace=_pace(config, strategy_class, arrangement),
         data=prepared.train,
         arrangement=arrangement,
         eval_data=prepared.heldout,
-        metrics=MetricsLog(place.directory / "metrics.jsonl"),
+        metrics=MetricsLog(place.directory / "metrics.jsonl", more=() if streaming is None else ("weights",)),
         checkpoints=place.checkpoints,
         device=device,
         identity=identity,
@@ -243,8 +252,10 @@ def _train(
     finally:
         trainer.recompute.remove()
     loaded.model.eval()
+    streaming = trainer.streaming
     if trainer.attached is None:
-        export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed)
+        values = None if streaming is None else streaming.values
+        export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed, values=values)
     else:
         export_adapter(loaded, trainer.attached, place.directory / "model")
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
@@ -261,6 +272,9 @@ def _train(
         rows=tuple(trainer.metrics.rows),
     )
     save_plots(run)
+    if streaming is not None:
+        whole = config.residency == "device" and streaming.exact
+        streaming.remove(trainer.device if whole else torch.device("cpu"))
     return run
 
 

@@ -15,6 +15,7 @@ from owlore.optim import Weights
 from owlore.options import read_own
 from owlore.strategies import STRATEGIES, Hyper, Strategy
 from owlore.train import checkpoint
+from owlore.train.streaming import check_streaming
 
 CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
 
@@ -22,7 +23,7 @@ CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing aut
 # data and table are compared by content, not by name.
 MAY_CHANGE = frozenset({
     "steps", "epochs", "out", "eval_every", "save_every", "keep", "preset", "device", "checkpointing",
-    "model", "data", "table", "log_to",
+    "model", "data", "table", "log_to", "residency", "resident_share", "offload_activations",
 })  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     """
     strategy = STRATEGIES[config.method]
     refuse_unread(config, config.given, strategy.reads)
+    check_streaming(config, adapts=strategy.adapts)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
     own = read_own(strategy.own, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
