@@ -19,20 +19,20 @@ from transformers.pytorch_utils import Conv1D
 
 from owlore.adapters.dota_config import DotaConfig
 from owlore.adapters.nf4_linear import Nf4Linear
-from owlore.adapters.targets import dense_weight, is_plain, matrix_of, shape_of
+from owlore.adapters.targets import dense_weight, is_plain, matrix_of, place_of, shape_of
 from owlore.kernels.mpo import MpoShape, Term, add_terms, decompose, make_shape, mpo_linear, random_cores, rebuild
 from owlore.kernels.nf4 import dequantise, quantise
 from owlore.kernels.seeds import generator_for
 
 
 class MpoCores(nn.Module):
-    """Trained cores `core_k` and their frozen first values `start_k` (both fp32) of one adapter in one matrix."""
+    """Trained cores `core_k` and their frozen first values `start_k`, at least fp32, of one adapter in one matrix."""
 
-    def __init__(self, shape: MpoShape, cores: list[Tensor], device: torch.device) -> None:
+    def __init__(self, shape: MpoShape, cores: list[Tensor], base: nn.Module) -> None:
         super().__init__()
         self.shape = shape
         for k, core in enumerate(cores):
-            first = core.to(device, torch.float32).contiguous()
+            first = core.to(*place_of(base)).contiguous()
             self.register_parameter(f"core_{k}", nn.Parameter(first))
             self.register_buffer(f"start_{k}", first.clone())
 
@@ -78,12 +78,11 @@ class DotaLayer(nn.Module, BaseTunerLayer):
                 'expected plain float weights for residual="explicit" or quantise'
             )
         shape = make_shape(self.out_features, self.in_features, config.num_cores, config.bond, config.cuts)
-        device = next(self.get_base_layer().parameters(), torch.empty(0)).device
         if config.fresh:
             cores = first_cores(self.dense_base(), shape, config, self.name)
         else:
             cores = [torch.zeros(core) for core in shape.cores]
-        self.dota_mpo[adapter_name] = MpoCores(shape, cores, device)
+        self.dota_mpo[adapter_name] = MpoCores(shape, cores, base)
         if changes:
             self._pending = lambda: self._change_base(adapter_name, config)
         if config.fresh:

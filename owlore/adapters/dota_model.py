@@ -19,7 +19,7 @@ from owlore.kernels.mpo import largest_bond
 class DotaModel(BaseTuner):
     prefix = "dota_"
     tuner_layer_cls = DotaLayer
-    target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+    target_module_mapping = DEFAULT_TARGETS
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.density is not None and peft_config.fresh:

@@ -45,6 +45,11 @@ class Nf4Linear(nn.Module):
             offset=self.offset,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The codes, so that those who ask a layer's weight for its device find it."""
+        return self.packed
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the codes stand for, (outputs x inputs)."""
         dtype = dtype or self.dtype

@@ -18,7 +18,7 @@ ALLOTMENTS = {
     "per_matrix": "the same number of blocks for every matrix",
 }
 MODES = {
-    "auto": "in place for plain float weights, bypass for quantised ones",
+    "auto": "in place for plain float weights, bypass for quantised or tied ones",
     "inplace": "the blocks are written into the weight: a dense layer, no extra work",
     "bypass": "the weight stays untouched and the blocks' product is added",
 }

@@ -2,9 +2,9 @@
 
 In place, the weight holds cast(W0 + D) on the chosen blocks, so forward and input gradient are the dense layer's own
 and cost nothing extra. W0's blocks are kept, so that disabling or unmerging brings every bit back. The blocks are
-rewritten when a delta changed: its version counter tells, and since optimizers may write through `.data` or raw
-pointers, which no counter sees, every forward that recorded a graph has the next one rewrite too (k * l^2 values).
-`refresh` does it at once.
+rewritten when a delta changed: its version counter tells. Optimizers and checkpoints may write through `.data` or raw
+pointers, which no counter sees; so a forward that records a graph always rewrites (k * l^2 values), and so does the
+first one after it. `refresh` does it at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from owlore.adapters.targets import is_plain, matrix_of, shape_of
+from owlore.adapters.targets import is_plain, matrix_of, place_of, shape_of
 from owlore.kernels.block_sparse import (
     Cell,
     Layout,
@@ -28,16 +28,17 @@ from owlore.kernels.block_sparse import (
 
 
 class BlockDeltas(nn.Module):
-    """The values of one adapter in one matrix (flat, fp32) and where they belong (int32, an (i, j) a block)."""
+    """The values of one adapter in one matrix (flat, at least fp32) and where they lie (int32, an (i, j) a block)."""
 
     index: Tensor
     original: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], block: int, cells: list[Cell], device: torch.device) -> None:
+    def __init__(self, base: nn.Module, block: int, cells: list[Cell]) -> None:
         super().__init__()
-        self.shape, self.block = shape, block
-        layout = make_layout(shape, block, cells)
-        self.delta = nn.Parameter(torch.zeros(layout.size, dtype=torch.float32, device=device))
+        self.shape, self.block = shape_of(base), block
+        layout = make_layout(self.shape, block, cells)
+        device, dtype = place_of(base)
+        self.delta = nn.Parameter(torch.zeros(layout.size, dtype=dtype, device=device))
         self.register_buffer("index", torch.tensor(layout.cells, dtype=torch.int32, device=device))
         self.register_buffer("original", None, persistent=False)  # W0's blocks while ours are in the weight
         self._layout: Layout | None = None
@@ -88,13 +89,11 @@ class SmtLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._written: tuple[str, ...] = ()  # adapters whose blocks are in the weight
         self._token: tuple[Any, ...] = ()  # what exactly is in the weight
-        self._stale = False
+        self._stale = True  # a delta may have changed unseen since the last forward
 
     def update_layer(self, adapter_name: str, block: int, cells: list[Cell], inference_mode: bool = False) -> None:
         """Add an adapter with zero deltas on these blocks."""
-        device = next(self.get_base_layer().parameters()).device
-        shape = (self.out_features, self.in_features)
-        self.smt_blocks[adapter_name] = BlockDeltas(shape, block, cells, device)
+        self.smt_blocks[adapter_name] = BlockDeltas(self.get_base_layer(), block, cells)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     # -- the weight's blocks -----------------------------------------------------------------------------------------
@@ -102,16 +101,14 @@ class SmtLayer(nn.Module, BaseTunerLayer):
     @torch.compiler.disable
     def refresh(self, *, force: bool = False) -> None:
         """Bring the weight's blocks up to date; `force` when a delta may have changed without a trace."""
-        if force or self._stale:
-            self._stale = True
         wanted = self._wanted()
         token = self._describe(wanted)
-        if token == self._token and not self._stale:
+        if token == self._token and not (force or self._stale):
             return
         if any(self._deltas(name).delta.is_meta for name in wanted):
             return  # PEFT is still loading
         self._write(wanted)
-        self._token, self._stale = token, False
+        self._token = token
 
     def _wanted(self) -> tuple[str, ...]:
         """Adapters that belong into the weight now."""
@@ -174,10 +171,11 @@ class SmtLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        self.refresh()
         names = () if self.disable_adapters or self.merged else self._active()
         deltas = [self._deltas(name) for name in names]
         trained = torch.is_grad_enabled() and any(d.delta.requires_grad for d in deltas)
+        self.refresh(force=trained)
+        self._stale = trained
         if not deltas or (self.in_place and not trained):
             return self.base_layer(x, *args, **kwargs)
         if not self.in_place:
@@ -185,7 +183,6 @@ class SmtLayer(nn.Module, BaseTunerLayer):
             for d in deltas:
                 y = y + block_product(x, d.layout(), d.delta).to(y.dtype)
             return y
-        self._stale = True
         base = self.get_base_layer()
         return written_linear(
             x,

@@ -15,13 +15,13 @@ from torch import nn
 from owlore.adapters.selection import make_map
 from owlore.adapters.smt_config import SmtConfig
 from owlore.adapters.smt_layer import SmtLayer
-from owlore.adapters.targets import DEFAULT_TARGETS, find_targets
+from owlore.adapters.targets import DEFAULT_TARGETS, find_targets, is_shared
 
 
 class SmtModel(BaseTuner):
     prefix = "smt_"
     tuner_layer_cls = SmtLayer
-    target_module_mapping = DEFAULT_TARGETS  # type: ignore[assignment]
+    target_module_mapping = DEFAULT_TARGETS
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.block_map is None:
@@ -41,7 +41,9 @@ class SmtModel(BaseTuner):
         cells = peft_config.block_map["blocks"].get(current_key)
         if not cells:
             return
-        layer = target if isinstance(target, SmtLayer) else SmtLayer(target, peft_config.mode)
+        # In place, blocks of a head tied to the embeddings would change what the embeddings look up.
+        mode = "bypass" if peft_config.mode == "auto" and is_shared(self.model, target) else peft_config.mode
+        layer = target if isinstance(target, SmtLayer) else SmtLayer(target, mode)
         layer.update_layer(
             adapter_name, peft_config.block_map["block_size"], cells, inference_mode=peft_config.inference_mode
         )

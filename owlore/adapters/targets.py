@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["DEFAULT_TARGETS", "Target", "count_2d", "dense_weight", "find_targets", "is_plain", "matrix_of"]
+from owlore.adapters.nf4_linear import Nf4Linear
+
+DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # PEFT's choice by model type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,25 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of a linear map, and the dtype that adapters beside it train in: fp32, or fp64 beside fp64."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    raise TypeError(f"a {type(module).__name__} without parameters or buffers cannot be adapted")
+
+
+def is_shared(model: nn.Module, module: nn.Module) -> bool:
+    """Whether the module's weight is another module's too (a head tied to the embeddings)."""
+    own = getattr(module, "weight", None)
+    return any(m is not module and getattr(m, "_parameters", {}).get("weight") is own for m in model.modules())
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The values of the weight (outputs x inputs), dequantised where it is quantised."""
     if is_plain(module):
         return matrix_of(module)
+    if isinstance(module, Nf4Linear):
+        return module.dense()
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(module).detach()
@@ -89,13 +106,11 @@ def count_2d(model: nn.Module) -> int:
     sizes: dict[int, int] = {}
     for _, module in _outer_modules(model):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for parameter in base.parameters(recurse=False):
-            quantised = not parameter.is_floating_point() and hasattr(base, "out_features")
-            if quantised:
-                outputs, inputs = shape_of(base)
-                sizes[id(parameter)] = outputs * inputs
-            elif parameter.ndim == 2:
-                sizes[id(parameter)] = parameter.numel()
+        if hasattr(base, "in_features") and hasattr(base, "out_features") and not is_plain(base):
+            outputs, inputs = shape_of(base)
+            sizes[id(base)] = outputs * inputs
+            continue
+        sizes |= {id(p): p.numel() for p in base.parameters(recurse=False) if p.ndim == 2}
     return sum(sizes.values())
 
 
