@@ -17,6 +17,7 @@ from owlore.methods import METHODS
 
 @click.group(
     cls=console.LazyGroup,
+    lazy={"eval": "owlore.evaluation.cli:command"},
     name="owlore",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 116},
 )
@@ -271,13 +272,12 @@ def _shown(value: Any) -> str:
 def generate(
     model: str, prompt: str, form: str | None, device: str, as_json: bool, quiet: bool, **settings: Any
 ) -> None:
-    """Print what MODEL, or the model of a run directory, writes after a prompt."""
+    """Print what MODEL, the model of a run directory or an adapter writes after a prompt."""
     del quiet  # console.Command has seen to it
     from owlore.generate import generate as write
-    from owlore.train.loading import load, pick_device
+    from owlore.train.finished import load_finished
+    from owlore.train.loading import pick_device
 
-    exported = Path(model) / "model"
-    place = str(exported) if (exported / "config.json").is_file() else model
-    loaded = load(place, dtype="auto", attn="sdpa", device=pick_device(device))
+    loaded = load_finished(model, device=pick_device(device))
     text = write(loaded.model, loaded.tokenizer, prompt, form=form or "plain", **settings)
     click.echo(jsonlib.dumps({"model": model, "prompt": prompt, "text": text}) if as_json else text)

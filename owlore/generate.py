@@ -28,18 +28,38 @@ def generate(
 
     Raises: BadInput for a prompt without tokens, or one that leaves the model no room for an answer.
     """
+    ids = prompt_ids(prompt, tokenizer, form)
+    return continue_ids(
+        model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, what="--prompt"
+    )
+
+
+def continue_ids(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    top_k: int = 0,
+    what: str = "the prompt",
+) -> str:
+    """What the model writes after these tokens; `what` names them in an error. top_k: 0 samples from all tokens.
+
+    Raises: BadInput when there is no token, or no room for an answer.
+    """
     import torch
 
-    ids = prompt_ids(prompt, tokenizer, form)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not ids:
-        raise BadInput("--prompt has no token; expected some text")
+        raise BadInput(f"{what} has no token; expected some text")
     if room is not None and len(ids) >= room:
-        raise BadInput(f"--prompt has {len(ids)} tokens, and the model reads {room}; shorten it")
+        raise BadInput(f"{what} has {len(ids)} tokens, and the model reads {room}; shorten it")
     length = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
     inputs = torch.tensor([ids], device=model.device)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
         if temperature > 0
         else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     )

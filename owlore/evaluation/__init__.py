@@ -1,0 +1,23 @@
+"""What a model can do after training: the field's tasks on lm-evaluation-harness, in two protocols.
+
+`owlore.evaluation.evaluate(model, tokenizer, tasks, ...)` is the Python form of `owlore eval`. Importing this package
+imports neither torch nor lm_eval.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from owlore.evaluation.run import evaluate
+
+__all__ = ["evaluate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for when it is asked for (PEP 562)."""
+    if name == "evaluate":
+        from owlore.evaluation.run import evaluate
+
+        return evaluate
+    raise AttributeError(f"module 'owlore.evaluation' has no attribute {name!r}")
