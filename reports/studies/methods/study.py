@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 Row = dict[str, Any]
+READ_BY_SOME = ("active", "every", "rank", "always_on")  # an arm has them where `reads` names them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +62,15 @@ class Study:
         return tuple(self.arms[arm].get("seeds", self.spec["seeds"]))
 
     def cells(self) -> list[Cell]:
-        """Every cell, seed by seed, so that a matrix cut short still gives each arm the same."""
+        """Every cell, seed by seed, so that a matrix cut short still gives each arm the same; arms of stage 2 last."""
         made = [self._cell(arm, lr, seed) for arm in self.arms for seed in self.seeds_of(arm)
                 for lr in self.arms[arm].get("learning_rates", self.learning_rates)]  # fmt: skip
-        return sorted(made, key=lambda cell: cell.seed)
+        return sorted(made, key=lambda cell: (self.arms[cell.arm].get("stage", 1), cell.seed))
 
     def _cell(self, arm: str, lr: float, seed: int) -> Cell:
         spec = self.arms[arm]
         settings = {**self.spec["settings"], **spec.get("settings", {})}
-        sampled = {key: settings.pop(key, None) for key in ("active", "every", "rank")}
+        sampled = {key: settings.pop(key, None) for key in READ_BY_SOME}
         kept = {key: sampled[key] for key in spec.get("reads", ()) if sampled[key] is not None}
         return Cell(
             arm=arm,
@@ -96,7 +97,7 @@ def read_study(path: str | Path) -> Study:
     if unknown := set(spec) - known:
         raise SystemExit(f"{path}: got {', '.join(sorted(unknown))}, known: {', '.join(sorted(known))}")
     for name, arm in spec["arms"].items():
-        if extra := set(arm) - {"method", "table", "reads", "set", "settings", "seeds", "learning_rates", "group"}:
+        if extra := set(arm) - {"method", "table", "reads", "set", "settings", "seeds", "learning_rates", "stage"}:
             raise SystemExit(f"{path}: arm {name}: got {', '.join(sorted(extra))}")
     if spec["reference"] not in spec["arms"]:
         raise SystemExit(f"{path}: the reference {spec['reference']} is not one of the arms")
