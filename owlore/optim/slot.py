@@ -141,6 +141,7 @@ class Slot:
         stream = generator_for(self.seed, "basis", self.name, step)
         try:
             fresh = find_basis(self.whole, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
+            fresh = fresh.contiguous()  # as it comes back from a checkpoint; a product rounds by its operands' strides
         except FloatingPointError:
             rows, cols = self.whole.shape
             small = projected_shape(rows, cols, self.rule.rank, self.rule.larger)

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from owlore.residency.pinned import HostBlob, pin
+from owlore.residency.staging import Staging
 
 Ticket = Any
 
@@ -103,13 +103,13 @@ class CudaPort(Port):
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._timed = timed
         self._spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"copy": [], "stall": []}
-        self._staging: _Staging | None = None
+        self._staging: Staging | None = None
 
     def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
         if blob.pinned:
             return self._copy_in(into, blob.tensor, after)
         if self._staging is None:
-            self._staging = _Staging(self.RING, self.device)
+            self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(self.device))
         return self._staging.submit(blob.tensor, lambda staged: self._copy_in(into, staged, after))
 
     def _copy_in(self, into: Tensor, source: Tensor, after: Ticket) -> torch.cuda.Event:
@@ -156,35 +156,6 @@ class CudaPort(Port):
         for spans in self._spans.values():
             spans.clear()
         return found
-
-
-class _Staging:
-    """Pageable memory -> pinned ring -> device, on a thread of its own: only that thread ever waits for the device."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._device = device
-        self._ring: list[Tensor | None] = [None] * size
-        self._busy: list[torch.cuda.Event | None] = [None] * size
-        self._turn = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="owlore-staging")
-
-    def submit(self, source: Tensor, send: Callable[[Tensor], torch.cuda.Event]) -> Future[torch.cuda.Event]:
-        return self._thread.submit(self._stage, source, send)
-
-    def _stage(self, source: Tensor, send: Callable[[Tensor], torch.cuda.Event]) -> torch.cuda.Event:
-        torch.cuda.set_device(self._device)
-        turn, self._turn = self._turn, (self._turn + 1) % len(self._ring)
-        busy = self._busy[turn]
-        if busy is not None:
-            busy.synchronize()
-        buffer = self._ring[turn]
-        if buffer is None or buffer.numel() < source.numel():
-            buffer = self._ring[turn] = pin(torch.empty(source.numel(), dtype=torch.uint8)).tensor
-        staged = buffer[: source.numel()]
-        staged.copy_(source)
-        event = send(staged)
-        self._busy[turn] = event
-        return event
 
 
 def open_port(device: torch.device, *, timed: bool = False) -> Port:

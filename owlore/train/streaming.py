@@ -160,10 +160,14 @@ def open_streaming(
     directory: Path,
     say: Say,
     port: Port | None = None,
+    lock: Pin | None = None,
 ) -> Streaming:
-    """Take the blocks of a model that lies in host memory apart; everything else moves to the device."""
+    """Take the blocks of a model that lies in host memory apart; everything else moves to the device.
+
+    port, lock: how the device is reached and host memory locked, where that is not the device's usual way.
+    """
     port = port or open_port(device)
-    lock: Pin = pin if device.type == "cuda" else unlocked
+    lock = lock or (pin if device.type == "cuda" else unlocked)
     share = config.resident_share if config.residency == "host" else 1.0
     residency = empty_residency(
         units.modules,
@@ -181,7 +185,7 @@ def open_streaming(
             f"note: the checkpoint does not hold {kept} of {units.num_blocks} blocks bit for bit as they are trained; "
             "their exact weights stay in memory"
         )
-    if device.type == "cuda" and (refused := residency.store.refused()):
+    if lock is not unlocked and (refused := residency.store.refused()):
         say(
             f"note: {refused} blocks could not be page-locked (ulimit -l?); they stay mapped and travel through a "
             "pinned ring, which is slower"

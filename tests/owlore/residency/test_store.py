@@ -1,0 +1,212 @@
+"""Layouts, stores and their files, masters and overlay, pinning and the staging ring."""
+
+import threading
+
+import pytest
+import torch
+from makers import generator, save_tiny
+from streaming import Resident, Streamed, batches, deep_llama, same_bits
+from torch import nn
+
+from htsr.errors import BadInput
+from owlore.kernels import int8, nf4
+from owlore.residency.binding import layout_of
+from owlore.residency.build import resident_blocks
+from owlore.residency.formats import FORMATS
+from owlore.residency.masters import FileMasters, Overlay
+from owlore.residency.pinned import HostBlob, locked_bytes, rounded_bytes, unlocked
+from owlore.residency.staging import Staging
+from owlore.residency.store import Store
+
+CPU = torch.device("cpu")
+
+
+def block(seed=0, dtype=torch.float32):
+    return deep_llama(2, seed=seed, dtype=dtype).model.layers[seed % 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_blob_gives_back_what_its_format_makes_of_the_weights(form, dtype):
+    module = block(dtype=dtype)
+    layout = layout_of(module, FORMATS[form])
+    blob = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    layout.fill(blob, dict(module.named_parameters()))
+    matrices = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    for weight in layout.weights:
+        W = dict(module.named_parameters())[weight.name].detach()
+        dense = weight.form.dense(layout.views(blob)[weight.name], weight.shape, weight.dtype)
+        if form == "bf16" or id(dict(module.named_parameters())[weight.name]) not in matrices:
+            expected = W
+        else:
+            expected = nf4.dequantise(nf4.quantise(W), dtype) if form == "nf4" else int8.dequantise(
+                *int8.quantise(W), dtype)  # fmt: skip
+        assert dense.dtype == dtype and torch.equal(dense, expected), weight.name
+    assert all(piece.offset % 256 == 0 for piece in layout.pieces)
+
+
+def test_bytes_a_parameter_are_the_references():
+    """Reference, section 4: an 8B block is 436 / 220 / 113 MB in bf16, int8 and NF4 (0.516 bytes a parameter)."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    with torch.device("meta"):
+        module = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
+    sizes = {form: layout_of(module, FORMATS[form]).num_bytes / 1e6 for form in FORMATS}
+    assert sizes == pytest.approx({"bf16": 436, "int8": 218.5, "nf4": 112.6}, rel=5e-3)
+
+
+def filled(form="nf4", pin=unlocked, seeds=(0, 1)):
+    modules = [block(seed) for seed in seeds]
+    store = Store([layout_of(m, FORMATS[form]) for m in modules], device=CPU, resident=(), pin=pin)
+    for index, module in enumerate(modules):
+        store.fill(index, dict(module.named_parameters()))
+    return store
+
+
+def test_a_store_file_comes_back_bit_for_bit_and_is_refused_for_anything_else(tmp_path):
+    path, store = tmp_path / "blocks.store", filled()
+    store.save(path, "abc")
+    again = filled(seeds=(2, 3))
+    again.read(path, "abc")
+    assert all(torch.equal(store.blobs[b].tensor, again.blobs[b].tensor) for b in (0, 1))
+    with pytest.raises(BadInput, match="another model's weights: got 'abc', expected 'xyz'"):
+        filled().read(path, "xyz")
+    with pytest.raises(BadInput, match="another model or format"):
+        filled("int8").read(path, "abc")
+    data = path.read_bytes()
+    path.write_bytes(data[:-5])
+    with pytest.raises(BadInput, match="ends inside block 1"):
+        filled().read(path, "abc")
+    path.write_bytes(b"\x05\0\0\0\0\0\0\0{{{{{")
+    with pytest.raises(BadInput, match="not a store"):
+        filled().read(path, "abc")
+
+
+def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
+    asked = []
+
+    def refuse(tensor):
+        asked.append(tensor.numel())
+        return HostBlob(tensor, False)
+
+    store = filled("bf16", refuse)
+    assert asked == [layout.num_bytes for layout in store.layouts]
+    assert store.refused() == 2 and store.locked() == 0
+    resident, streamed = Resident(deep_llama(4)), Streamed(deep_llama(4), pin=refuse)
+    for side in (resident, streamed):
+        side.draw((1,))
+        side.take_step(batches())
+    assert same_bits(resident, streamed)
+
+
+def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
+    from owlore.blocks import find_units
+    from owlore.config import TrainConfig
+    from owlore.train.loading import load
+    from owlore.train.streaming import open_streaming
+
+    directory = save_tiny(tmp_path / "model", blocks=3)
+    config = TrainConfig.build({"model": str(directory), "residency": "host"})
+    loaded = load(str(directory), dtype="auto", attn="sdpa", device=CPU)
+    said = []
+    open_streaming(config, find_units(loaded.model), loaded, device=CPU, directory=tmp_path, say=said.append,
+                   lock=lambda tensor: HostBlob(tensor, False))  # fmt: skip
+    assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "mapped" in said[0]
+
+
+def test_locked_memory_is_whole_pages_where_torch_would_round_to_a_power_of_two():
+    assert locked_bytes(436_224_000) == 436_224_000 // 4096 * 4096 + 4096 * (436_224_000 % 4096 > 0)
+    assert rounded_bytes(436_224_000) == 2**29 and rounded_bytes(1_711_300_000) == 2**31 and rounded_bytes(1) == 1
+
+
+class Late:
+    """Reads its ring buffer only when somebody waits for it."""
+
+    def __init__(self, staged, into):
+        self.staged, self.into, self.lock, self.done = staged, into, threading.Lock(), False
+
+    def synchronize(self):
+        with self.lock:
+            if not self.done:
+                self.into.copy_(self.staged)
+                self.done = True
+
+
+def test_the_staging_ring_never_overwrites_what_was_not_read():
+    ring = Staging(2, pin=unlocked)
+    sources = [torch.randint(0, 255, (100 + 7 * i,), dtype=torch.uint8, generator=generator(i)) for i in range(9)]
+    into = [torch.zeros_like(source) for source in sources]
+    futures = [ring.submit(s, lambda staged, i=i: Late(staged, into[i])) for i, s in enumerate(sources)]
+    for future in futures:
+        future.result().synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(sources, into, strict=True))
+
+
+@pytest.mark.parametrize("share", [(0.0, []), (0.25, [9, 10, 11]), (0.5, [6, 7, 8, 9, 10, 11])])
+def test_the_share_that_stays_is_the_top_blocks(share):
+    assert list(resident_blocks(12, share[0])) == share[1]
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_masters_come_from_the_file_until_a_block_was_trained_and_from_the_overlay_ever_after(kind, tmp_path):
+    file = {f"b{b}.w": torch.randn(3, 4, generator=generator(b)).to(torch.bfloat16) for b in range(3)}
+    reads = []
+
+    def read(name):
+        reads.append(name)
+        return file[name]
+
+    overlay = Overlay(tmp_path / "overlay" if kind == "file" else None)
+    masters = FileMasters(read, [{"w": (f"b{b}.w", torch.float32)} for b in range(3)], overlay)
+    masters.expect([1, 2])
+    assert torch.equal(masters.read(1)["w"], file["b1.w"].float())
+    trained = torch.randn(3, 4, generator=generator(9))
+    masters.keep(1, {"w": trained})
+    expected = trained.clone()
+    trained.zero_()  # the caller's tensor is not the overlay's
+    reads.clear()
+    assert torch.equal(masters.read(1)["w"], expected) and "b1.w" not in reads
+    masters.expect([1])
+    assert torch.equal(masters.read(0)["w"], file["b0.w"].float()) and "b0.w" in reads
+    assert (overlay.num_bytes() == 48) == (kind == "memory")
+    assert (tmp_path / "overlay").is_dir() == (kind == "file")
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
+    """A resident model whose frozen blocks are quantised by hand from exact masters at every switch."""
+    resident, streamed = Resident(deep_llama(5), rank=4), Streamed(deep_llama(5), rank=4, form=form)
+    exact = {name: p.detach().clone() for name, p in resident.model.named_parameters()}
+    home = resident.units.block_of()
+
+    def by_hand():
+        for name, parameter in resident.model.named_parameters():
+            W = exact[name]
+            if parameter.ndim == 2 and name in home and home[name] not in resident.active:
+                W = nf4.dequantise(nf4.quantise(W), W.dtype) if form == "nf4" else int8.dequantise(
+                    *int8.quantise(W), W.dtype)  # fmt: skip
+            parameter.data.copy_(W)
+
+    resident.settle = by_hand
+    for draw in ((1, 3), (0, 1), (2,), (1, 3), (4,)):
+        for name, parameter in resident.model.named_parameters():
+            if home.get(name) in resident.active:
+                exact[name] = parameter.detach().clone()
+        for side in (resident, streamed):
+            side.draw(draw)
+        for step in range(2):
+            given = batches(2, seed=step)
+            assert torch.equal(*(side.take_step(given) for side in (resident, streamed)))
+            assert same_bits(resident, streamed)
+    for name in exact:
+        if name in home and home[name] != 4:
+            assert torch.equal(streamed.residency.exact(name), exact[name]), name
+
+
+def test_masters_that_the_checkpoint_holds_are_not_held_twice():
+    source = {name: p.detach().clone() for name, p in deep_llama(4).named_parameters()}
+    source["model.layers.2.mlp.up_proj.weight"] = source["model.layers.2.mlp.up_proj.weight"] + 1  # other bits
+    streamed = Streamed(deep_llama(4), form="nf4", read=source.__getitem__)
+    assert streamed.kept == 1 and 2 in streamed.overlay and 1 not in streamed.overlay
