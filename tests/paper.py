@@ -144,3 +144,44 @@ def weight_lod(matrices, tau):  # type: ignore[no-untyped-def]
     limit = tau * everything.mean()
     pooled = 100.0 * (everything > limit).double().mean().item()
     return pooled, [100.0 * (W.double().abs() > limit).double().mean().item() for W in matrices]
+
+
+def mpo_matrix(cores: Sequence[Tensor], rows: int, cols: int) -> Tensor:
+    """DoTA (arXiv 2412.20891): W[(o_1..o_N), (i_1..i_N)] = C_1[:, o_1, i_1, :] ... C_N[:, o_N, i_N, :]."""
+    from itertools import product
+
+    out, into = [core.shape[1] for core in cores], [core.shape[2] for core in cores]
+    whole = torch.zeros(int(np.prod(out)), int(np.prod(into)), dtype=cores[0].dtype)
+    for o in product(*map(range, out)):
+        for i in product(*map(range, into)):
+            chain = torch.eye(1, dtype=cores[0].dtype)
+            for core, ok, ik in zip(cores, o, i, strict=True):
+                chain = chain @ core[:, ok, ik, :]
+            row, col = np.ravel_multi_index(o, out), np.ravel_multi_index(i, into)
+            whole[row, col] = chain[0, 0]
+    return whole[:rows, :cols]
+
+
+def mpo_apply(cores: Sequence[Tensor], x: Tensor) -> Tensor:
+    """y = W x core by core, never forming W; the sides are those of the cores (no padding)."""
+    into = [core.shape[2] for core in cores]
+    state = x.reshape(-1, 1, *into)  # tokens, bond, what is left of the input, then the output built so far
+    state = state.unsqueeze(-1)
+    for core in cores:
+        state = torch.einsum("tri...p,roin->tn...po", state, core)
+        state = state.flatten(-2)
+    return state.reshape(*x.shape[:-1], -1)
+
+
+def tt_tails(weight: Tensor, out: Sequence[int], into: Sequence[int], bonds: Sequence[int]) -> list[float]:
+    """Oseledets 2011, theorem 2.2: of each unfolding of the padded tensor, the squares of the discarded values."""
+    count = len(out)
+    padded = torch.zeros(int(np.prod(out)), int(np.prod(into)), dtype=weight.dtype)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    order = [axis for k in range(count) for axis in (k, count + k)]
+    tensor = padded.reshape(*out, *into).permute(order)
+    tails = []
+    for k, bond in enumerate(bonds, start=1):
+        left = int(np.prod(out[:k]) * np.prod(into[:k]))
+        tails.append(float(torch.linalg.svdvals(tensor.reshape(left, -1))[bond:].square().sum()))
+    return tails

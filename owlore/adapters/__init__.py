@@ -12,13 +12,14 @@ from torch import nn
 
 from owlore.adapters.dota_config import DotaConfig
 from owlore.adapters.dota_model import DotaModel
+from owlore.adapters.planned import Planned, planned
 from owlore.adapters.registration import register
 from owlore.adapters.selection import select_blocks
 from owlore.adapters.smt_config import SmtConfig
 from owlore.adapters.smt_layer import SmtLayer
 from owlore.adapters.smt_model import SmtModel
 
-__all__ = ["DotaConfig", "SmtConfig", "refresh", "select_blocks"]
+__all__ = ["DotaConfig", "Planned", "SmtConfig", "planned", "refresh", "select_blocks"]
 
 register("SMT", SmtConfig, SmtModel)
 register("DOTA", DotaConfig, DotaModel)

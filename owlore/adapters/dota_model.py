@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from owlore.adapters.dota_config import DotaConfig
 from owlore.adapters.dota_layer import DotaLayer
 from owlore.adapters.targets import DEFAULT_TARGETS, count_2d, find_targets
 from owlore.kernels.mpo import largest_bond
@@ -22,10 +23,7 @@ class DotaModel(BaseTuner):
     target_module_mapping = DEFAULT_TARGETS
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if peft_config.density is not None and peft_config.fresh:
-            sides = [target.shape for target in find_targets(model, peft_config)]
-            limit = int(peft_config.density * count_2d(model))
-            peft_config.bond = largest_bond(sides, peft_config.num_cores, limit, peft_config.cuts)
+        peft_config.bond = bond_of(model, peft_config)
 
     def _create_and_replace(
         self,
@@ -43,3 +41,11 @@ class DotaModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+
+def bond_of(model: nn.Module, config: DotaConfig) -> int:
+    """The bond of a configuration: its own, or the largest within its density."""
+    if config.density is None or not config.fresh:
+        return config.bond
+    sides = [target.shape for target in find_targets(model, config)]
+    return largest_bond(sides, config.num_cores, int(config.density * count_2d(model)), config.cuts)
