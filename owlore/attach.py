@@ -30,17 +30,23 @@ class Attached:
     wrapper: PEFT's model around it. trained: names of the adapter's parameters in the model. notes: what a continued
     run has to be told to build the same adapter, as JSON. initial: the adapter's first tensors by PEFT's names, kept
     only where the initialisation took something out of the base, which a saved adapter then has to give back.
+    saves_bytes: what quantising the base would save, where only shapes are known and it was not done.
     """
 
     wrapper: Any
     trained: frozenset[str]
     notes: dict[str, Any] = field(default_factory=dict)
     initial: dict[str, Tensor] | None = None
+    saves_bytes: int = 0
+
+    @property
+    def config(self) -> Any:
+        """The adapter's PEFT configuration."""
+        return self.wrapper.peft_config[self.wrapper.active_adapter]
 
     def save(self, directory: Path, *, base: str) -> None:
         """Write an adapter directory for `PeftModel.from_pretrained` on the model that `base` names."""
-        config = self.wrapper.peft_config[self.wrapper.active_adapter]
-        config.base_model_name_or_path = base
+        self.config.base_model_name_or_path = base
         with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
             converting = {} if self.initial is None else {"path_initial_model_for_weight_conversion": folder}
             if self.initial is not None:

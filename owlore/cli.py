@@ -259,6 +259,33 @@ def _shown(value: Any) -> str:
 
 
 @cli.command()
+@click.argument("adapter", metavar="RUN|ADAPTER")
+@click.option("-o", "--out", required=True, metavar="DIR", help="Where the merged model is written.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+def merge(adapter: str, out: str, device: str, as_json: bool, quiet: bool) -> None:
+    """Make a plain model of an adapter and its base, in fp32 from the unquantised base."""
+    del quiet  # console.Command has seen to it
+    from owlore.merge import merge as make
+    from owlore.train.loading import pick_device
+
+    made = make(adapter, out, device=pick_device(device)).to_dict()
+    click.echo(jsonlib.dumps(made) if as_json else render_merge(made))
+
+
+def render_merge(made: dict[str, Any]) -> str:
+    """What was merged, and how far the result lies from the adapter on its base."""
+    return "\n".join(
+        [
+            f"{made['matrices']} matrices of {made['base']} merged into {made['directory']}",
+            f"logits against the adapter on its base: at most {made['max_difference']:.3g} apart "
+            f"(largest logit {made['max_logit']:.3g}), the best token is the same in {made['same_best']:.1%}",
+        ]
+    )
+
+
+@cli.command()
 @click.argument("model")
 @click.option("--prompt", required=True, metavar="TEXT", help="What the model goes on from.")
 @click.option("--chat", "form", flag_value="chat", help="Put the prompt into the model's chat template.")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
+from owlore.attach import Attached
 from owlore.options import Own, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
 from owlore.strategies.base import Start
 
+SHARE = 8  # the default bond keeps the cores below this part of the targets
 OPTIONS = {
     "num_cores": Own(3, integer(1), "Cores of each matrix; 1 is the dense matrix."),
-    "bond": Own(16, integer(1), "Largest inner bond; bonds beyond a matrix's own are cut to it."),
+    "bond": Own(None, integer(1), "Largest inner bond; 16, or less where the cores would pass an eighth of W's size."),
     "density": Own(None, number(0, above=True, below=1), "Share of the 2-D parameters instead of `bond`."),
     "init": Own("mpo", choice("mpo", "random"), "The weight's own decomposition, or the paper's control."),
     "target_modules": Own("all-linear", targets(), "Linear maps that get cores, by name."),
@@ -37,11 +40,23 @@ class DoTA(AdapterStrategy):
 
     @classmethod
     def adapter_config(cls, model: nn.Module, start: Start) -> Any:
+        """The tuner's configuration, its bond resolved from the shapes of the targets."""
         from owlore.adapters import DotaConfig
+        from owlore.adapters.targets import count_2d, find_targets
+        from owlore.kernels.mpo import largest_bond
 
-        del model
+        given = {key: value for key, value in start.own.items() if key != "bond"}
         known = start.batches is not None  # else only shapes are: nothing is decomposed
-        return DotaConfig(task_type="CAUSAL_LM", seed=start.seed, fresh=known, **{**start.own, **cls.fixed})
+        config = DotaConfig(task_type="CAUSAL_LM", seed=start.seed, fresh=known, **{**given, **cls.fixed})
+        sides = [target.shape for target in find_targets(model, config)]
+        if config.density is not None:
+            config.bond = largest_bond(sides, config.num_cores, int(config.density * count_2d(model)))
+        elif start.own["bond"] is not None:
+            config.bond = start.own["bond"]
+        else:
+            limit = sum(m * n for m, n in sides) // SHARE
+            config.bond = min(config.bond, largest_bond(sides, config.num_cores, limit))
+        return config
 
 
 class QDoTA(DoTA):
@@ -57,3 +72,15 @@ class QDoTA(DoTA):
     memory = "4-bit weights of the targets + cores (twice, once frozen)"
     own = OPTIONS | {"alternations": Own(0, integer(0), "Rounds of refitting the cores to what NF4 lost.")}
     fixed: ClassVar[dict[str, Any]] = {"residual": "explicit", "quantise": "nf4"}
+
+    @classmethod
+    def prepare(cls, model: nn.Module, start: Start) -> Attached:
+        from owlore.adapters.targets import find_targets
+        from owlore.kernels.nf4 import planned_bytes
+
+        attached = super().prepare(model, start)
+        if start.batches is not None:
+            return attached
+        bases: list[Any] = [target.module.weight for target in find_targets(model, attached.config)]
+        saved = sum(w.numel() * w.element_size() - planned_bytes(w.numel()) for w in bases)
+        return replace(attached, saves_bytes=saved)

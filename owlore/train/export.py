@@ -21,7 +21,7 @@ def export(
     directory: Path,
     *,
     trained: Collection[str],
-    seed: int,
+    seed: int | None,
     values: Callable[[Iterable[str]], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write weights, configuration, generation settings and tokenizer.
@@ -29,7 +29,8 @@ def export(
     values: gives the parameters' exact values by name, where the model itself does not hold them.
 
     A tensor that was never trained leaves with the bits it came with; where it was loaded in another dtype it is read
-    from the checkpoint again. A trained one that is held wider than the checkpoint is rounded stochastically.
+    from the checkpoint again. A trained one that is held wider than the checkpoint is rounded stochastically, without
+    a seed to nearest.
     """
     model = loaded.model
     parameters = dict(model.named_parameters())
@@ -61,11 +62,11 @@ def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
             loaded.tokenizer.save_pretrained(directory)
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int, name: str) -> Tensor:
+def _in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
-    if rounds and tensor.dtype == torch.float32:
+    if rounds and seed is not None and tensor.dtype == torch.float32:
         return stochastic_round(tensor, dtype, generator_for(seed, "export", name, device=tensor.device))
     return tensor.to(dtype)
 

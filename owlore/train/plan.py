@@ -192,7 +192,7 @@ def make_plan(
         recompute=recompute,
         accumulates=accum > 1,
     )
-    held = {"weights": _bytes(units.model.parameters()), "masters": state.masters}
+    held = {"weights": weight_bytes(units.model, shape.attached), "masters": state.masters}
     kinds = held | {
         "gradients": moments.gradients,
         "optimizer": state.moments + state.projectors,
@@ -302,6 +302,18 @@ def _worst(draws: list[tuple[int, ...]], units: Units) -> tuple[int, ...]:
 def _all(units: Units, rules: Mapping[str, Rule]) -> list[tuple[str, nn.Parameter]]:
     everything = units.parameters(range(units.num_blocks), units.groups)
     return [(name, everything[name]) for name in rules]
+
+
+def weight_bytes(model: nn.Module, attached: Attached | None) -> int:
+    """Bytes of the weights; with an adapter also of what it keeps in buffers (frozen first values, codes, indexes)."""
+    held = _bytes(model.parameters())
+    return held if attached is None else held + _bytes(stored_buffers(model)) - attached.saves_bytes
+
+
+def stored_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """Buffers that belong to the state of a model; what it computes anew (rotary frequencies) is left out."""
+    names = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in names]
 
 
 def _bytes(parameters: Any) -> int:
