@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from htsr.console import quiet_libraries
 from htsr.errors import BadInput, NotFound, UsageError
 from owlore.attach import CONFIG_FILE, is_adapter
 from owlore.train.export import export
-from owlore.train.loading import Loaded, load
+from owlore.train.finished import adapter_on_base, base_of, load_finished
 
 PROBE_TOKENS = 64
 
@@ -47,20 +46,17 @@ def merge(ref: str | Path, out: str | Path, *, device: torch.device) -> Merged:
     place, out = adapter_of(ref), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"-o {out}: exists and is not empty; name another directory")
-    base = base_of(place)
-    trained, wrapper = on_base(place, base, dtype="auto", device=device)
-    before = probe_logits(wrapper)
-    del wrapper, trained
-    loaded, wrapper = on_base(place, base, dtype="float32", device=device, quantised=False)
+    before = probe_logits(load_finished(place, device=device).model)
+    loaded, wrapper = adapter_on_base(place, device=device, dtype="float32", quantised=False)
     names = {f"{name}.weight" for name in wrapper.targeted_module_names}
     with quiet_libraries():
         plain = wrapper.merge_and_unload(safe_merge=True)
     export(replace(loaded, model=plain), out, trained=names, seed=None)
     del wrapper, plain, loaded
-    after = probe_logits(load(str(out), dtype="auto", attn="sdpa", device=device).model)
+    after = probe_logits(load_finished(out, device=device).model)
     return Merged(
         directory=str(out),
-        base=base,
+        base=base_of(place),
         matrices=len(names),
         max_difference=float((before - after).abs().max()),
         max_logit=float(before.abs().max()),
@@ -80,39 +76,6 @@ def adapter_of(ref: str | Path) -> Path:
         if is_adapter(place):
             return place
     raise BadInput(f"{ref} holds no adapter (no {CONFIG_FILE}): there is nothing to merge")
-
-
-def base_of(place: Path) -> str:
-    """The model that an adapter directory names as its base."""
-    try:
-        base = json.loads((place / CONFIG_FILE).read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{place / CONFIG_FILE} does not name a base model; expected PEFT's file") from error
-    if not isinstance(base, str) or not base:
-        raise BadInput(f"{place / CONFIG_FILE}: base_model_name_or_path is {base!r}, expected a model")
-    return base
-
-
-def on_base(place: Path, base: str, *, dtype: str, device: torch.device, quantised: bool = True) -> tuple[Loaded, Any]:
-    """The base, and PEFT's model of the adapter on it; with `quantised` False the base stays unquantised.
-
-    Raises: BadInput when the adapter does not fit.
-    """
-    from peft import PeftConfig, PeftModel
-
-    import owlore.adapters  # noqa: F401 - makes its tuners known to PEFT
-
-    loaded = load(base, dtype=dtype, attn="sdpa", device=device)
-    try:
-        with quiet_libraries():
-            config = PeftConfig.from_pretrained(str(place))
-            if not quantised and getattr(config, "quantise", None):
-                config.quantise = None
-            wrapper = PeftModel.from_pretrained(loaded.model, place, config=config)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{place} cannot be put on its base {base}: {why}") from error
-    return loaded, wrapper.eval()
 
 
 @torch.no_grad()

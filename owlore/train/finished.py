@@ -12,7 +12,7 @@ import torch
 
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput
-from owlore.train.loading import load
+from owlore.train.loading import Loaded, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +44,51 @@ def place_of(ref: str | Path) -> str:
 
 
 def _with_adapter(place: Path, device: torch.device, dtype: str, attn: str) -> Finished:
-    from peft import PeftModel
-
-    register_own_adapters()
-    try:
-        base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError) as error:
-        raise BadInput(f"{place}/adapter_config.json does not name a base model; expected PEFT's file") from error
-    loaded = load(base, dtype=dtype, attn=attn, device=device)
-    try:
-        with quiet_libraries():
-            model = PeftModel.from_pretrained(loaded.model, place)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{place} cannot be put on its base {base}: {why}") from error
+    loaded, model = adapter_on_base(place, device=device, dtype=dtype, attn=attn)
     digest = hashlib.sha256(loaded.weights_sha256.encode())
     for file in sorted(place.glob("adapter_*")):
         digest.update(file.read_bytes())
-    return Finished(model=model.eval(), tokenizer=loaded.tokenizer, sha256=digest.hexdigest())
+    return Finished(model=model, tokenizer=loaded.tokenizer, sha256=digest.hexdigest())
+
+
+def adapter_on_base(
+    place: Path, *, device: torch.device, dtype: str = "auto", attn: str = "sdpa", quantised: bool = True
+) -> tuple[Loaded, Any]:
+    """The base that an adapter directory names, and PEFT's model of the adapter on it, in evaluation mode.
+
+    quantised: False leaves a base in full precision that the adapter was trained on in four bits.
+
+    Raises: BadInput when the adapter names no base or does not fit it.
+    """
+    from peft import PeftConfig, PeftModel
+
+    register_own_adapters()
+    base = base_of(place)
+    loaded = load(base, dtype=dtype, attn=attn, device=device)
+    try:
+        with quiet_libraries():
+            config = PeftConfig.from_pretrained(str(place))
+            if not quantised and getattr(config, "quantise", None):
+                config.quantise = None
+            model = PeftModel.from_pretrained(loaded.model, place, config=config)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{place} cannot be put on its base {base}: {why}") from error
+    return loaded, model.eval()
+
+
+def base_of(place: Path) -> str:
+    """The model that an adapter directory names as its base.
+
+    Raises: BadInput when it names none.
+    """
+    try:
+        base = json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{place}/adapter_config.json does not name a base model; expected PEFT's file") from error
+    if not isinstance(base, str) or not base:
+        raise BadInput(f"{place}/adapter_config.json names {base!r} as base model, expected an id or a path")
+    return base
 
 
 def register_own_adapters() -> None:
