@@ -67,9 +67,9 @@ def train(file: str | None, **options: Any) -> None:
     from owlore.train.run import train_from_config
 
     run = train_from_config(config)
-    if config.json:
+    if config.json and run.leads:
         click.echo(jsonlib.dumps({"directory": str(run.directory), **run.record}))
-    else:
+    elif run.leads:
         click.echo(render_run(run.directory, run.record))
 
 

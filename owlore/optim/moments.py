@@ -27,7 +27,7 @@ class Moments:
     def __init__(self, shape: tuple[int, ...], *, bits: int, device: torch.device) -> None:
         if bits not in BITS:
             raise ValueError(f"optimizer state of {bits} bits, expected one of {', '.join(map(str, BITS))}")
-        self.bits = bits
+        self.bits, self.shape = bits, shape
         zeros = torch.zeros(shape, dtype=torch.float32, device=device)
         self._mean: Tensor | Quantised
         self._square: Tensor | Quantised

@@ -7,7 +7,7 @@ switches depends on nothing but the active set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class RotatingOptimizer:
 
     parameters: every parameter that may become active, by name. on_switch: what happens to the moments of a parameter
     that leaves: `drop` frees them, `host` parks them in host memory, `keep` leaves them on the device. grad_scale: the
-    factor that the loss was multiplied with (fp16), divided out of each gradient.
+    factor that the loss was multiplied with (fp16), divided out of each gradient. add_up: replaces each tensor of a
+    list by its sum over the processes that train together; None for one process.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class RotatingOptimizer:
         weights: Weights = Weights.MASTER,
         on_switch: str = "drop",
         grad_scale: float = 1.0,
+        add_up: Callable[[Sequence[Tensor]], None] | None = None,
     ) -> None:
         if on_switch not in ON_SWITCH:
             raise ValueError(f"on_switch must be one of {', '.join(ON_SWITCH)}, got {on_switch!r}")
         self.parameters = dict(parameters)
         self.seed, self.weights, self.on_switch, self.grad_scale = seed, weights, on_switch, grad_scale
+        self.add_up = add_up
         self.slots: dict[str, Slot] = {}
         self.parked: dict[str, Parked] = {}
         self._hooks: dict[str, RemovableHandle] = {}
@@ -127,11 +130,16 @@ class RotatingOptimizer:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def micro_batch(self, step: int, *, last: bool) -> None:
-        """Announce the next backward: its global step (from 0) and whether it is the step's last."""
-        self._step, self._last_micro_batch = step, last
+        """Announce the next backward: its global step (from 0) and whether it is the step's last.
+
+        Other processes may still bring gradients after this one's last: a new basis then waits for `gradient_norm`.
+        """
+        self._step, self._last_micro_batch = step, last and self.add_up is None
 
     def gradient_norm(self) -> Tensor:
-        """Norm over everything gathered in this step; projected gradients count in their own space."""
+        """Norm over everything gathered in this step, by all processes; projected gradients in their own space."""
+        if self.add_up is not None:
+            self._add_up(self.add_up)
         for slot in self.slots.values():
             slot.settle(self._step)
         parts = [slot.norm_squared() for slot in self.slots.values()]
@@ -139,6 +147,13 @@ class RotatingOptimizer:
         zero = torch.zeros((), device=device)
         self._squares = torch.stack([zero if part is None else part.to(device) for part in parts]) if parts else None
         return zero if self._squares is None else self._squares.sum().sqrt()
+
+    def _add_up(self, add_up: Callable[[Sequence[Tensor]], None]) -> None:
+        """Sum what the processes gathered. A parameter that got a gradient on none of them is left out."""
+        slots = list(self.slots.values())
+        present = torch.tensor([float(slot.has_gradient) for slot in slots])
+        add_up([present])
+        add_up([slot.pending() for slot, count in zip(slots, present.tolist(), strict=True) if count])
 
     def update(self, lr: float, clip: float | None, norm: Tensor | None = None) -> None:
         """One update of every active parameter; gradients are scaled so that their norm is at most `clip`."""
@@ -182,7 +197,11 @@ class RotatingOptimizer:
         return tensors, counters
 
     def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-        """Continue from `state()`; `rules` names how each saved active parameter is updated."""
+        """Continue from `state()`; `rules` names how each saved active parameter is updated. What is held now goes."""
+        for name in list(self.slots):
+            self.slots.pop(name)
+            self._hooks.pop(name).remove()
+            self.parameters[name].requires_grad_(False)
         fields: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, name, part = key.split("|")

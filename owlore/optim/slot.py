@@ -153,6 +153,20 @@ class Slot:
         self.gathered = project(self.whole, fresh, self.right)
         self.whole = None
 
+    @property
+    def has_gradient(self) -> bool:
+        return self.whole is not None or self.gathered is not None
+
+    def pending(self) -> Tensor:
+        """What this step has gathered and not yet used, to be added to in place; zeros where nothing came."""
+        if self.basis_due:
+            if self.whole is None:
+                self.whole = torch.zeros_like(self.parameter, dtype=torch.float32)
+            return self.whole
+        if self.gathered is None:
+            self.gathered = torch.zeros(self.moments.shape, device=self.parameter.device)
+        return self.gathered
+
     def renew(self) -> None:
         """A new activation begins: the next gradient brings a new basis, the moments stay."""
         self.basis_age = None

@@ -7,6 +7,7 @@ periods so far. The engine knows nothing of methods; at every switch it offers w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -142,6 +143,16 @@ class Strategy:
 
     def __init__(self, units: Units, hyper: Hyper) -> None:
         self.units, self.hyper, self.record = units, hyper, Record()
+
+    def close(self, period: int, blocks: Sequence[int], squares: Mapping[str, float], steps: int) -> None:
+        """Record a period that ends: `squares` are squared gradient norms by parameter, summed over `steps` updates."""
+        home = self.units.block_of()
+        sums = dict.fromkeys(blocks, 0.0)
+        for name, square in squares.items():
+            if name in home:
+                sums[home[name]] += square
+        norms = tuple(math.sqrt(total / max(1, steps)) for total in sums.values())
+        self.record.past.append(Past(period=period, steps=steps, blocks=tuple(blocks), norms=norms))
 
     def adapt(self, period: int) -> None:
         """`period` begins and everything before it is in the record: set its table, in a method whose tables change."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from owlore.data.batches import MicroBatch, collate, length_batches
 from owlore.data.tokenise import Encoded
+from owlore.train.distributed import ALONE, Ranks
 from owlore.train.loss import CausalLoss
 
 Losses = Callable[[Iterable[MicroBatch]], Iterable[Tensor]]
@@ -16,15 +17,22 @@ Losses = Callable[[Iterable[MicroBatch]], Iterable[Tensor]]
 
 @torch.no_grad()
 def held_out_loss(
-    loss: CausalLoss, data: Encoded, *, batch: int, device: torch.device, losses: Losses | None = None
+    loss: CausalLoss,
+    data: Encoded,
+    *,
+    batch: int,
+    device: torch.device,
+    losses: Losses | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean negative log-likelihood (nats) a trained token over the whole of `data`, in evaluation mode.
 
-    losses: gives the summed loss of each micro-batch in another way than calling `loss` on it.
+    losses: gives the summed loss of each micro-batch in another way than calling `loss` on it. ranks: each takes its
+    share of the batches, and all get the mean.
     """
     training = loss.model.training
     loss.model.eval()
-    every = (collate(data, rows) for rows in length_batches(data, batch))
+    every = (collate(data, rows) for rows in length_batches(data, batch)[ranks.rank :: ranks.size])
     total, tokens = 0.0, 0
 
     def counted() -> Iterator[MicroBatch]:
@@ -40,4 +48,5 @@ def held_out_loss(
             total += float(part)
     finally:
         loss.model.train(training)
-    return total / max(1, tokens)
+    total, count = ranks.totals(total, tokens)
+    return total / max(1, count)

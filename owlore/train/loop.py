@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from owlore.data.packing import collate_packed
 from owlore.data.tokenise import Encoded
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
-from owlore.strategies import Past, Record, Strategy
+from owlore.strategies import Record, Strategy
 from owlore.train import checkpoint
+from owlore.train.distributed import ALONE, Ranks
 from owlore.train.evaluate import held_out_loss
 from owlore.train.interrupt import Interruptible
 from owlore.train.loss import CausalLoss
@@ -81,6 +82,7 @@ class Trainer:
     device: torch.device
     identity: dict[str, Any]
     tally: Tally
+    ranks: Ranks = ALONE
     trained: set[str] = field(default_factory=set)  # parameters that were ever active
     active: tuple[int, ...] = ()
     step: int = 0  # optimizer steps done
@@ -111,10 +113,11 @@ class Trainer:
                 last = self.step == self.pace.steps
                 if _due(self.step, self.pace.eval_every) and not last:
                     on_row(self.evaluate())
-                if _due(self.step, self.pace.save_every) or last or interruption.asked or self._is_best_to_keep:
+                asked = self.ranks.any(interruption.asked is not None)
+                if _due(self.step, self.pace.save_every) or last or asked or self._is_best_to_keep:
                     self.save()
-                if interruption.asked and not last:
-                    name = interruption.asked.name
+                if asked and not last:
+                    name = interruption.asked.name if interruption.asked else "a signal to another rank"
                     raise Interrupted(f"{name} at step {self.step}: checkpoint written, go on with --resume")
         self.finish()
         on_row(self.evaluate())
@@ -137,6 +140,7 @@ class Trainer:
         self.strategy.adapt(self.period)
         rules = self.strategy.rules_at(self.period)
         self.active = self.strategy.blocks_at(self.period)
+        self.ranks.agree("the drawn blocks", f"{self.period} {self.active} {sorted(rules)}")
         done = self.optimizer.switch(rules, self.step, between=lambda: self._settle(rules))
         self.trained.update(rules)
         if done.left:
@@ -157,18 +161,10 @@ class Trainer:
             self.streaming.expect(self.strategy.blocks_at(self.period + 1))
 
     def _close_period(self) -> None:
-        """Record the gradient norms that the period which ends has seen, block by block."""
-        if not self.step:
-            return
-        squares, steps = self.optimizer.take_norms()
-        home = self.units.block_of()
-        sums = dict.fromkeys(self.active, 0.0)
-        for name, square in squares.items():
-            if name in home:
-                sums[home[name]] += square
-        norms = tuple(math.sqrt(total / max(1, steps)) for total in sums.values())
-        period = (self.step - 1) // self.pace.every if self.pace.every else 0
-        self.strategy.record.past.append(Past(period=period, steps=steps, blocks=self.active, norms=norms))
+        """Record the gradient norms that the period which ends has seen."""
+        if self.step:
+            period = (self.step - 1) // self.pace.every if self.pace.every else 0
+            self.strategy.close(period, self.active, *self.optimizer.take_norms())
 
     def _aim_recompute(self, rules: dict[str, Rule]) -> None:
         """Backward reaches down to the lowest active block, or to the bottom when the embeddings are trained."""
@@ -201,25 +197,31 @@ class Trainer:
     def _gather(self, parts: list[Sequences]) -> float | None:
         """Forward and backward of all micro-batches; the mean loss a trained token, None where nothing is trained.
 
-        The sum is divided by the step's number of trained tokens, so accumulating equals one big batch.
+        The sum is divided by the step's number of trained tokens, over all ranks, so accumulating and working side by
+        side equal one big batch.
         """
-        batches = [collated(self.data, part) for part in parts]
-        tokens = sum(batch.num_trained for batch in batches)
+        mine = list(enumerate(parts))[self.ranks.rank :: self.ranks.size]
+        batches = [(index, collated(self.data, part)) for index, part in mine]
+        (tokens,) = self.ranks.totals(sum(batch.num_trained for _, batch in batches))
         if not tokens:
             return None
         if self.streaming is not None:
-            return self._gather_streamed(self.streaming, batches, tokens)
+            return self._gather_streamed(self.streaming, [batch for _, batch in batches], int(tokens))
         loss = 0.0
-        for index, batch in enumerate(batches):
-            self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
+        self.optimizer.micro_batch(self.step, last=not batches)
+        for index, batch in batches:
+            self.optimizer.micro_batch(self.step, last=index == mine[-1][0])
             with _seeded(seed_for(self.pace.seed, "dropout", self.step, index), self.device):
                 part = self.loss(**batch.on(self.device))
                 mean = part / tokens
                 loss += float(mean.detach())
                 if not math.isfinite(loss):
-                    raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
+                    break  # the other ranks must hear of it before anyone leaves
                 if mean.requires_grad:
                     (mean * self.optimizer.grad_scale).backward()
+        (loss,) = self.ranks.totals(loss)
+        if not math.isfinite(loss):
+            raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
         return loss
 
     def _gather_streamed(self, streaming: Streaming, batches: list[MicroBatch], tokens: int) -> float:
@@ -278,7 +280,8 @@ class Trainer:
         assert self.eval_data is not None
         streaming = self.streaming
         losses = None if streaming is None else lambda batches: streaming.losses(batches, exact=exact)
-        loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device, losses=losses)
+        loss = held_out_loss(self.loss, self.eval_data, batch=self.pace.batch, device=self.device, losses=losses,
+                             ranks=self.ranks)  # fmt: skip
         if not math.isfinite(loss):
             raise NotFinite(f"held-out loss {loss} at step {self.step}: the model's weights or the data are damaged")
         return loss
@@ -289,12 +292,23 @@ class Trainer:
         done = self.optimizer.switch({}, self.step, between=lambda: self._settle({}))
         self.tally.lost_norm.append(done.lost_norm)
         self.active, self.finished = (), True
+        trained = (
+            {name: self.optimizer.parameters[name] for name in sorted(self.trained)} if self.ranks.size > 1 else {}
+        )
+        self.ranks.agree_on_bits("the trained weights", trained)
 
     def save(self) -> Path:
         """A checkpoint from which `restore` goes on bit for bit."""
         tensors, counters = self.optimizer.state()
         names = self.optimizer.parameters if self._is_best_to_keep else self.trained
-        path = checkpoint.save(
+        path = checkpoint.path_of(self.checkpoints, self.step)
+        if self.ranks.leads:
+            self._write(tensors, counters, names)
+        self.ranks.wait()
+        return path
+
+    def _write(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any], names: Iterable[str]) -> None:
+        checkpoint.save(
             self.checkpoints,
             self.step,
             weights=self._weights(sorted(names)),
@@ -311,7 +325,6 @@ class Trainer:
         )
         best = self.tally.best if self.pace.keep_best else None
         checkpoint.prune(self.checkpoints, self.pace.keep, best=None if best is None else best["step"])
-        return path
 
     @property
     def _is_best_to_keep(self) -> bool:

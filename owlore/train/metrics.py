@@ -33,11 +33,12 @@ KEYS = (
 class MetricsLog:
     """Appends rows to a file and keeps them in memory; a row is in the file when `write` returns.
 
-    more: keys of this run's rows beyond `KEYS`.
+    more: keys of this run's rows beyond `KEYS`. writes: whether this process owns the file; another one only keeps the
+    rows.
     """
 
-    def __init__(self, path: Path, *, more: tuple[str, ...] = ()) -> None:
-        self.path, self.keys = path, KEYS + more
+    def __init__(self, path: Path, *, more: tuple[str, ...] = (), writes: bool = True) -> None:
+        self.path, self.keys, self.writes = path, KEYS + more, writes
         self.rows: list[dict[str, Any]] = []
 
     def open(self, *, after: int | None) -> None:
@@ -47,6 +48,8 @@ class MetricsLog:
         """
         if after is not None and self.path.exists():
             self.rows = _rows_until(self.path, after)
+        if not self.writes:
+            return
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
         temporary.replace(self.path)
@@ -56,8 +59,9 @@ class MetricsLog:
         assert not unknown, f"not a metrics key: {unknown}"
         full = {key: row.get(key) for key in self.keys}
         self.rows.append(full)
-        with self.path.open("a") as file:
-            file.write(json.dumps(full, allow_nan=False) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps(full, allow_nan=False) + "\n")
         return full
 
 

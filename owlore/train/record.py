@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Run:
     """A finished run.
 
-    record is the content of run.json. model is the trained model, on its device, in evaluation mode.
+    record is the content of run.json. model is the trained model, on its device, in evaluation mode. leads: whether
+    this process is the one that wrote the directory; the only one unless several train together.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Run:
     table: LayerTable | None
     record: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
+    leads: bool = True
 
     @property
     def history(self) -> pd.DataFrame:
@@ -115,6 +117,7 @@ def run_record(
         "residency": None if trainer.streaming is None else trainer.streaming.record(),
         "eval_loss_last_frozen": trainer.frozen_loss,
         "device": str(trainer.device),
+        "processes": trainer.ranks.size,
         "versions": {"owlore": owlore.__version__, "htsr": htsr.__version__, "torch": torch.__version__,
                      "transformers": transformers.__version__, "python": platform.python_version()},
         **memory_peak(trainer.device),

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from htsr.console import notice, progress
-from htsr.errors import BadInput, OutOfMemory
+from htsr.errors import BadInput, OutOfMemory, UsageError
 from owlore.attach import Attached
 from owlore.blocks import Units, find_units, freeze
 from owlore.config import TrainConfig
@@ -27,6 +28,7 @@ from owlore.kernels.cross_entropy import IGNORED
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Start, Strategy
 from owlore.train.card import model_card
+from owlore.train.distributed import ALONE, Ranks, join
 from owlore.train.export import export, export_adapter
 from owlore.train.loading import Loaded, load, pick_device
 from owlore.train.loop import Pace, Tally, Trainer, collated
@@ -76,43 +78,49 @@ def train_from_config(
 ) -> Run:
     """Run what `config` describes; the objects, where given, stand for what its fields of the same name call them.
 
-    Nothing is written before the model, the data and the table are known to be usable.
+    Nothing is written before the model, the data and the table are known to be usable. Under torchrun every process
+    works on the run and returns it; the first one writes and speaks.
     """
     started = time.perf_counter()
-    say = _speaker(config)
+    ranks = join(config.device)
     model = config.model if model is None else model
+    if not ranks.leads:
+        config = replace(config, quiet=True)
+    say = _speaker(config)
     config, strategy_class = resolve(config)
     check_trackers(config.log_to)
     for named in (config.data if data is None else data, config.eval_data):
         if isinstance(named, str | Path):
             locate_data(named)  # a wrong path is said now, not after a large model has been loaded
     place = find_place(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
-    device = pick_device(config.device)
+    device = pick_device(ranks.pick(config.device))
     home = torch.device("cpu") if streams(config) else device
     loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=home, tokenizer=tokenizer)
     freeze(loaded.model)
-    prepared = prepare(
-        config.data if data is None else data,
-        loaded.tokenizer,
-        seq_len=_seq_len(config, loaded, say),
-        eval_data=config.eval_data,
-        seed=config.seed,
-        cache=cache_directory() / "tokens",
-    )
-    for line in prepared.report.shown():
-        say(line)
+    with ranks.lead_first():
+        prepared = prepare(
+            config.data if data is None else data,
+            loaded.tokenizer,
+            seq_len=_seq_len(config, loaded, say),
+            eval_data=config.eval_data,
+            seed=config.seed,
+            cache=cache_directory() / "tokens",
+        )
+        for line in prepared.report.shown():
+            say(line)
     attached = attach(config, strategy_class, loaded, prepared, place, device)
     units = find_units(loaded.model)
-    found = find_table(
-        table if table is not None else (config.table if strategy_class.table is not None else None),
-        num_blocks=units.num_blocks,
-        weights_sha256=loaded.weights_sha256,
-        say=say,
-        scan=lambda: scanned_table(
-            model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
-        ),
-    )
-    trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device, say)
+    with ranks.lead_first():
+        found = find_table(
+            table if table is not None else (config.table if strategy_class.table is not None else None),
+            num_blocks=units.num_blocks,
+            weights_sha256=loaded.weights_sha256,
+            say=say,
+            scan=lambda: scanned_table(
+                model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
+            ),
+        )
+    trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device, say, ranks)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
 
 
@@ -163,6 +171,7 @@ def assemble(
     place: Place,
     device: torch.device,
     say: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
@@ -173,10 +182,16 @@ def assemble(
         weights=weights_of(config),
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
+        add_up=ranks.sum_into if ranks.size > 1 else None,
     )
-    arrangement = arrange(config, prepared)
+    arrangement = arrange(config, prepared, ranks.size)
     streaming = None
     if streams(config):
+        if ranks.size > 1:
+            raise UsageError(
+                f"{ranks.size} processes with --residency host, --frozen or --offload-activations, expected one: the "
+                "frozen blocks stream in one process only"
+            )
         streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
     loss = CausalLoss(loaded.model)
     if streaming is not None:
@@ -190,8 +205,10 @@ def assemble(
         "weights_sha256": loaded.weights_sha256,
         "data_sha256": prepared.provenance["train"]["sha256"],
         "inclusion": None if inclusion is None else inclusion.tolist(),
+        "processes": ranks.size,
         "config": config.to_dict(),
     }
+    ranks.agree("weights, data, table or settings", json.dumps(identity))
     if place.saved is not None:
         check_same_run(identity, place.saved.state["identity"])
     trainer = Trainer(
@@ -205,12 +222,15 @@ def assemble(
         data=prepared.train,
         arrangement=arrangement,
         eval_data=prepared.heldout,
-        metrics=MetricsLog(place.directory / "metrics.jsonl", more=() if streaming is None else ("weights",)),
+        metrics=MetricsLog(
+            place.directory / "metrics.jsonl", more=() if streaming is None else ("weights",), writes=ranks.leads
+        ),
         checkpoints=place.checkpoints,
         device=device,
         identity=identity,
         tally=Tally(draws=[0] * units.num_blocks),
         attached=attached,
+        ranks=ranks,
     )
     if place.saved is not None:
         trainer.restore(place.saved)
@@ -229,22 +249,26 @@ def _train(
     say: Callable[[str], None],
 ) -> Run:
     """Train, export and report; a run that fails before its first step leaves no directory behind."""
-    first_step = trainer.step
+    first_step, leads = trainer.step, trainer.ranks.leads
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
     try:
-        place.directory.mkdir(parents=True, exist_ok=True)
+        if leads:
+            place.directory.mkdir(parents=True, exist_ok=True)
         trainer.metrics.open(after=None if place.saved is None else place.saved.step)
-        (place.directory / "config.yaml").write_text(config.to_yaml())
-        if table is not None:
+        if leads:
+            (place.directory / "config.yaml").write_text(config.to_yaml())
+        if leads and table is not None:
             table.save(place.directory / "table.json")
         with (
-            open_trackers(config.log_to, place.directory, config.to_dict(), step=first_step) as trackers,
+            open_trackers(
+                config.log_to if leads else (), place.directory, config.to_dict(), step=first_step
+            ) as trackers,
             progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
-        if trainer.step == 0 and not place.existed:
+        if leads and trainer.step == 0 and not place.existed:
             shutil.rmtree(place.directory, ignore_errors=True)
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(trainer, config)) from error
@@ -252,17 +276,7 @@ def _train(
     finally:
         trainer.recompute.remove()
     loaded.model.eval()
-    streaming = trainer.streaming
-    if trainer.attached is None:
-        values = None if streaming is None else streaming.values
-        export(loaded, place.directory / "model", trained=trainer.trained, seed=config.seed, values=values)
-    else:
-        export_adapter(loaded, trainer.attached, place.directory / "model")
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
-    (place.directory / "run.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    (place.directory / "README.md").write_text(
-        model_card(record, paper=strategy_class.paper, adapter=strategy_class.adapts)
-    )
     run = Run(
         directory=place.directory,
         model=loaded.model if trainer.attached is None else trainer.attached.wrapper,
@@ -270,28 +284,43 @@ def _train(
         table=table,
         record=record,
         rows=tuple(trainer.metrics.rows),
+        leads=leads,
     )
-    save_plots(run)
+    if leads:
+        _leave(strategy_class, trainer, loaded, run, config.seed)
+    trainer.ranks.wait()
+    streaming = trainer.streaming
     if streaming is not None:
         whole = config.residency == "device" and streaming.exact
         streaming.remove(trainer.device if whole else torch.device("cpu"))
     return run
 
 
+def _leave(strategy_class: type[Strategy], trainer: Trainer, loaded: Loaded, run: Run, seed: int) -> None:
+    """What a finished run leaves in its directory."""
+    if trainer.attached is None:
+        values = None if trainer.streaming is None else trainer.streaming.values
+        export(loaded, run.directory / "model", trained=trainer.trained, seed=seed, values=values)
+    else:
+        export_adapter(loaded, trainer.attached, run.directory / "model")
+    (run.directory / "run.json").write_text(json.dumps(run.record, indent=1, allow_nan=False) + "\n")
+    card = model_card(run.record, paper=strategy_class.paper, adapter=strategy_class.adapts)
+    (run.directory / "README.md").write_text(card)
+    save_plots(run)
+
+
 # -- settings to pieces ----------------------------------------------------------------------------------------------
 
 
-def arrange(config: TrainConfig, prepared: Prepared) -> Arrangement:
-    """Which rows each step sees."""
+def arrange(config: TrainConfig, prepared: Prepared, processes: int = 1) -> Arrangement:
+    """Which rows each step sees; the processes divide its micro-batches among themselves."""
     epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
-    lengths = np.diff(prepared.train.offsets)
+    lengths, accum = np.diff(prepared.train.offsets), config.accum * processes
     if config.packing:
         capacity = prepared.seq_len
-        return Packed(
-            lengths, seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs, capacity=capacity
-        )
+        return Packed(lengths, seed=config.seed, batch=config.batch, accum=accum, epochs=epochs, capacity=capacity)
     kind = Grouped if config.group_by_length else Arrangement
-    return kind(lengths, seed=config.seed, batch=config.batch, accum=config.accum, epochs=epochs)
+    return kind(lengths, seed=config.seed, batch=config.batch, accum=accum, epochs=epochs)
 
 
 def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangement) -> Pace:

@@ -120,7 +120,9 @@ def check_same_run(identity: dict[str, Any], saved: dict[str, Any]) -> None:
 
     Raises: UsageError that names the first difference.
     """
-    for part in ("weights_sha256", "data_sha256", "inclusion", "config"):
+    what = {"weights_sha256": "model's weights differ", "data_sha256": "data differ",
+            "inclusion": "layer table differs", "processes": "number of processes differs"}  # fmt: skip
+    for part in (*what, "config"):
         ours, theirs = _json(identity[part]), saved.get(part)
         if part == "config":
             ours = {key: value for key, value in ours.items() if key not in MAY_CHANGE}
@@ -133,8 +135,7 @@ def check_same_run(identity: dict[str, Any], saved: dict[str, Any]) -> None:
                     "give the same settings, or start a new run"
                 )
         elif ours != theirs:
-            what = {"weights_sha256": "model's weights", "data_sha256": "data", "inclusion": "layer table"}[part]
-            raise UsageError(f"--resume: the {what} differ from the checkpoint's; give the same, or start a new run")
+            raise UsageError(f"--resume: the {what[part]} from the checkpoint's; give the same, or start a new run")
 
 
 def _free(model_slug: str, method: str) -> Path:

@@ -1,0 +1,198 @@
+"""Layer-sampled training inside `transformers.Trainer`: an optimizer and a callback that belong together.
+
+    trainer = Trainer(model=model, args=args, train_dataset=rows, **bridge(model, args, table="table.json", active=2))
+
+The optimizer draws blocks at the start of every period, projects gradients as they arrive and frees the state of what
+leaves, as `owlore train` does; learning rate, decay, clipping, accumulation and seed are the Trainer's. What `owlore
+train` does beyond that (backward that recomputes only what it reaches, the loss in chunks, exports that keep frozen
+bits) is not here. The `grad_norm` that Trainer logs is 0, for the gradients are gone before it looks; the callback
+logs `owlore_grad_norm`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from htsr.console import notice
+from htsr.errors import NotFinite, UsageError
+from htsr.model.source import open_source
+from owlore.blocks import find_units, freeze
+from owlore.config import TrainConfig
+from owlore.optim import RotatingOptimizer
+from owlore.strategies import Record, Strategy
+from owlore.train.settings import hyper_of, resolve, weights_of
+from owlore.train.tables import find_table, run_inclusion, scanned_table
+
+TAKEN = frozenset({
+    "method", "active", "every", "rank", "refresh", "scale", "project_side", "project_always_on", "draw", "floor",
+    "on_switch", "always_on", "weights", "state_bits", "set", "preset",
+})  # fmt: skip
+
+
+def bridge(
+    model: nn.Module, args: Any, *, table: Any = None, tokenizer: Any = None, quiet: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """`optimizers` and `callbacks` for a Trainer over `model`, whose parameters are frozen here.
+
+    args: the Trainer's arguments. table: as in `owlore.train`; `auto` scans the model (LOD needs the tokenizer).
+    settings: method, active, every, rank and so on, as in `owlore.train`.
+
+    Raises: UsageError for a setting that is the Trainer's to make, and for several processes or fp16 (gradients do not
+    wait for a reduction or an unscaling): use `owlore train` there.
+    """
+    _check(args, settings)
+    given = {"model": "(model in memory)", "data": "(the Trainer's)", "seed": args.seed, "clip": args.max_grad_norm,
+             "weight_decay": args.weight_decay, **settings}  # fmt: skip
+    config, strategy_class = resolve(TrainConfig.build(given))
+    if strategy_class.adapts:
+        raise UsageError(f"method {config.method} is an adapter: give Trainer a PEFT model, or use owlore train")
+    units = find_units(model)
+
+    def say(message: str) -> None:
+        notice(message, quiet=quiet)
+
+    wanted = table if table is not None else (config.table if strategy_class.table is not None else None)
+    found = find_table(
+        wanted,
+        num_blocks=units.num_blocks,
+        weights_sha256="",
+        say=say,
+        scan=lambda: scanned_table(
+            model, tokenizer, weights_sha256=open_source(model).weights_sha256(), say=say, quiet=quiet
+        ),
+    )
+    inclusion = None if found is None else run_inclusion(found, active=config.active, floor=config.floor)
+    freeze(model)
+    strategy = strategy_class(units, hyper_of(config, inclusion, None))
+    every = config.every if "every" in strategy_class.reads else None
+    inner = RotatingOptimizer(
+        units.parameters(range(units.num_blocks), units.groups),
+        seed=config.seed,
+        weights=weights_of(config),
+        on_switch=config.on_switch,
+    )
+    optimizer = LayerSampled(inner, strategy, every=every, clip=config.clip, lr=args.learning_rate)
+    return {"optimizers": (optimizer, None), "callbacks": [LayerSampling(optimizer)]}
+
+
+class LayerSampled(torch.optim.Optimizer):
+    """`RotatingOptimizer` as a torch optimizer: one group, whose learning rate a scheduler may set."""
+
+    def __init__(
+        self, inner: RotatingOptimizer, strategy: Strategy, *, every: int | None, clip: float | None, lr: float
+    ) -> None:
+        super().__init__(list(inner.parameters.values()), {"lr": lr})
+        self.inner, self.strategy, self.every, self.clip = inner, strategy, every, clip
+        self.steps = 0
+        self.norm = 0.0
+        self.active: tuple[int, ...] = ()
+
+    def begin(self) -> None:
+        """Make the period's blocks trainable, unless they are; parameters are where they will be trained."""
+        if not self.inner.slots:
+            self._switch()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update from what the hooks gathered; at the end of a period the next blocks are drawn.
+
+        Raises: NotFinite before an update that would spoil the weights.
+        """
+        assert closure is None, "no closure: gradients are gathered while backward runs"
+        norm = self.inner.gradient_norm()
+        self.norm = float(norm)
+        if not math.isfinite(self.norm):
+            raise NotFinite(f"gradient norm {self.norm} at step {self.steps + 1}: lower the learning rate or use bf16")
+        self.inner.update(self.param_groups[0]["lr"], self.clip, norm)
+        self.steps += 1
+        if self.every and self.steps % self.every == 0:
+            self._switch()
+
+    def _switch(self) -> None:
+        period = self.steps // self.every if self.every else 0
+        if self.steps:
+            self.strategy.close(period - 1, self.active, *self.inner.take_norms())
+        self.strategy.adapt(period)
+        self.active = self.strategy.blocks_at(period)
+        self.inner.switch(self.strategy.rules_at(period), self.steps)
+
+    def finish(self) -> None:
+        """Write masters back and free all state; nothing is trainable afterwards."""
+        self.inner.switch({}, self.steps)
+        self.active = ()
+
+    def micro_batch(self, *, last: bool) -> None:
+        """Announce whether the next backward is the last of its step."""
+        self.inner.micro_batch(self.steps, last=last)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Gradients are taken as they arrive: there is nothing to clear."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and words alone, so that it loads with `weights_only`."""
+        tensors, counters = self.inner.state()
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        return {"tensors": tensors, "counters": counters, "record": self.strategy.record.to_dict(),
+                "steps": self.steps, "active": list(self.active), "param_groups": groups}  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`, inside a period too."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+        self.steps, self.active = state_dict["steps"], tuple(state_dict["active"])
+        self.strategy.record = Record.from_dict(state_dict["record"])
+        if state_dict["counters"]["active"]:
+            rules = self.strategy.rules_at(self.steps // self.every if self.every else 0)
+            self.inner.load_state(state_dict["tensors"], state_dict["counters"], rules)
+
+
+class LayerSampling(TrainerCallback):
+    """Tells the optimizer where in a step the Trainer is, and logs what it did."""
+
+    def __init__(self, optimizer: LayerSampled) -> None:
+        self.optimizer = optimizer
+        self._micro = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The model is where it will be trained; no gradient is to reach frozen embeddings."""
+        if args.gradient_checkpointing and hasattr(model, "disable_input_require_grads"):
+            model.disable_input_require_grads()
+        self.optimizer.begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._announce(args, 0)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._announce(args, self._micro + 1)
+
+    def _announce(self, args: Any, micro: int) -> None:
+        self._micro = micro
+        self.optimizer.micro_batch(last=micro == args.gradient_accumulation_steps - 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is not None and "loss" in logs:
+            for row in (logs, *state.log_history[-1:]):  # the history has its copy already
+                row["owlore_grad_norm"] = self.optimizer.norm
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.optimizer.finish()
+
+
+def _check(args: Any, settings: dict[str, Any]) -> None:
+    strange = sorted(set(settings) - TAKEN)
+    if strange:
+        own = ", ".join(sorted(TAKEN))
+        raise UsageError(f"{strange[0]} is not a setting of the bridge (one of the Trainer's?), expected some of {own}")
+    if args.world_size > 1:
+        raise UsageError(f"got {args.world_size} processes, expected one: use torchrun with owlore train")
+    if args.fp16:
+        raise UsageError("got fp16, whose scaled gradients the bridge cannot unscale: use bf16, or owlore train")
+    moments = (args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    if moments != (0.9, 0.999, 1e-8):
+        raise UsageError(f"got adam betas and epsilon {moments}, expected 0.9, 0.999, 1e-8: the methods' own")
