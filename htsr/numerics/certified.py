@@ -11,8 +11,8 @@
        is done in float64 ("escalated").
 
 Eigenvalues within their radius of zero are no more than noise. That concerns two numbers: the fit (the certificate
-treats them as unknown) and the rank, which the entropy is normalised by. When there are some, an LU factorisation must
-show that the matrix has full rank, else the matrix is escalated.
+treats them as unknown) and the rank, which the entropy is normalised by. When there are some, they are found from the
+matrix itself (`smallend`); where that fails an LU factorisation must show full rank, else the matrix is escalated.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from htsr.numerics.fullrank import has_full_rank
 from htsr.numerics.metrics import EIGENVALUE_CUT
 from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.ritz import residual_norms, ritz_values
+from htsr.numerics.smallend import depth, small_end
 from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
 from htsr.numerics.tridiagonal import Tridiagonal
 
@@ -73,6 +74,9 @@ class Reduced(Protocol):
 
     def vectors(self, indices: np.ndarray) -> Any:
         """Eigenvectors of the values at `indices`, as columns."""
+
+    def solve(self, R: np.ndarray, shift: float) -> np.ndarray:
+        """(G + shift)^-1 R to float32's accuracy, where `shift` makes G positive definite."""
 
 
 class OpenError(Exception):
@@ -186,8 +190,9 @@ def _certified(
     verdict, precision = judge(values, radius, cut), TAIL_PRECISION
     first = _depth(values, radius, verdict, precision)
     _check_worth(n, m, n - first)
-    if rough[0] <= radius[0]:
-        values = np.maximum(values, _rank_floor(n, float(rough[-1]), full_rank, counter))
+    if noise := int(np.max(np.flatnonzero(rough <= radius), initial=-1)) + 1:
+        known = _small_values(read, m, reduced, scale, rough, radius, full_rank, counter)
+        values[:noise] = np.minimum(known[:noise], values[noise])
     for _ in range(ATTEMPTS):
         theta = backend.ritz(read(), reduced.vectors(np.arange(first, n)))
         counter[0] += ritz_flops(n, m, n - first)
@@ -234,12 +239,37 @@ def _check_worth(n: int, m: int, k: int) -> None:
         raise OpenError(f"{k} of {n} eigenvalues belong to the tail or may")
 
 
-def _rank_floor(n: int, top: float, full_rank: Callable[[type], bool], counter: list[float]) -> float:
-    """What to raise values to that are mere noise: above the limit of the numerical rank, once full rank is shown."""
+def _small_values(
+    read: Read,
+    m: int,
+    reduced: Reduced,
+    scale: float,
+    rough: np.ndarray,
+    radius: np.ndarray,
+    full_rank: Callable[[type], bool],
+    counter: list[float],
+) -> np.ndarray:
+    """The values that are mere noise, as good as the rank needs them: right to a factor of 2, and zero where zero.
+
+    Where that is too much work they are raised above the limit of the rank once full rank is shown another way.
+    """
+    n, top, q = len(rough), float(rough[-1]), depth(rough, radius)
+    if q:
+        found = small_end(
+            read,
+            as_array(reduced.vectors(np.arange(q))),
+            lambda R, shift: reduced.solve(R, shift * scale**2) * scale**2,
+            following=float(rough[q] - radius[q]),
+            shift=max(float(radius[0]) / 2, -2 * float(rough[0])),
+            limit=float(np.sqrt(top)) * m * EPS64,
+        )
+        counter[0] += 4 * n * m * q * (found.products if found else 1)
+        if found:
+            return found.values
     for dtype in (np.float32, np.float64):
         counter[0] += 2 / 3 * n**3
         if full_rank(dtype):
-            return 1e-3 * EPS32 * top
+            return np.maximum(rough, 1e-3 * EPS32 * top)
     raise OpenError("it may lack rank")
 
 

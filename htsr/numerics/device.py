@@ -54,6 +54,15 @@ class Decomposed:
         """Eigenvectors of the values at `indices`, as columns."""
         return self.basis[:, torch.as_tensor(indices, device=self.basis.device)]
 
+    def solve(self, R: np.ndarray, shift: float) -> np.ndarray:
+        """(G + shift)^-1 R to float32's accuracy, float64; `shift` makes G positive definite."""
+        size = np.maximum(np.linalg.norm(R, axis=0), np.finfo(np.float64).tiny)
+        right = torch.from_numpy(np.asarray(R / size, np.float32)).to(self.basis.device)
+        spread = torch.from_numpy(1 / (self.values + shift)).to(self.basis.device)[:, None]
+        X = (self.basis.T @ right).double() * spread
+        largest = float(X.abs().max()) or 1.0
+        return (self.basis @ (X / largest).float()).double().cpu().numpy() * (size * largest)
+
 
 def torch_backend(device: str) -> Backend:
     """The steps of `certified.spectrum` on a torch device; on a CUDA device each thread has a stream of its own."""

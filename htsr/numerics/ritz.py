@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from htsr.numerics.spectrum import as_array
+from htsr.numerics.spectrum import in_float64
 
 
 def ritz_values(slices: Iterable[Any], V: np.ndarray) -> np.ndarray:
@@ -27,8 +27,8 @@ def ritz_values(slices: Iterable[Any], V: np.ndarray) -> np.ndarray:
     k = Q.shape[1]
     overlap = dsyrk(1.0, Q, trans=1, lower=1)
     K: np.ndarray = np.zeros((k, k), order="F")
-    for block in slices:
-        Y = as_array(block) @ Q
+    for B in in_float64(slices):
+        Y = B @ Q
         K = dsyrk(1.0, Y.T, trans=0, beta=1.0, c=K, lower=1, overwrite_c=1)
     return eigh(K, overlap, eigvals_only=True, lower=True, overwrite_a=True, overwrite_b=True, check_finite=False)
 
@@ -37,7 +37,6 @@ def residual_norms(slices: Iterable[Any], V: np.ndarray, values: np.ndarray) -> 
     """|W^T W v_j - values_j v_j| / |v_j| for every column of V: an eigenvalue lies within that distance of values_j."""
     Q = np.asarray(V, dtype=np.float64)
     AQ = np.zeros_like(Q)
-    for block in slices:
-        B = as_array(block)
+    for B in in_float64(slices):
         AQ += B.T @ (B @ Q)
     return np.linalg.norm(AQ - Q * values, axis=0) / np.linalg.norm(Q, axis=0)

@@ -8,15 +8,18 @@ dtype policy: everything is computed in float64 unless float32 is asked for; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from htsr.errors import BadInput
+from htsr.numerics.fortran import call, lead
+from htsr.numerics.tridiagonal import reduce, tridiagonal_values
 
 BLOCK_ELEMENTS = 1 << 20  # 8 MiB of float64: large enough for BLAS, small enough for a cache and for many workers
+CACHED_ELEMENTS = 1 << 19  # 4 MiB of float64
 BLOCK_MULTIPLE = 256  # column blocks start at multiples of the quantisation blocks of every GGUF type
 REDUCED_AT_ONCE = 16  # columns, on the way to a tridiagonal matrix
 IN_PLACE_SIDE = 1024  # from here on the Gram matrix is large enough that copies of it count
@@ -50,6 +53,14 @@ def as_array(block: Any, dtype: type = np.float64) -> np.ndarray:
     return np.asarray(block, dtype=dtype)
 
 
+def in_float64(slices: Iterable[Any]) -> Iterator[np.ndarray]:
+    """The same rows, a few at a time: what is multiplied by some vectors, and once more, is still in the cache then."""
+    for block in slices:
+        rows = max(CACHED_ELEMENTS // max(block.shape[1], 1), 1)
+        for i in range(0, len(block), rows):
+            yield as_array(block[i : i + rows])
+
+
 def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: bool = True) -> np.ndarray:
     """G = sum_b S_b^T S_b over slices of any height and `side` columns.
 
@@ -68,16 +79,11 @@ def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: 
 
 def _gram_in_place(slices: Iterable[Any], side: int, dtype: type, mirror: bool) -> np.ndarray:
     """The same sum accumulated inside BLAS: no second array of G's size."""
-    from scipy.linalg.blas import dsyrk, ssyrk
-
-    syrk = dsyrk if dtype is np.float64 else ssyrk
     G: np.ndarray = np.zeros((side, side), dtype, order="F")
     for block in slices:
         S = as_array(block, dtype)
-        if S.flags.f_contiguous:
-            G = syrk(1.0, S, trans=1, beta=1.0, c=G, lower=1, overwrite_c=1)
-        else:
-            G = syrk(1.0, S.T, trans=0, beta=1.0, c=G, lower=1, overwrite_c=1)
+        form, A = (b"T", S) if S.flags.f_contiguous else (b"N", np.ascontiguousarray(S).T)
+        call("syrk", dtype, b"L", form, side, len(S), 1.0, A, lead(A), 1.0, G, side)
     for i in range(0, side if mirror else 0, BLOCK_MULTIPLE):  # mirror the lower triangle
         j = min(i + BLOCK_MULTIPLE, side)
         G[i:j, j:] = G[j:, i:j].T
@@ -92,16 +98,12 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
 
     Raises BadInput when G holds a NaN or an infinity.
     """
-    from scipy.linalg import lapack
-
-    side, single = len(G), G.dtype == np.float32
+    side = len(G)
     if not np.isfinite(G).all():
         raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
-    sytrd, sterf = (lapack.ssytrd, lapack.ssterf) if single else (lapack.dsytrd, lapack.dsterf)
-    # (eigvalsh of NumPy and SciPy leaves LAPACK no workspace, which costs a fifth up to a side of about 1000)
     lower = np.asfortranarray(G.T if G.flags.c_contiguous else G)
-    _, d, e, _, _ = sytrd(lower, lower=1, lwork=REDUCED_AT_ONCE * side, overwrite_a=1)
-    values = sterf(d, e)[0] if side > 1 else d
+    d, e, _ = reduce(lower, REDUCED_AT_ONCE)
+    values = tridiagonal_values(d, e) if side > 1 else d
     return without_noise(values, G.dtype.type)
 
 

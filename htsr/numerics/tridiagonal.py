@@ -1,7 +1,8 @@
-"""A symmetric float32 matrix reduced to a tridiagonal one: all eigenvalues, and the eigenvectors that are asked for.
+"""A symmetric matrix reduced to a tridiagonal one: all eigenvalues, and the eigenvectors that are asked for.
 
 A = Q T Q^T costs 4/3 n^3; the eigenvalues of T follow in O(n^2), and k eigenvectors in O(n k) for T and 2 n^2 k for
-Q. Nothing of A but its lower triangle is read, and A's memory becomes that of Q.
+Q. Nothing of A but its lower triangle is read, and A's memory becomes that of Q. (SciPy's own wrappers of these
+routines hold the interpreter's lock, so that other workers would wait.)
 """
 
 from __future__ import annotations
@@ -9,34 +10,74 @@ from __future__ import annotations
 import numpy as np
 
 from htsr.errors import BadInput
+from htsr.numerics.fortran import call, integers
 
 BLOCK = 32  # columns reduced at a time
 GROUP = 48  # vectors of T made orthogonal to each other; between groups they are merely different
 
 
+def reduce(A: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Diagonal, subdiagonal of T and the factors tau of Q; A (float, Fortran order) is overwritten by the rest of Q."""
+    n, info = len(A), integers(1)
+    d, e, tau, work = (np.empty(size, A.dtype) for size in (n, max(n - 1, 1), max(n - 1, 1), max(block * n, 1)))
+    call("sytrd", A.dtype, b"L", n, A, n, d, e, tau, work, len(work), info)
+    return d, e[: n - 1], tau[: n - 1]
+
+
+def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """Ascending eigenvalues of the tridiagonal matrix with this diagonal and subdiagonal, of the same dtype.
+
+    Raises LinAlgError when they are not found.
+    """
+    values, rest, info = d.copy(), np.append(e, d.dtype.type(0)), integers(1)
+    call("sterf", d.dtype, len(d), values, rest, info)
+    if info[0]:
+        raise np.linalg.LinAlgError("the eigenvalues of a tridiagonal matrix did not converge")
+    return values
+
+
 class Tridiagonal:
-    """Q T Q^T of `A` (float32, Fortran order, overwritten). Raises BadInput when A is not finite."""
+    """Q T Q^T of `A` (float32; overwritten in Fortran order). Raises BadInput when A is not finite."""
 
     def __init__(self, A: np.ndarray) -> None:
-        from scipy.linalg.lapack import dsterf, ssytrd
-
-        side = len(A)
-        self._factors, d, e, self._tau, _ = ssytrd(A, lower=1, lwork=BLOCK * side, overwrite_a=1)
-        if not (np.isfinite(d).all() and np.isfinite(e).all()):
+        self._factors = np.asfortranarray(A)
+        self._d, self._e, self._tau = reduce(self._factors)
+        if not (np.isfinite(self._d).all() and np.isfinite(self._e).all()):
             raise BadInput("got a matrix that leaves the range of float32, expected one of moderate size")
-        self._d, self._e = d, e
-        self.values: np.ndarray = dsterf(d.astype(np.float64), e.astype(np.float64))[0]
+        self.values: np.ndarray = tridiagonal_values(self._d.astype(np.float64), self._e.astype(np.float64))
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
         """Eigenvectors of A of the values at ascending `indices`, as float32 columns; unit, not quite orthogonal."""
-        from scipy.linalg.lapack import sormqr, sstein
-
-        n = len(self._d)
-        whole = np.ones(n, np.int32), np.full(n, n, np.int32)
         wanted = self.values[indices].astype(np.float32)
-        groups = [sstein(self._d, self._e, wanted[i : i + GROUP], *whole)[0] for i in range(0, len(wanted), GROUP)]
-        V = np.asfortranarray(np.concatenate(groups, axis=1))
-        # the reflectors lie below the subdiagonal: columns 0.. of the array that starts at A[1, 0], in A's own memory
-        reflectors = self._factors.ravel(order="K")[1 : 1 + n * (n - 1)].reshape((n, n - 1), order="F")
-        V[1:] = sormqr("L", "N", reflectors, self._tau, V[1:], BLOCK * n)[0]
+        groups = [self._inverse_iteration(wanted[i : i + GROUP]) for i in range(0, len(wanted), GROUP)]
+        return self._rotate(np.asfortranarray(np.concatenate(groups, axis=1)), b"N")
+
+    def solve(self, R: np.ndarray, shift: float) -> np.ndarray:
+        """(A + shift)^-1 R to float32's accuracy, float64; `shift` makes A positive definite."""
+        from scipy.linalg.lapack import dptsv
+
+        size = np.maximum(np.linalg.norm(R, axis=0), np.finfo(np.float64).tiny)
+        X = self._rotate(np.asfortranarray(R / size, np.float32), b"T")
+        X = dptsv(self._d.astype(np.float64) + shift, self._e.astype(np.float64), X.astype(np.float64))[2]
+        largest = np.abs(X).max() or 1.0
+        return self._rotate(np.asfortranarray(X / largest, np.float32), b"N") * (size * largest)
+
+    def _inverse_iteration(self, values: np.ndarray) -> np.ndarray:
+        """Vectors of T, orthogonal to each other. One that does not converge shows in its residual."""
+        n, k = len(self._d), len(values)
+        Z: np.ndarray = np.empty((n, k), np.float32, order="F")
+        one_block, split, work = integers(n, 1), integers(n, n), np.empty(5 * n, np.float32)
+        iwork, failed, info = integers(n), integers(k), integers(1)
+        call("stein", np.float32, n, self._d, self._e, k, values, one_block, split, Z, n, work, iwork, failed, info)
+        return Z
+
+    def _rotate(self, V: np.ndarray, form: bytes) -> np.ndarray:
+        """Q V (b"N") or Q^T V (b"T") in float32, in place."""
+        n, k, info = len(V), V.shape[1], integers(1)
+        work = np.empty(max(BLOCK * k, 1) + 65 * 64, np.float32)
+        # the reflectors lie below the subdiagonal: columns of the array that starts at A[1, 0], in A's own memory
+        call(
+            "ormqr", np.float32, b"L", form, n - 1, k, n - 1, self._factors[1:], n, self._tau, V[1:], n,
+            work, len(work), info,
+        )  # fmt: skip
         return V

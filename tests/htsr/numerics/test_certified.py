@@ -136,13 +136,15 @@ def test_a_near_tie_is_escalated_and_its_cost_counted() -> None:
     assert escalated >= 3
 
 
-@pytest.mark.parametrize("rank", [SIDE - 1, SIDE - 40])
-def test_what_may_lack_rank_is_escalated(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "route"), [(SIDE - 1, "certified"), (SIDE - 9, "certified"), (SIDE - 90, "escalated")]
+)
+def test_lost_rank_is_counted_exactly_by_either_route(rank: int, route: str) -> None:
     rng = np.random.default_rng(rank)
     W = heavy(SIDE, SIDE, 4)
     W[:, rank:] = W[:, rng.integers(0, rank, SIDE - rank)]  # copied columns: exactly singular
     found = run(W)
-    assert found.route == "escalated"
+    assert found.route == route
     assert np.count_nonzero(found.values) == rank
     assert not has_full_rank(W)
 

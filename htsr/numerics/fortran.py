@@ -1,0 +1,76 @@
+"""BLAS and LAPACK routines on parts of arrays, in place.
+
+SciPy's own wrappers copy whatever is not contiguous, and most of them hold the interpreter's lock while they run, so
+that other workers wait. The pointers are those that SciPy hands to compiled callers (`scipy.linalg.cython_blas` and
+`cython_lapack`); called like this a routine works on any part of a matrix and leaves the lock free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+REAL = {np.dtype(np.float32): ("s", ctypes.c_float), np.dtype(np.float64): ("d", ctypes.c_double)}
+
+
+def call(name: str, dtype: Any, *arguments: bytes | int | float | np.ndarray) -> None:
+    """Run the routine of that name without its first letter, which `dtype` (float32 or float64) decides.
+
+    Every argument of the routine in its order: a letter as bytes, an integer, a real number, or an array, which stands
+    for the address of its first entry and may be a view; its leading dimension (`lead`) is an argument of its own.
+    `info` and other arrays of integers come from `integers`. The caller keeps to the routine's documentation: nothing
+    is checked.
+    """
+    letter, real = REAL[np.dtype(dtype)]
+    function, integer = _routine(letter + name), _integer()
+    held: list[Any] = []
+    for argument in arguments:
+        match argument:
+            case np.ndarray():
+                held.append(ctypes.c_void_p(argument.__array_interface__["data"][0]))
+            case bytes():
+                held.append(ctypes.c_char_p(argument))
+            case float():
+                held.append(ctypes.byref(real(argument)))
+            case _:
+                held.append(ctypes.byref(integer(argument)))
+    function(*held)
+
+
+def lead(part: np.ndarray) -> int:
+    """The leading dimension of a matrix in Fortran order, or of a part of one."""
+    return max(part.strides[1] // part.itemsize, 1)
+
+
+def integers(size: int, value: int = 0) -> np.ndarray:
+    """An array of the routines' integers."""
+    return np.full(size, value, np.dtype(_integer()))
+
+
+@functools.cache
+def _routine(name: str) -> Callable[..., None]:
+    capsule, signature = _capsule(name)
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return ctypes.CFUNCTYPE(None)(pointer_of(capsule, signature))
+
+
+@functools.cache
+def _integer() -> Any:
+    """The C type of the routines' integers."""
+    return ctypes.c_int if b" int *" in _capsule("dgemm")[1] else ctypes.c_int64
+
+
+def _capsule(name: str) -> tuple[Any, bytes]:
+    """The capsule that holds a routine's address, and the C signature it is labelled with."""
+    from scipy.linalg import cython_blas, cython_lapack
+
+    module: Any = cython_blas if name in cython_blas.__pyx_capi__ else cython_lapack
+    capsule = module.__pyx_capi__[name]
+    name_of = ctypes.pythonapi.PyCapsule_GetName
+    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    return capsule, name_of(capsule)
