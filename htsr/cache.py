@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from htsr.model.layers import LayerView
+from htsr.model.parts import Part
 from htsr.model.source import Source
 from htsr.rows import cost, empty_row
 
@@ -47,16 +48,19 @@ def cache_directory() -> Path:
 def entry_key(source: Source, view: LayerView, **settings: Any) -> str:
     """The key of a view's row under these settings."""
     tensor = source.info(view.stored)
-    geometry = {k: v for k, v in asdict(view).items() if k not in (*IDENTITY, "stored")}
-    for part in geometry["pool"] or ():
-        part.pop("tensor", None)
-    if geometry.get("part"):
-        geometry["part"].pop("tensor", None)
+    geometry: dict[str, Any] = {k: v for k, v in vars(view).items() if k not in IDENTITY}
+    geometry["pool"] = [_where(part) for part in view.pool]
+    geometry["part"] = view.part and _where(view.part)
     what = [
         code_version(), source.is_delta, tensor.dtype, list(tensor.shape),
         source.tensor_sha256(view.stored), geometry, settings,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _where(part: Part) -> dict[str, Any]:
+    """The rows and columns of a part, whatever its tensor is called."""
+    return {"rows": asdict(part.rows), "cols": asdict(part.cols)}
 
 
 @functools.cache

@@ -5,15 +5,18 @@ open the source (headers only) -> views -> LOD (text through the blocks) -> spec
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from htsr.cache import cache_directory, remembered
 from htsr.choices import ENGINES, check_choice
@@ -24,14 +27,15 @@ from htsr.model.magnitudes import weight_lod
 from htsr.model.source import Source, open_source
 from htsr.provenance import peak_bytes, spectra_record, versions
 from htsr.rows import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
-from htsr.table import ScanResult
-from htsr.workers import run
+from htsr.workers import default_workers, run
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from torch import nn
 
     from htsr.model.calibration import Calibration
+    from htsr.table import ScanResult
 
 Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
 SCHEMA = "htsr-scan/1"
@@ -100,16 +104,18 @@ def scan(
         "revision": source.revision,
         "num_blocks": num_blocks(source),
         "config_sha256": source.config_sha256(),
-        "weights_sha256": source.weights_sha256(),
     }
-    clock.lap("load")
-    outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
-    clock.lap("lod")
-    rows, spectra = analyse_all(
-        source, layers, analyser(engine, source, precision, device, fresh=fresh), workers, quiet
-    )
+    with ahead(source, workers):
+        clock.lap("load")
+        outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
+        clock.lap("lod")
+        rows, spectra = analyse_all(
+            source, layers, analyser(engine, source, precision, device, fresh=fresh), workers, quiet
+        )
+    identity["weights_sha256"] = source.weights_sha256()
     clock.lap("alpha")
-    frame = assemble(rows, layers, outliers, weight_lod(source, layers, tau, lod_scope) if outliers is None else {})
+    weight_only = weight_lod(source, layers, tau, lod_scope, workers) if outliers is None else {}
+    frame = assemble(rows, layers, outliers, weight_only)
     clock.lap("lod")
     if nulls:
         from htsr.nulls import null_rows, with_nulls
@@ -129,10 +135,40 @@ def scan(
         "seconds": clock.seconds,
         "peak_bytes": peak_bytes(),
     }
+    from htsr.table import ScanResult
+
     result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, calibration=outliers)
     if out is not None:
         result.save(out, plots=plots)
     return result
+
+
+@contextlib.contextmanager
+def ahead(source: Source, workers: int | None) -> Iterator[None]:
+    """What the end of a scan needs, done beside its work where that has several workers: hashes, and pandas loaded.
+
+    A module's tensors are hashed at once: it is about to run.
+    """
+    if source.module is not None or (default_workers() if workers is None else workers) < 2:
+        source.weights_sha256()
+        yield
+        return
+    stop = threading.Event()
+
+    def work() -> None:
+        for tensor in source.tensors:
+            if not stop.is_set():
+                source.tensor_sha256(tensor.name)
+        if not stop.is_set():
+            importlib.import_module("pandas")
+
+    with ThreadPoolExecutor(1) as beside:
+        done = beside.submit(work)
+        try:
+            yield
+            done.result()
+        finally:
+            stop.set()
 
 
 class Clock:
@@ -244,6 +280,8 @@ def assemble(
     weight_only: Mapping[str, float],
 ) -> pd.DataFrame:
     """The rows in the order of the layers, with the outliers of each matrix beside its spectrum."""
+    import pandas as pd
+
     records = []
     for view in layers:
         row = dict(rows[view.tensor])

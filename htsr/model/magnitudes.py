@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from htsr.model.parts import read_block
 from htsr.numerics.spectrum import Block
+from htsr.workers import run
 
 if TYPE_CHECKING:
     from htsr.model.layers import LayerView
     from htsr.model.source import Source
 
 SLICE_ELEMENTS = 1 << 20
+KEPT_ELEMENTS = 1 << 23  # of a block, by each worker
 
 
-def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: str) -> dict[str, float]:
+def weight_lod(
+    source: Source, views: Sequence[LayerView], tau: float, scope: str, workers: int | None = 1
+) -> dict[str, float]:
     """tensor name -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block; NaN for NaN weights.
 
     The mean is the block's under scope `block` and the matrix's own under `matrix`. The parts of a fused matrix count
@@ -27,21 +31,32 @@ def weight_lod(source: Source, views: Sequence[LayerView], tau: float, scope: st
     for view in views:
         if view.block is not None and not view.reason and not view.pool:
             blocks.setdefault(view.block, []).append(view)
+    pools = [pool for m in blocks.values() for pool in ([m] if scope == "block" else [[view] for view in m])]
     result: dict[str, float] = {}
-    for members in blocks.values():
-        for pool in [members] if scope == "block" else [[view] for view in members]:
-            whole = [view for view in pool if not view.part_of] or pool
-            total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in whole for part in _parts(source, view))
-            limit = tau * total / sum(view.rows * view.cols for view in whole)
-            result |= {view.tensor: _percent_above(source, view, limit) for view in pool}
+    for _, found in run(lambda pool: _pool_lod(source, pool, tau), pools, lambda _: 0, workers):
+        result |= found
     return result
 
 
-def _percent_above(source: Source, view: LayerView, limit: float) -> float:
+def _pool_lod(source: Source, pool: Sequence[LayerView], tau: float) -> dict[str, float]:
+    """The shares of matrices that have one mean, which are read twice where they are too large to be kept."""
+    size = sum(view.rows * view.cols for view in pool)
+    kept = {view.tensor: list(_parts(source, view)) for view in pool} if size <= KEPT_ELEMENTS else None
+
+    def parts(view: LayerView) -> Iterable[np.ndarray]:
+        return _parts(source, view) if kept is None else kept[view.tensor]
+
+    whole = [view for view in pool if not view.part_of] or pool
+    total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in whole for part in parts(view))
+    limit = tau * total / sum(view.rows * view.cols for view in whole)
+    return {view.tensor: _percent_above(parts(view), view.rows * view.cols, limit) for view in pool}
+
+
+def _percent_above(parts: Iterable[np.ndarray], size: int, limit: float) -> float:
     if not np.isfinite(limit):
         return np.nan
-    count = sum(int(np.count_nonzero(np.abs(part) > _at_most(limit, part.dtype))) for part in _parts(source, view))
-    return 100.0 * count / (view.rows * view.cols)
+    count = sum(int(np.count_nonzero(np.abs(part) > _at_most(limit, part.dtype))) for part in parts)
+    return 100.0 * count / size
 
 
 def _at_most(limit: float, dtype: np.dtype) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -138,14 +139,16 @@ class Source(ABC):
         return self.rows(name, 0, shape[0] if shape else 1)
 
     def tensor_sha256(self, name: str) -> str:
-        """sha256 of a tensor's stored bytes; read once."""
+        """sha256 of a tensor's stored bytes; read once, whichever thread asks first."""
         known: dict[str, str] = self.__dict__.setdefault("_digests", {})
-        if name not in known:
-            digest = hashlib.sha256()
-            for piece in self.raw(name):
-                digest.update(piece)
-            known[name] = digest.hexdigest()
-        return known[name]
+        locks: dict[str, threading.Lock] = self.__dict__.setdefault("_hashing", {})
+        with locks.setdefault(name, threading.Lock()):
+            if name not in known:
+                digest = hashlib.sha256()
+                for piece in self.raw(name):
+                    digest.update(piece)
+                known[name] = digest.hexdigest()
+            return known[name]
 
     def weights_sha256(self) -> str:
         """sha256 over the sorted (name, dtype, shape, sha256 of the bytes) of all tensors, whatever files hold them."""

@@ -24,6 +24,7 @@ SMALL_TAIL = 8
 MIN_LOG_SUM = 1e-12
 ALPHA_LIMIT = 1e8  # a tail whose values differ by rounding alone; no slope can be read from it
 NUM_PROBES = 48
+BOUNDED_AT_ONCE = 1024  # candidates; what is computed of them stays in the cache
 
 
 class FitStatus(str, Enum):
@@ -137,10 +138,12 @@ def lower_bounds(log_x: np.ndarray) -> np.ndarray:
     safe = spread > 100 * rounding
     slope = np.where(safe, n / np.where(safe, spread, 1.0), 0.0)  # alpha - 1
     bounds = np.zeros(N - 1)
-    for fraction in np.linspace(0.0, 1.0, NUM_PROBES):
-        j = index + np.floor(fraction * (n - 1)).astype(np.int64)
-        gap = np.abs(1 - np.exp(slope * (log_x[:-1] - log_x[j])) - (j - index) / n)
-        np.maximum(bounds, gap, out=bounds)
+    fractions = np.linspace(0.0, 1.0, NUM_PROBES)[:, None]
+    for start in range(0, N - 1, BOUNDED_AT_ONCE):
+        part = slice(start, min(start + BOUNDED_AT_ONCE, N - 1))
+        offset = np.floor(fractions * (n[part] - 1)).astype(np.int64)
+        gap = 1 - np.exp(slope[part] * (log_x[part] - log_x[index[part] + offset])) - offset / n[part]
+        bounds[part] = np.max(np.abs(gap, out=gap), axis=0)
     # ratios x_j / x_i are rounded in the exact expression too, and a power of it multiplies that by alpha - 1
     slack = np.where(safe, rounding / np.where(safe, spread, 1.0), 0.0) + 1e-12 * (1 + slope)
     return np.where(safe, bounds - slack, 0.0)
