@@ -104,11 +104,10 @@ def assert_the_same_run(one, directory, start):
         assert a == (pytest.approx(b, rel=rel) if rel else b), key
     places = (one.directory / "model", directory / "model", start)
     a, b, before = (load_file(place / "model.safetensors") for place in places)
-    # Rounding turns the axes of a basis where singular values are close, and Adam is not rotation-invariant: weights
-    # agree to a part of how far they went, without projection much more closely.
-    part = 1e-3 if one.record["config"]["method"] == "full" else 0.05
-    for name in a:
-        assert (a[name] - b[name]).norm() <= part * (a[name] - before[name]).norm(), name
+    # Rounding turns the axes of a basis where singular values are close, and Adam's first step is a sign: weights as a
+    # whole agree to a part of how far they went, without projection much more closely.
+    apart, moved = (sum(float((a[name] - c[name]).square().sum()) ** 0.5 for name in a) for c in (b, before))
+    assert apart <= (1e-3 if one.record["config"]["method"] == "full" else 0.05) * moved
     record = json.loads((directory / "run.json").read_text())
     assert record["processes"] == 2 and record["draws"] == one.record["draws"]
 
