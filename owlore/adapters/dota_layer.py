@@ -170,7 +170,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         base = self.get_base_layer()
         if is_plain(base) or isinstance(base, Nf4Linear):
-            return mpo_linear(x, self, terms, cores)
+            return mpo_linear(x, self, terms, cores, getattr(base, "bias", None))
         y = self.base_layer(x, *args, **kwargs)
         return y + mpo_linear(x, self, terms, cores).to(y.dtype)
 

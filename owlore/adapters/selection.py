@@ -205,13 +205,14 @@ def _probes(targets: list[Target], receive: Callable[[str, Tensor], None]) -> An
     anchor = torch.zeros((), requires_grad=True)
 
     def hook(name: str) -> Any:
-        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            found: Tensor = _Probe.apply(output, inputs[0], anchor, lambda gradient: receive(name, gradient))
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+            x = (*inputs, *named.values())[0]
+            found: Tensor = _Probe.apply(output, x, anchor, lambda gradient: receive(name, gradient))
             return found
 
         return forward
 
-    handles = [target.module.register_forward_hook(hook(target.name)) for target in targets]
+    handles = [target.module.register_forward_hook(hook(target.name), with_kwargs=True) for target in targets]
     try:
         yield
     finally:

@@ -188,7 +188,7 @@ class SmtLayer(nn.Module, BaseTunerLayer):
             x,
             lambda inputs: self.base_layer(inputs, *args, **kwargs),
             matrix_of(base),
-            None,
+            getattr(base, "bias", None),
             lambda: self._token,
             [d.layout() for d in deltas],
             [d.delta for d in deltas],

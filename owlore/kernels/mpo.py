@@ -271,23 +271,31 @@ class DenseLayer(Protocol):
         """The map's output with this weight (m x n) in place of its own."""
 
 
-def mpo_linear(x: Tensor, layer: DenseLayer, terms: Sequence[Term], cores: Sequence[Tensor]) -> Tensor:
+def mpo_linear(
+    x: Tensor, layer: DenseLayer, terms: Sequence[Term], cores: Sequence[Tensor], bias: Tensor | None = None
+) -> Tensor:
     """layer.product(x, W) with W = base + terms, which is rebuilt in backward instead of kept.
 
-    Gradients go to x and to the cores that require them; what is saved for backward is x, the base weight (no copy)
-    and the cores, through the usual hooks.
+    Gradients go to x, the cores and the `bias` (which `layer` adds) where they require one; saved for backward are x,
+    the base weight (no copy) and the cores, through the usual hooks.
     """
-    result: Tensor = _MpoLinear.apply(x, layer.kept_weight(), layer, tuple(terms), *cores)
+    result: Tensor = _MpoLinear.apply(x, layer.kept_weight(), bias, layer, tuple(terms), *cores)
     return result
 
 
 class _MpoLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Tensor | None, layer: DenseLayer, terms: tuple[Term, ...], *cores: Tensor
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor | None,
+        bias: Tensor | None,
+        layer: DenseLayer,
+        terms: tuple[Term, ...],
+        *cores: Tensor,
     ) -> Tensor:
         y: Tensor = layer.product(x, add_terms(layer.base_weight(kept, x.dtype), terms, cores))
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, kept, *cores)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[5:]) else None, kept, *cores)
         ctx.layer, ctx.terms, ctx.x_like = layer, terms, (x.shape, x.dtype)
         return y
 
@@ -297,16 +305,16 @@ class _MpoLinear(torch.autograd.Function):
         x, kept, *cores = ctx.saved_tensors
         shape, dtype = ctx.x_like
         g = incoming.reshape(-1, incoming.shape[-1])
-        gx = None
+        gx, gb = None, g.sum(0) if ctx.needs_input_grad[2] else None
         if ctx.needs_input_grad[0]:
             weight = add_terms(ctx.layer.base_weight(kept, g.dtype), ctx.terms, cores)
             gx = (g @ weight.to(g.dtype)).view(shape).to(dtype)
             del weight
         if x is None:
-            return gx, None, None, None, *(None for _ in cores)
+            return gx, None, gb, None, None, *(None for _ in cores)
         gW = g.T @ x.reshape(-1, shape[-1]).to(g.dtype)
-        found = _core_gradients(gW, ctx.terms, cores, ctx.needs_input_grad[4:])
-        return gx, None, None, None, *found
+        found = _core_gradients(gW, ctx.terms, cores, ctx.needs_input_grad[5:])
+        return gx, None, gb, None, None, *found
 
 
 def _core_gradients(

@@ -1,5 +1,6 @@
 """Adapters beyond this process: importing the package is all that plain PEFT needs, and nothing without it changes."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from makers import generator, save_tiny, tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -89,6 +90,59 @@ def test_planned_counts_and_bytes_are_the_counted_ones(tmp_path, name, dtype):
     bases = [m.base_layer for m in model.modules() if hasattr(m, "base_layer")]
     weights = [t for b in bases for t in (*b.parameters(), *b.buffers())]
     assert plan.base_bytes == sum(t.numel() * t.element_size() for t in weights)
+
+
+def steps(model, optimizer, batches):
+    losses = []
+    for seed in batches:
+        ids = torch.randint(3, 64, (2, 12), generator=generator(seed))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_goes_on_bit_for_bit_from_a_saved_adapter_and_optimizer(tmp_path, name):
+    def adamw(model):
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    model = get_peft_model(tiny_llama().eval(), CONFIGS[name]())
+    optimizer = adamw(model)
+    steps(model, optimizer, range(3))
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    expected = steps(model, optimizer, range(3, 6))
+    again = PeftModel.from_pretrained(tiny_llama().eval(), tmp_path, is_trainable=True)
+    optimizer = adamw(again)
+    optimizer.load_state_dict(state)
+    assert steps(again, optimizer, range(3, 6)) == expected
+
+
+@pytest.mark.parametrize("make", [SmtConfig, DotaConfig])
+def test_defaults_work_on_five_narrow_blocks_and_train_every_target(make):
+    model = get_peft_model(tiny_llama(blocks=5, width=64, hidden=96), make(target_modules=["q_proj", "up_proj"]))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[4] for name in trainable} == {"0", "1", "2", "3", "4"}
+    assert sum("q_proj" in n for n in trainable) == sum("up_proj" in n for n in trainable) >= 5
+    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in trainable.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_biases_that_somebody_unfreezes_get_their_gradient(name):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+    config = CONFIGS[name]()
+    config.target_modules, config.density = {"0", "1"}, 0.3 if name == "smt" else None
+    model = get_peft_model(model, config)
+    x = torch.randn(4, 32, generator=generator(0))
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    for bias in biases:
+        bias.requires_grad_(True)
+    model(x).sum().backward()
+    assert torch.allclose(biases[1].grad, torch.full((16,), 4.0)) and biases[0].grad is not None
 
 
 def test_default_targets_are_pefts_own():

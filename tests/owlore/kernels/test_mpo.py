@@ -227,10 +227,15 @@ def test_the_layer_is_autograds_and_the_factored_one(num_cores, lead):
             assert float((got - expected).abs().max()) < 1e-11
 
 
-def test_gradcheck_of_the_layer():
+def test_gradcheck_of_the_layer_with_a_trained_bias():
     layer, terms, cores, start = layer_case(3, 2)
     x = torch.randn(2, 3, 20, generator=generator(9), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, *c: mpo_linear(a, layer, terms, [*c, *start]), [x, *cores])
+
+    def whole(inputs, bias, *trained):
+        layer.bias = bias
+        return mpo_linear(inputs, layer, terms, [*trained, *start], bias)
+
+    assert torch.autograd.gradcheck(whole, [x, layer.bias.clone().requires_grad_(), *cores])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
