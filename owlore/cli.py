@@ -106,8 +106,19 @@ def render_plan(made: dict[str, Any]) -> str:
             "",
             f"trained      {share['per_step']:>12.2%} of the parameters in a step, {share['always_on']:.2%} always",
             f"backward     {depth['expected']:>12.1f} of {depth['blocks']:g} blocks deep on average",
+            f"compute      {made['compute']['of_full']:>12.2f} of full fine-tuning's multiplications in a step",
+            *_advice_lines(made["advice"]),
         ]
     )
+
+
+def _advice_lines(advice: list[dict[str, Any]]) -> list[str]:
+    """What other settings would save, the most first; savings do not add up."""
+    if not advice:
+        return []
+    width = max(len(piece["change"]) for piece in advice)
+    rows = [f"  {piece['change']:<{width}} {size_text(piece['saves']):>12}   {piece['price']}" for piece in advice]
+    return ["", "what would lower the peak, each alone:", *rows]
 
 
 def size_text(size: float) -> str:

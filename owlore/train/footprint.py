@@ -31,6 +31,9 @@ class Cost:
     linear: float
     quadratic: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.linear + other.linear, self.quadratic + other.quadratic)
+
     def __call__(self, tokens: int) -> float:
         return self.linear * tokens + self.quadratic * tokens**2
 
@@ -50,21 +53,24 @@ class Footprint:
 
 
 def measure_footprint(
-    config: Any, *, dtype: torch.dtype, attn: str = "sdpa", prepare: Prepare | None = None
+    config: Any, *, dtype: torch.dtype, attn: str = "sdpa", prepare: Prepare | None = None, packed: bool = False
 ) -> Footprint:
     """Count on a two-block model of this configuration; needs the memory of two blocks, no weights and no network.
 
     prepare: puts an adapter into a model and returns the names of what is then trained; None trains all of a block.
+    packed: sequences hold several rows, kept apart by a mask that each block's attention may save in a form of its own.
     """
     model = _toy(config, dtype, attn)
     names = None if prepare is None else prepare(model)
-    counted = {blocks: [_saved(model, blocks, tokens, names) for tokens in PROBES] for blocks in ((1,), (0,), ())}
+    counted = {
+        blocks: [_saved(model, blocks, tokens, names, packed) for tokens in PROBES] for blocks in ((1,), (0,), ())
+    }
     hidden = model.config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
     return Footprint(
         trained=_cost([top - alone for top, alone in zip(counted[1,], counted[()], strict=True)]),
         frozen=_cost([both - top for both, top in zip(counted[0,], counted[1,], strict=True)]),
         boundary=Cost(float(hidden)),
-        outside=_cost(counted[()]),
+        outside=_cost(counted[()]) + Cost(0.0, float(packed)),  # the mask itself, a byte a pair of tokens
     )
 
 
@@ -90,7 +96,8 @@ def _toy(config: Any, dtype: torch.dtype, attn: str) -> Any:
         return AutoModelForCausalLM.from_config(small, dtype=dtype, **attention(attn)).train()
 
 
-def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int, names: Collection[str] | None) -> int:
+def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int, names: Collection[str] | None,
+           packed: bool) -> int:  # fmt: skip
     """Bytes that autograd saves in a forward of the decoder for one sequence, parameters not counted.
 
     Without a trained block the last norm's input is made to need a gradient, which gives what lies outside the blocks.
@@ -101,7 +108,8 @@ def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int, names: Colle
         parameter.requires_grad_(names is None or name in names)
     handle = units.modules[-1].register_forward_hook(_start_here) if not trained else None
     try:
-        return saved_bytes(model, torch.zeros(1, tokens, dtype=torch.long))
+        positions = torch.arange(tokens // 2).repeat(2)[None] if packed else None
+        return saved_bytes(model, torch.zeros(1, tokens, dtype=torch.long), positions)
     finally:
         if handle is not None:
             handle.remove()
@@ -113,8 +121,9 @@ def _start_here(module: nn.Module, inputs: Any, output: Any) -> Any:
     return output.requires_grad_(True)
 
 
-def saved_bytes(model: Any, input_ids: Tensor) -> int:
+def saved_bytes(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> int:
     """Bytes of the distinct storages that autograd saves in one forward of the decoder, parameters not counted."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -126,6 +135,6 @@ def saved_bytes(model: Any, input_ids: Tensor) -> int:
 
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = decoder(input_ids=input_ids, use_cache=False)[0]
+        hidden = decoder(input_ids=input_ids, use_cache=False, **positions)[0]
     del hidden
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -9,8 +9,9 @@ What the process itself needs (the interpreter, a CUDA context) comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 
 from htsr import LayerTable
 from htsr.console import quiet_libraries
-from htsr.errors import BadInput
+from htsr.errors import BadInput, HtsrError
 from htsr.model.locate import locate
 from owlore.attach import Attached
 from owlore.blocks import Units, find_units
@@ -31,6 +32,7 @@ from owlore.optim import Rule, Weights
 from owlore.optim.slot import HeldBytes, planned_bytes
 from owlore.sampling import DRAWS
 from owlore.strategies import Hyper, Start, Strategy
+from owlore.train.advice import Advice, advise
 from owlore.train.footprint import Footprint, measure_footprint
 from owlore.train.loading import DTYPES, pick_device
 from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
@@ -46,9 +48,17 @@ class Plan:
     bytes: dict[str, int]
     trainable: dict[str, float]
     backward_depth: dict[str, float]
+    compute: dict[str, float]  # multiplications of a step as a share of full fine-tuning's, on average over draws
+    advice: tuple[Advice, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return {"bytes": self.bytes, "trainable": self.trainable, "backward_depth": self.backward_depth}
+        return {
+            "bytes": self.bytes,
+            "trainable": self.trainable,
+            "backward_depth": self.backward_depth,
+            "compute": self.compute,
+            "advice": [vars(piece) for piece in self.advice],
+        }
 
 
 def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
@@ -58,19 +68,79 @@ def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
     the draws are taken as uniform: a scan needs the weights.
     """
     config, strategy = resolve(config)
-    shape = model_shape(config, pick_device(config.device).type, strategy=strategy)
-    table = _table(config, strategy, shape.units.num_blocks, say)
-    inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-    return make_plan(
-        shape,
-        strategy,
-        hyper_of(config, inclusion, shape.attached),
-        weights=weights_of(config),
-        batch=config.batch,
-        accum=config.accum,
-        tokens=_longest(config, shape.positions),
-        recompute=recomputes(config, shape.units),
-    )
+    device = pick_device(config.device).type
+    planner = Planner(strategy, lambda other: model_shape(other, device, strategy=strategy), device=device)
+    shape = planner.shape(config)
+    planner.table = _table(config, strategy, shape.units.num_blocks, say)
+    planner.tokens = _longest(config, shape.positions)
+    return planner.advised(config)
+
+
+class Planner:
+    """Plans of one model and method under different settings.
+
+    describe: the model's shape under some settings. table: of its layers, None where nothing is sampled. tokens: of the
+    longest row. device: its type; on the CPU what is parked on the host lies in the same memory.
+    """
+
+    def __init__(
+        self,
+        strategy: type[Strategy],
+        describe: Callable[[TrainConfig], Shape],
+        *,
+        device: str,
+        table: LayerTable | None = None,
+        tokens: int = 0,
+    ) -> None:
+        self.strategy, self.describe, self.device, self.table, self.tokens = strategy, describe, device, table, tokens
+        self._shapes: dict[tuple[Any, ...], Shape] = {}
+
+    def shape(self, config: TrainConfig) -> Shape:
+        """The model under these settings, described once for each kind."""
+        kind = (config.dtype, config.weights == "fp32", config.packing, config.attn)
+        if kind not in self._shapes:
+            self._shapes[kind] = self.describe(config)
+        return self._shapes[kind]
+
+    def advised(self, config: TrainConfig) -> Plan:
+        """The plan, with what other settings would save."""
+        made = self.plan(config)
+        return replace(made, advice=advise(config, made, self.plan))
+
+    def plan(self, config: TrainConfig) -> Plan:
+        """The plan under these (resolved) settings."""
+        table, shape = self.table, self.shape(config)
+        inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
+        hyper = hyper_of(config, inclusion, shape.attached)
+        made = make_plan(
+            shape,
+            self.strategy,
+            hyper,
+            weights=weights_of(config),
+            batch=config.batch,
+            accum=config.accum,
+            tokens=min(self.tokens, config.seq_len),
+            recompute=recomputes(config, shape.units),
+        )
+        if config.on_switch == "keep" or (config.on_switch == "host" and self.device == "cpu"):
+            parked = parked_bytes(shape, self.strategy(shape.units, hyper), hyper, weights_of(config))
+            made = replace(made, bytes=made.bytes | {k: made.bytes[k] + parked for k in ("optimizer", "total")})
+        return made
+
+
+def parked_bytes(shape: Shape, strategy: Strategy, hyper: Hyper, weights: Weights) -> int:
+    """Moments and bases that wait for their blocks once every block that can be drawn was: at most so many bytes."""
+    units = shape.units
+    draws = set(_draws(strategy, hyper, units.num_blocks))
+    drawn = sorted(set().union(*draws))
+
+    def held(blocks: Iterable[int]) -> int:
+        rules = strategy.rules_for(blocks)
+        inside = units.parameters(blocks, ())
+        state = [planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in inside.items() if n in rules]
+        return sum(s.moments + s.projectors for s in state)
+
+    return held(drawn) - min(held(draw) for draw in draws)
 
 
 def _table(
@@ -119,23 +189,36 @@ def model_shape(config: TrainConfig, device: str = "cpu", *, strategy: type[Stra
 
     Raises: NotFound, BadInput (no configuration of a causal language model).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = locate(str(config.model))
     gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
     try:
         with quiet_libraries():
             described = AutoConfig.from_pretrained(path.parent if gguf else path, **gguf)
-            dtype = _dtype(config, described, bool(gguf), device)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(described, dtype=dtype)
+        return shape_of_config(described, _dtype(config, described, bool(gguf), device), config, strategy)
+    except HtsrError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{config.model} has no configuration of a causal language model: {error}") from error
-    return shape_of(model, attn=config.attn, strategy=strategy, own=config.set or {})
+
+
+def shape_of_config(described: Any, dtype: torch.dtype, config: TrainConfig, strategy: type[Strategy]) -> Shape:
+    """The shape of the model that a transformers configuration describes; no weights are made."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(described, dtype=dtype)
+    return shape_of(model, attn=config.attn, strategy=strategy, own=config.set or {}, packed=config.packing)
 
 
 def shape_of(
-    model: Any, *, attn: str = "sdpa", strategy: type[Strategy] = Strategy, own: Mapping[str, Any] | None = None
+    model: Any,
+    *,
+    attn: str = "sdpa",
+    strategy: type[Strategy] = Strategy,
+    own: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> Shape:
     """The shape of a model object, which the method prepares; its parameters may be on the meta device."""
     text = model.config.get_text_config()
@@ -147,7 +230,7 @@ def shape_of(
         attached = strategy.prepare(toy, start)
         return None if attached is None else attached.trained
 
-    footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=names)
+    footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=names, packed=packed)
     attached = strategy.prepare(model, start)
     return Shape(
         units=find_units(model),
@@ -210,7 +293,28 @@ def make_plan(
         bytes=kinds | {"total": peak},
         trainable={"per_step": (mean + always) / total, "always_on": always / total},
         backward_depth={"expected": float(np.mean(depths)), "blocks": units.num_blocks},
+        compute={"of_full": _compute(units, draws, named.keys() | outside.keys(), outside, bottom, recompute)},
     )
+
+
+def _compute(
+    units: Units, draws: list[tuple[int, ...]], trained: Collection[str], outside: Collection[str], bottom: bool,
+    recompute: bool,
+) -> float:  # fmt: skip
+    """Multiplications by weights in a step, as a share of full fine-tuning's without recomputation; scores of attention
+    left out. Of a matrix that is passed: one unit forward, one for the gradient of its input where backward comes by,
+    one for its own gradient where it is trained, one more forward where it is recomputed."""
+    sizes = [[(name, p.numel()) for name, p in block if p.ndim > 1] for block in units.blocks]
+    whole = [sum(size for _, size in block) for block in sizes]
+    own = [sum(size for name, size in block if name in trained) for block in sizes]
+    head = {name: p.numel() for name, p in units.groups["head"]}  # tied embeddings are multiplied by here
+    at_head = sum(head.values()) * 2 + sum(size for name, size in head.items() if name in outside)
+    costs = []
+    for draw, count in Counter(draws).items():
+        low = 0 if bottom else min(draw)
+        reached = sum(whole[low:]) * (2 if recompute else 1)
+        costs.append(count * (sum(whole) + reached + sum(own[block] for block in draw) + at_head))
+    return float(sum(costs)) / len(draws) / (3 * (sum(whole) + sum(head.values())))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,7 +400,8 @@ def _draws(strategy: Strategy, hyper: Hyper, blocks: int) -> list[tuple[int, ...
 
 def _worst(draws: list[tuple[int, ...]], units: Units) -> tuple[int, ...]:
     """The draw with the most parameters."""
-    return max(draws, key=lambda draw: sum(p.numel() for p in units.parameters(draw, ()).values()))
+    sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
+    return max(draws, key=lambda draw: sum(sizes[block] for block in draw))
 
 
 def _all(units: Units, rules: Mapping[str, Rule]) -> list[tuple[str, nn.Parameter]]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from htsr.errors import HtsrError
 from owlore.config import TrainConfig
 from owlore.data.prepare import Prepared
-from owlore.train.loading import Loaded
+from owlore.strategies import STRATEGIES
+from owlore.train.loading import DTYPES, Loaded
 from owlore.train.loop import Trainer
 from owlore.train.metrics import memory_peak
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from htsr import LayerTable
+    from owlore.train.plan import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +152,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def memory_advice(trainer: Trainer, config: TrainConfig) -> str:
-    """What is held, as counted, and what smaller settings would free."""
+def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
+    """What is held, as counted, and what other settings would save, as planned; one line."""
     weights = sum(p.numel() * p.element_size() for p in trainer.units.model.parameters())
     held = trainer.optimizer.held()
     peak = memory_peak(trainer.device)["peak_bytes"]
@@ -158,6 +161,25 @@ def memory_advice(trainer: Trainer, config: TrainConfig) -> str:
     return (
         f"out of memory at step {trainer.step + 1}: weights {weights / 1e9:.2f} GB, masters {held.masters / 1e9:.2f}, "
         f"moments {held.moments / 1e9:.2f}, projectors {held.projectors / 1e9:.2f}, activations and the rest up to "
-        f"{rest / 1e9:.2f}; --batch {max(1, config.batch // 2)} with --accum {config.accum * 2} halves the last, "
-        f"--checkpointing on keeps one block of it, --active 1 keeps 1/{max(1, len(trainer.active))} of the state"
+        f"{rest / 1e9:.2f}; {_savings(trainer, config, table)}"
     )
+
+
+def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
+    """The five changes that would save most, each alone."""
+    from owlore.train.plan import Planner, shape_of_config
+
+    model, strategy = trainer.units.model, STRATEGIES[config.method]
+
+    def describe(other: TrainConfig) -> Shape:
+        dtype = DTYPES[other.dtype] if other.dtype != "auto" else next(model.parameters()).dtype
+        return shape_of_config(model.config, torch.float32 if other.weights == "fp32" else dtype, other, strategy)
+
+    longest = config.seq_len if config.packing else int(trainer.arrangement.lengths.max())
+    planner = Planner(strategy, describe, device=trainer.device.type, table=table, tokens=longest)
+    try:
+        advice = planner.advised(config).advice
+    except (HtsrError, RuntimeError, ValueError, MemoryError):  # the error that it explains must not be lost over it
+        return "see `owlore plan` for what other settings would save"
+    named = ", ".join(f"{piece.change} {piece.saves / 1e9:.2f} GB ({piece.price})" for piece in advice[:5])
+    return f"planned savings, each alone: {named}" if named else "no setting of this method saves more"

@@ -271,7 +271,7 @@ def _train(
         if leads and trainer.step == 0 and not place.existed:
             shutil.rmtree(place.directory, ignore_errors=True)
         if is_out_of_memory(error):
-            raise OutOfMemory(memory_advice(trainer, config)) from error
+            raise OutOfMemory(memory_advice(trainer, config, table)) from error
         raise
     finally:
         trainer.recompute.remove()
