@@ -68,6 +68,59 @@ def galore_adamw(
     return w
 
 
+def fira(
+    weight: Tensor, gradients: list[Tensor], basis: Tensor, lr: float, scale: float, limit: float,
+    b1: float, b2: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Fira (arXiv 2410.01623), algorithm 1, with a fixed left basis P (m x r), column by column.
+
+    R = P^T G, psi(R) = Adam's direction; S_:i = |psi(R)_:i| / |R_:i| (G - P R)_:i; if |S_t| / |S_t-1| > limit then
+    S_t <- S_t / |S_t| * limit |S_t-1|; W <- W - lr scale (P psi(R) + S).
+    """
+    w, p = weight.double(), basis.double()
+    m = v = torch.zeros(())
+    previous = None
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        r = p.T @ g
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r * r
+        psi = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        outside = g - p @ r
+        s = torch.stack([psi[:, i].norm() / r[:, i].norm() * outside[:, i] for i in range(g.shape[1])], dim=1)
+        if previous is not None and s.norm() / previous > limit:
+            s = s / s.norm() * limit * previous
+        previous = s.norm()
+        w = w - lr * scale * (p @ psi + s)
+    return w
+
+
+def apollo(
+    weight: Tensor, gradients: list[Tensor], projection: Tensor, lr: float, scale: float, limit: float,
+    b1: float, b2: float, eps: float, *, mini: bool,
+) -> Tensor:  # fmt: skip
+    """APOLLO (arXiv 2412.05270), algorithm 1, with a fixed random projection P (r x m); mini: one ratio for all.
+
+    R = P G; R~ = Adam's direction of R; s_j = |R~_:j| / |R_:j| (or |R~| / |R|); W <- W - lr scale G diag(s), its norm
+    growing by at most `limit` a step.
+    """
+    w, p = weight.double(), projection.double()
+    m = v = torch.zeros(())
+    previous = None
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        r = p @ g
+        m, v = b1 * m + (1 - b1) * r, b2 * v + (1 - b2) * r * r
+        adapted = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        ratios = [adapted.norm() / r.norm() if mini else adapted[:, j].norm() / r[:, j].norm()
+                  for j in range(g.shape[1])]  # fmt: skip
+        change = g @ torch.diag(torch.stack(ratios))
+        if previous is not None and change.norm() / previous > limit:
+            change = change / change.norm() * limit * previous
+        previous = change.norm()
+        w = w - lr * scale * change
+    return w
+
+
 def successive_inclusion(p: np.ndarray, gamma: int) -> np.ndarray:
     """Inclusion probabilities of drawing gamma times without replacement, by summing over all ordered draws."""
     from itertools import permutations

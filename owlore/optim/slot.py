@@ -26,6 +26,7 @@ from owlore.kernels.projector import (
 )
 from owlore.kernels.rounding import stochastic_round
 from owlore.kernels.seeds import generator_for
+from owlore.kernels.whole_update import apollo_update, fira_residual, limited, random_basis
 from owlore.optim.moments import Moments, moment_bytes
 
 
@@ -37,13 +38,18 @@ class Weights(Enum):
     STOCHASTIC = "no master; each update is rounded stochastically"
 
 
+WHOLE = ("fira", "apollo", "apollo-mini")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """How one parameter is updated.
 
     rank: projection to this rank where the smaller side is larger, None for none. scale: GaLore's factor on projected
     updates. refresh: steps between bases, None for one basis an activation. larger: project the larger side instead of
-    the smaller. bits: of each moment, 32 or 8.
+    the smaller. bits: of each moment, 32 or 8. rotate: express the moments in a new basis; else they stay as they are.
+    whole: an update of full rank made of the projected one, one of `WHOLE`; it holds the whole batch's gradient until
+    the update. limit: how much the norm of such an update may grow in a step.
     """
 
     adam: AdamW = field(default_factory=AdamW)
@@ -52,6 +58,9 @@ class Rule:
     refresh: int | None = None
     larger: bool = False
     bits: int = 32
+    rotate: bool = True
+    whole: str | None = None
+    limit: float = 1.01
 
     def projects(self, shape: torch.Size | tuple[int, ...]) -> bool:
         return self.rank is not None and len(shape) == 2 and min(shape) > self.rank
@@ -87,7 +96,8 @@ def planned_bytes(shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, weight
     rows, cols = shape
     small = int(torch.Size(projected_shape(rows, cols, rule.rank, rule.larger)).numel())
     basis = int(torch.Size(basis_shape(rows, cols, rule.rank, rule.larger)).numel())
-    return HeldBytes(masters=masters, moments=moment_bytes(small, rule.bits), projectors=4 * basis)
+    limiter = 4 if rule.whole else 0
+    return HeldBytes(masters=masters, moments=moment_bytes(small, rule.bits), projectors=4 * basis + limiter)
 
 
 class Slot:
@@ -107,7 +117,9 @@ class Slot:
         self.updates = 0  # Adam's step count
         self.basis_age: int | None = None  # updates since the basis was found; None asks for a new one
         self.gathered: Tensor | None = None  # in the space of the moments
-        self.whole: Tensor | None = None  # full gradient, only while a basis is due
+        self.whole: Tensor | None = None  # full gradient, only while a basis is due or an update of full rank needs it
+        self.keeps_whole = self.projected and rule.whole is not None
+        self.limiter = torch.zeros((), device=parameter.device) if self.keeps_whole else None  # norm of the last one
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +131,7 @@ class Slot:
 
     def receive(self, gradient: Tensor, *, last: bool, step: int) -> None:
         """Take in the gradient of one micro-batch; the caller gives the tensor away."""
-        if self.basis_due:
+        if self.basis_due or self.keeps_whole:
             self.whole = _added(self.whole, gradient)
             if last:
                 self.settle(step)
@@ -135,23 +147,36 @@ class Slot:
         A gradient with NaN or infinity has no basis: what is gathered is then NaN, which the norm shows before any
         update, and moments and basis stay as they were.
         """
-        if self.whole is None:
+        if self.whole is None or self.gathered is not None:
             return
+        if self.basis_due and not self._new_basis(self.whole, step):
+            self.whole = None
+            return
+        assert self.basis is not None
+        self.gathered = project(self.whole.float(), self.basis, self.right)
+        if not self.keeps_whole:
+            self.whole = None
+
+    def _new_basis(self, gradient: Tensor, step: int) -> bool:
+        """Find it and carry the moments over; without one, False and NaN as what is gathered."""
         assert self.rule.rank is not None
         stream = generator_for(self.seed, "basis", self.name, step)
+        rows, cols = gradient.shape
+        if self.rule.whole in ("apollo", "apollo-mini"):
+            side = basis_shape(rows, cols, self.rule.rank, self.rule.larger)[0]
+            self.basis = random_basis(side, self.rule.rank, generator=stream).to(gradient.device)
+            self.basis_age = 0
+            return True
         try:
-            fresh = find_basis(self.whole, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
+            fresh = find_basis(gradient, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
             fresh = fresh.contiguous()  # as it comes back from a checkpoint; a product rounds by its operands' strides
         except FloatingPointError:
-            rows, cols = self.whole.shape
-            small = projected_shape(rows, cols, self.rule.rank, self.rule.larger)
-            self.gathered, self.whole = self.whole.new_full(small, torch.nan), None
-            return
-        if self.basis is not None:
+            self.gathered = gradient.new_full(projected_shape(rows, cols, self.rule.rank, self.rule.larger), torch.nan)
+            return False
+        if self.basis is not None and self.rule.rotate:
             self.moments.write(*rotate_moments(*self.moments.read(), self.basis, fresh, self.right))
         self.basis, self.basis_age = fresh, 0
-        self.gathered = project(self.whole, fresh, self.right)
-        self.whole = None
+        return True
 
     @property
     def has_gradient(self) -> bool:
@@ -159,7 +184,7 @@ class Slot:
 
     def pending(self) -> Tensor:
         """What this step has gathered and not yet used, to be added to in place; zeros where nothing came."""
-        if self.basis_due:
+        if self.basis_due or self.keeps_whole:
             if self.whole is None:
                 self.whole = torch.zeros_like(self.parameter, dtype=torch.float32)
             return self.whole
@@ -174,8 +199,9 @@ class Slot:
     # -- update ------------------------------------------------------------------------------------------------------
 
     def norm_squared(self) -> Tensor | None:
-        """Squared norm of the gathered gradient (in the projected space where projected), fp32 scalar."""
-        return None if self.gathered is None else self.gathered.square().sum()
+        """Squared norm of the gathered gradient (in the projected space where that is all that is used), fp32."""
+        part = self.whole if self.keeps_whole and self.whole is not None else self.gathered
+        return None if part is None else part.square().sum()
 
     @torch.no_grad()
     def update(self, lr: float, clip_factor: Tensor | float, step: int) -> None:
@@ -187,16 +213,31 @@ class Slot:
         self.updates += 1
         mean, square = self.moments.read()
         update_moments(gradient, mean, square, adam)
-        del gradient
+        if not self.keeps_whole:
+            del gradient
         change = direction(mean, square, self.updates, adam)
         self.moments.write(mean, square)
         del mean, square
         if self.projected:
             assert self.basis is not None and self.basis_age is not None
-            change = project_back(change, self.basis, self.right)
             self.basis_age += 1
+            if self.keeps_whole:
+                change = self._of_full_rank(change, gradient, clip_factor)
+            else:
+                change = project_back(change, self.basis, self.right)
         rate = lr * self.rule.scale if self.projected else lr
         self._write(change, rate=rate, shrink=1 - lr * adam.decay, step=step)
+
+    def _of_full_rank(self, update: Tensor, projected: Tensor, clip_factor: Tensor | float) -> Tensor:
+        """The change that the projected one and the whole gradient make together."""
+        assert self.basis is not None and self.whole is not None and self.limiter is not None
+        whole, self.whole = self.whole.mul_(clip_factor), None
+        if self.rule.whole == "fira":
+            beside = fira_residual(whole, projected, update, self.basis, self.right)
+        else:
+            beside = apollo_update(whole, projected, update, self.right, tensorwise=self.rule.whole == "apollo-mini")
+        beside, self.limiter = limited(beside, self.limiter, self.rule.limit)
+        return beside.add_(project_back(update, self.basis, self.right)) if self.rule.whole == "fira" else beside
 
     def _write(self, change: Tensor, *, rate: float, shrink: float, step: int) -> None:
         """W <- shrink * W - rate * change, in the precision that `weights` names."""
@@ -230,10 +271,14 @@ class Slot:
 
     def held(self) -> HeldBytes:
         """Bytes held now, counted tensor by tensor."""
-        return HeldBytes(masters=_bytes(self.master), moments=self.moments.num_bytes(), projectors=_bytes(self.basis))
+        return HeldBytes(
+            masters=_bytes(self.master),
+            moments=self.moments.num_bytes(),
+            projectors=_bytes(self.basis) + _bytes(self.limiter),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"basis": self.basis, "master": self.master}
+        found = {"basis": self.basis, "master": self.master, "limiter": self.limiter}
         return self.moments.tensors() | {key: value for key, value in found.items() if value is not None}
 
     def counters(self) -> dict[str, int | None]:
@@ -244,6 +289,8 @@ class Slot:
         device = self.parameter.device
         self.moments.restore(tensors, device)
         self.basis = tensors["basis"].to(device) if "basis" in tensors else None
+        if self.limiter is not None and "limiter" in tensors:
+            self.limiter = tensors["limiter"].to(device)
         if self.master is not None and "master" in tensors:
             self.master = tensors["master"].to(device)
         self.updates, self.basis_age = int(counters["updates"] or 0), counters["basis_age"]

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from htsr.errors import UsageError
 from owlore.blocks import Units
 from owlore.kernels.adamw import AdamW
 from owlore.optim import Rule
-from owlore.options import Own
+from owlore.options import Own, choice, number
 from owlore.sampling import DRAWS
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 OUTSIDE = frozenset({"always_on"})
 SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"}) | OUTSIDE
 PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_always_on"}) | OUTSIDE
+
+
+LOW_RANK = {
+    "residual": Own("none", choice("none", "fira"), "Add what lies outside the basis, scaled (arXiv 2410.01623)."),
+    "scaling": Own(
+        "none", choice("none", "apollo", "apollo-mini"), "Random basis; scale the gradient itself (arXiv 2412.05270)."
+    ),
+    "limit": Own(1.01, number(1), "Most that the norm of such a part may grow in a step."),
+    "moments": Own("rotate", choice("rotate", "keep"), "What a new basis does to Adam's moments; published: keep."),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +154,8 @@ class Strategy:
 
     def __init__(self, units: Units, hyper: Hyper) -> None:
         self.units, self.hyper, self.record = units, hyper, Record()
+        if all(hyper.own.get(key, "none") != "none" for key in ("residual", "scaling")):
+            raise UsageError("got --set residual and --set scaling, expected one of them: each replaces the update")
 
     def close(self, period: int, blocks: Sequence[int], squares: Mapping[str, float], steps: int) -> None:
         """Record a period that ends: `squares` are squared gradient norms by parameter, summed over `steps` updates."""
@@ -188,8 +201,13 @@ class Strategy:
         adam, bits = AdamW(decay=self.hyper.weight_decay if ndim > 1 else 0.0), self.hyper.state_bits
         if not (projectable and "rank" in self.reads):
             return Rule(adam=adam, bits=bits)
-        return Rule(adam=adam, rank=self.hyper.rank, scale=self.hyper.scale, refresh=self.hyper.refresh,
-                    larger=self.hyper.project_larger, bits=bits)  # fmt: skip
+        hyper, own = self.hyper, self.hyper.own
+        return Rule(
+            adam=adam, bits=bits, rank=hyper.rank, scale=hyper.scale, refresh=hyper.refresh,
+            larger=hyper.project_larger, rotate=own.get("moments", "rotate") == "rotate",
+            whole=next((own[key] for key in ("residual", "scaling") if own.get(key, "none") != "none"), None),
+            limit=own.get("limit", 1.01),
+        )  # fmt: skip
 
 
 class Sampled(Strategy):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from owlore.strategies.base import PROJECTION, Strategy
+from owlore.strategies.base import LOW_RANK, PROJECTION, Strategy
 
 
 class GaLore(Strategy):
     """Every matrix inside the blocks is trained through its own projection, refreshed every `refresh` steps.
 
-    Reference: Zhao et al. 2024, "GaLore", arXiv 2403.03507, algorithm 2. Deviation: moments are rotated into the new
-    basis at a refresh; accumulation and clipping are allowed, in the projected space.
+    Reference: Zhao et al. 2024, "GaLore", arXiv 2403.03507, algorithm 2. Deviations: moments are rotated into the new
+    basis at a refresh (`moments=keep` leaves them, as published); accumulation and clipping are allowed, in the
+    projected space. `galore-torch` adds eps to the second moment's root before its bias is corrected, we after.
     """
 
     name = "galore"
@@ -18,5 +19,6 @@ class GaLore(Strategy):
     share = "all blocks, through rank r"
     memory = "weights + rank-r state of all blocks"
     reads = PROJECTION
+    own = LOW_RANK
     defaults = {"refresh": 200, "scale": 0.25, "always_on": ("embeddings", "norm", "head")}
     preset = {**defaults, "rank": 128}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from owlore.strategies.base import PROJECTION, SAMPLING, Sampled
+from owlore.strategies.base import LOW_RANK, PROJECTION, SAMPLING, Sampled
 
 
 class OwLore(Sampled):
@@ -22,6 +22,7 @@ class OwLore(Sampled):
     memory = "weights + rank-r state of gamma blocks"
     table = "auto"
     reads = SAMPLING | PROJECTION
+    own = LOW_RANK
     preset = {
         "always_on": ("embeddings", "norm", "head"),
         "active": 5,

@@ -349,14 +349,16 @@ class _Moments:
 def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], accum: int) -> int:
     """Most bytes of gradients at once: what is gathered, and the one matrix that is arriving.
 
-    A step that looks for new bases with accumulation gathers those matrices' sums whole.
+    A step that looks for new bases with accumulation gathers those matrices' sums whole; so does every step of an
+    update of full rank, beside the projected one.
     """
     gathered = 0
     for name, parameter in parameters.items():
         rule, count = rules[name], parameter.numel()
-        if accum == 1 and rule.projects(parameter.shape):
+        if rule.projects(parameter.shape):
             rows, cols = parameter.shape
-            count = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger)))
+            small = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger)))
+            count = small + (count if rule.whole else 0) if accum == 1 or rule.whole else count
         gathered += 4 * count
     return gathered + arriving_bytes(parameters, rules)
 

@@ -1,0 +1,53 @@
+"""Updates of full rank whose size an optimizer in the projected space decides: Fira's residual, APOLLO's scaling.
+
+With R the projected gradient, U what Adam makes of it, and one channel a row (columns projected) or a column (rows
+projected) of the gradient G, both use the ratios s_i = |U_i| / |R_i| over channels.
+
+- Fira (Chen et al. 2024, arXiv 2410.01623): G minus its projection, channel i times s_i, beside the projected update.
+- APOLLO (Zhu et al. 2024, arXiv 2412.05270): G itself, channel i times s_i, with R from a random projection; in its
+  "Mini" form one ratio |U| / |R| for all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from owlore.kernels.projector import project_back
+
+
+def channel_ratios(update: Tensor, projected: Tensor, right: bool) -> Tensor:
+    """s: (m x 1) where the columns are projected, else (1 x n); 0 for a channel without gradient."""
+    axis = 1 if right else 0
+    sizes = torch.linalg.vector_norm(projected, dim=axis, keepdim=True)
+    ratios = torch.linalg.vector_norm(update, dim=axis, keepdim=True) / sizes
+    return torch.where(sizes > 0, ratios, 0.0)
+
+
+def fira_residual(gradient: Tensor, projected: Tensor, update: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """(G - back(R)) with channel i times s_i; m x n."""
+    return (gradient - project_back(projected, basis, right)).mul_(channel_ratios(update, projected, right))
+
+
+def apollo_update(gradient: Tensor, projected: Tensor, update: Tensor, right: bool, *, tensorwise: bool) -> Tensor:
+    """G with channel i times s_i, or as a whole times |U| / |R|; m x n."""
+    if not tensorwise:
+        return gradient * channel_ratios(update, projected, right)
+    size = torch.linalg.vector_norm(projected)
+    return gradient * torch.where(size > 0, torch.linalg.vector_norm(update) / size, 0.0)
+
+
+def limited(change: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """`change` with a norm of at most `limit` times the previous one (0: none yet), and its norm; no device wait.
+
+    The norm-growth limiter of Fira, section 4.2, which APOLLO uses as well.
+    """
+    norm = torch.linalg.vector_norm(change)
+    most = limit * previous
+    factor = torch.where((previous > 0) & (norm > most), most / norm, 1.0)
+    return change.mul_(factor), norm * factor
+
+
+def random_basis(side: int, rank: int, *, generator: torch.Generator) -> Tensor:
+    """side x rank of N(0, 1 / rank), fp32: R keeps the channels' norms in expectation."""
+    return torch.randn(side, rank, generator=generator) / rank**0.5
