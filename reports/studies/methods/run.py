@@ -1,9 +1,10 @@
-"""Run the matrix of a study, each cell a process of its own, and write its page.
+"""Run the matrix of a study, each cell a process of its own: the sweep first, then the seeds at the chosen rates.
 
     python reports/studies/methods/run.py reports/studies/methods/demo.yaml [--workers 2] [--max-cells N]
 
-Cells whose JSON exists are skipped, so a stopped matrix goes on where it was; `report.py` makes table, plots and page
-from the JSON alone. Model and data that a YAML file names are looked for below --models and --data.
+Cells whose JSON exists are skipped, so a stopped matrix goes on where it was; the command is given again until nothing
+is missing (--list), since an arm's seeds follow from its sweep. `report.py` makes table, plots and page from the JSON
+alone; --page has it done at the end. Model and data that a YAML file names are looked for below --models and --data.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import report
+from analyse import choose, chosen, read_results
 from study import Cell, Rows, Study, divide, read_study, scan_tables
 
 PRELOADED = ["torch", "transformers", "owlore.train.run", "cell"]
@@ -34,13 +37,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max-cells", type=int, help="stop after so many new cells")
     parser.add_argument("--only", help="cells whose name begins so")
+    parser.add_argument("--page", action="store_true", help="write table, plots and page at the end")
     parser.add_argument("--list", action="store_true", help="say which cells are missing, and run none")
     args = parser.parse_args()
     study = read_study(args.study)
     results = study.directory / "results"
     results.mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in study.cells() if not (results / f"{cell.name}.json").exists()]
-    missing = [cell for cell in missing if cell.name.startswith(args.only or "")]
+    missing = [cell for cell in due(study, results) if cell.name.startswith(args.only or "")]
     if args.list:
         print("\n".join(cell.name for cell in missing))
         return
@@ -55,6 +58,21 @@ def main() -> None:
     if left := sorted({cell.method for cell in missing} - available):
         print(f"not in this version of owlore, left for later: {', '.join(left)}")
     run_all(todo[: args.max_cells], study, model, divided, work, results, args)
+    if args.page:
+        report.write(study)
+
+
+def due(study: Study, results: Path) -> list[Cell]:
+    """Cells without a result that can be run now: the sweep, and the reported seeds of arms that were swept.
+
+    Of the first stage all come before any of the second.
+    """
+    have = read_results(results)
+    rates = {arm: chosen(losses, study.learning_rates)
+             for arm, losses in choose(have, study.learning_rates, study.tuning_seed).items()}  # fmt: skip
+    cells = study.sweep() + study.reported({arm: lr for arm, lr in rates.items() if lr is not None})
+    open_ = [cell for cell in cells if not (results / f"{cell.name}.json").exists()]
+    return sorted(open_, key=lambda cell: study.arms[cell.arm].get("stage", 1))
 
 
 def run_all(

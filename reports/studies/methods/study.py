@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,29 @@ class Study:
     def seeds_of(self, arm: str) -> tuple[int, ...]:
         return tuple(self.arms[arm].get("seeds", self.spec["seeds"]))
 
-    def cells(self) -> list[Cell]:
-        """Every cell, seed by seed, so that a matrix cut short still gives each arm the same; arms of stage 2 last."""
-        made = [self._cell(arm, lr, seed) for arm in self.arms for seed in self.seeds_of(arm)
-                for lr in self.arms[arm].get("learning_rates", self.learning_rates)]  # fmt: skip
-        return sorted(made, key=lambda cell: (self.arms[cell.arm].get("stage", 1), cell.seed))
+    @property
+    def tuning_seed(self) -> int:
+        """The seed of the sweep; runs that are reported have others."""
+        return int(self.spec["tuning_seed"])
+
+    def sweep(self) -> list[Cell]:
+        """Every arm at every learning rate with the tuning seed."""
+        rates = {arm: spec.get("learning_rates", self.learning_rates) for arm, spec in self.arms.items()}
+        return self._ordered([self._cell(arm, lr, self.tuning_seed) for arm in self.arms for lr in rates[arm]])
+
+    def reported(self, chosen: Mapping[str, float]) -> list[Cell]:
+        """The arms of `chosen` at their learning rates with each of the study's seeds."""
+        made = [self._cell(arm, chosen[arm], seed) for arm in self.arms if arm in chosen for seed in self.seeds_of(arm)]
+        return self._ordered(made)
+
+    def _ordered(self, cells: list[Cell]) -> list[Cell]:
+        """Seed by seed, so that a matrix cut short still gives each arm the same; arms of stage 2 last."""
+        return sorted(cells, key=lambda cell: (self.arms[cell.arm].get("stage", 1), cell.seed))
+
+    @property
+    def num_cells(self) -> int:
+        """Of the whole study."""
+        return len(self.sweep()) + sum(len(self.seeds_of(arm)) for arm in self.arms)
 
     def _cell(self, arm: str, lr: float, seed: int) -> Cell:
         spec = self.arms[arm]
@@ -90,15 +108,27 @@ def read_study(path: str | Path) -> Study:
     """
     path = Path(path)
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    needed = {"model", "data", "settings", "learning_rates", "seeds", "arms", "reference"}
+    needed = {"model", "data", "settings", "learning_rates", "tuning_seed", "seeds", "arms", "reference"}
     known = needed | {"title", "threads", "tasks", "questions", "note"}
     if missing := needed - set(spec):
         raise SystemExit(f"{path}: {', '.join(sorted(missing))} missing")
     if unknown := set(spec) - known:
         raise SystemExit(f"{path}: got {', '.join(sorted(unknown))}, known: {', '.join(sorted(known))}")
     for name, arm in spec["arms"].items():
-        if extra := set(arm) - {"method", "table", "reads", "set", "settings", "seeds", "learning_rates", "stage"}:
+        if extra := set(arm) - {
+            "method",
+            "table",
+            "reads",
+            "set",
+            "settings",
+            "seeds",
+            "learning_rates",
+            "stage",
+            "group",
+        }:
             raise SystemExit(f"{path}: arm {name}: got {', '.join(sorted(extra))}")
+    if spec["tuning_seed"] in spec["seeds"]:
+        raise SystemExit(f"{path}: the tuning seed {spec['tuning_seed']} is among the reported seeds; give it another")
     if spec["reference"] not in spec["arms"]:
         raise SystemExit(f"{path}: the reference {spec['reference']} is not one of the arms")
     return Study(path=path, spec=spec)

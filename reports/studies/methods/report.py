@@ -1,0 +1,228 @@
+"""The page, table and plots of a study, from its results alone: nothing is trained, no model is read.
+
+python reports/studies/methods/report.py reports/studies/methods/demo.yaml
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import draw
+from analyse import Arm, Difference, difference, rank, read_results
+from study import Study, read_study
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        write(read_study(name))
+
+
+def write(study: Study) -> None:
+    """README.md, table.csv and plots/ of the study."""
+    results = read_results(study.directory / "results")
+    scan = json.loads((study.directory / "tables" / "scan.json").read_text())
+    arms, left_out = rank(results, study.learning_rates, study.tuning_seed)
+    if not arms:
+        raise SystemExit(f"{study.path}: no arm is complete yet ({len(results)} of {study.num_cells} cells)")
+    by_name = {arm.name: arm for arm in arms}
+    reference = by_name.get(study.spec["reference"])
+    rows = [row(arm, reference, study) for arm in arms]
+    with (study.directory / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    pictures = draw.all_plots(study, arms, study.directory / "plots")
+    page = "\n".join([
+        *head(study, results, scan), *table(rows), "", *outside(left_out, study, results),
+        *answers(study, by_name, scan), *sweep(arms), *shown(pictures), *limits(study),
+    ])  # fmt: skip
+    (study.directory / "README.md").write_text(page + "\n")
+    print(f"{study.directory}/README.md: {len(arms)} arms ranked, {len(left_out)} left out")
+
+
+def row(arm: Arm, reference: Arm | None, study: Study) -> dict[str, Any]:
+    """A line of the table, as plain values."""
+    losses = list(arm.values("test_loss").values())
+    gap = difference(arm, reference) if reference is not None and arm is not reference else None
+    first = next(iter(arm.runs.values()))
+    return {
+        "arm": arm.name,
+        "method": first["method"],
+        "lr": arm.lr,
+        "lr_at_edge": arm.at_edge,
+        "seeds": len(arm.runs),
+        "test_loss": statistics.fmean(losses),
+        "test_loss_sd": statistics.stdev(losses),
+        "difference": None if gap is None else gap.mean,
+        "difference_low": None if gap is None else gap.low,
+        "difference_high": None if gap is None else gap.high,
+        "exact": arm.mean("exact"),
+        "trainable": arm.mean("trainable"),
+        "state_bytes": round(arm.mean("peak_bytes", "state")),
+        "resident_bytes": round(arm.mean("peak_bytes", "resident_above_start")),
+        "cpu_seconds": arm.cpu_seconds,
+        "scan_cpu_seconds": arm.mean("seconds", "scan_cpu"),
+        "tokens": round(arm.mean("tokens")),
+    }
+
+
+def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) -> list[str]:
+    settings, rows = study.spec["settings"], scan["rows"]
+    path = f"reports/studies/methods/{study.path.name}"
+    versions = next(r["versions"] for r in results if r["status"] == "finished")
+    commits = sorted({r["commit"] for r in results if r.get("commit")})
+    return [
+        f"# {study.spec.get('title', study.path.stem)}",
+        "",
+        "Made by `report.py` from the files in `results/`: one a run, with its command, seed, draws and loss curve.",
+        "",
+        "```sh",
+        f"OMP_NUM_THREADS=1 python reports/studies/methods/run.py {path} --workers 2   # goes on where it stopped",
+        f"python reports/studies/methods/report.py {path}                              # this page",
+        "```",
+        "",
+        f"Model `{study.spec['model']}` ({scan['model']['num_blocks']} blocks), {rows['train']} rows to train on, "
+        f"{rows['validation']} to choose the learning rate by, {rows['test']} to report; "
+        f"{rows['removed_as_asked_later']} rows whose question is asked later were removed from training. Every arm: "
+        f"{settings['steps']} steps of {settings['batch']} rows in the same order for the same seed (equal tokens, "
+        f"checked), the learning rates {', '.join(f'{lr:g}' for lr in study.learning_rates)} ({settings['schedule']}, "
+        f"{settings.get('warmup', 0)} steps of warm-up), gamma {settings.get('active', '-')}, "
+        f"K {settings.get('every', '-')}, rank {settings.get('rank', '-')} where it samples or projects. "
+        f"{len(results)} of {study.num_cells} runs are in. "
+        f"2-core AMD EPYC shared with other work, one thread a run; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; commits {', '.join(commits)}.",
+        "",
+        "## Result",
+        "",
+        f"Every arm was swept over all learning rates with seed {study.tuning_seed}; the validation rows chose one. "
+        "The table is of other seeds at that rate: test loss in nats a token of the answers (lower is better), mean "
+        "and standard deviation; `*`: the rate is at an end of the sweep, a better one may lie beyond. "
+        f"Difference: to {study.spec['reference']}, paired by seed, with its 95 % t interval. Exact: share of test "
+        "questions that greedy decoding answers word for word. CPU: seconds of the whole run on the processor, "
+        "loading, two evaluations, export and the scan of its table included; wall clock on this machine would measure "
+        "the others' work. State: masters, moments and projectors as counted, the most of the run; resident: how far "
+        "the process grew at most, libraries included.",
+        "",
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| arm | lr | test loss | difference | exact | trained | state MB | resident MB | CPU s | of it scan |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in rows:
+        gap = ""
+        if one["difference"] is not None:
+            low, high = one["difference_low"], one["difference_high"]
+            gap = interval(Difference(mean=one["difference"], low=low, high=high, seeds=one["seeds"]))
+        lines.append(
+            f"| {one['arm']} | {one['lr']:g}{'*' if one['lr_at_edge'] else ''} "
+            f"| {one['test_loss']:.4f} ± {one['test_loss_sd']:.4f} | {gap} | {one['exact']:.3f} "
+            f"| {one['trainable']:.1%} | {one['state_bytes'] / 1e6:.2f} | {one['resident_bytes'] / 1e6:.0f} "
+            f"| {one['cpu_seconds']:.1f} | {one['scan_cpu_seconds']:.1f} |"
+        )
+    return lines
+
+
+def interval(gap: Difference) -> str:
+    return f"{gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+
+
+def outside(left_out: dict[str, str], study: Study, results: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"- {name}: {why}" for name, why in sorted(left_out.items())]
+    lines += [f"- {name}: not run" for name in study.arms if name not in {r["arm"] for r in results}]
+    failed = [r for r in results if r["status"] != "finished"]
+    lines += [f"- {r['cell']} failed: {r['error']}" for r in failed]
+    return ["Left out of the ranking:", "", *lines, ""] if lines else []
+
+
+def answers(study: Study, arms: dict[str, Arm], scan: dict[str, Any]) -> list[str]:
+    """The questions of the YAML file, each answered by its paired difference; what is not complete stays open."""
+    lines = ["## Answers", "", "| question | first less second | answer |", "| --- | --- | --- |"]
+    for one, other, text in study.spec.get("questions", ()):
+        if one not in arms or other not in arms:
+            lines.append(f"| {text} | {one} less {other} | open: runs are missing |")
+            continue
+        gap = difference(arms[one], arms[other])
+        lines.append(f"| {text} | {one} less {other}: {interval(gap)}, {gap.seeds} seeds | {one} is {worded(gap)} |")
+    return [*lines, "", *paragraph(arms, scan), ""]
+
+
+def worded(gap: Difference) -> str:
+    return {"better": "**better**", "worse": "**worse**"}.get(gap.verdict, "neither better nor worse, as far as seen")
+
+
+def paragraph(arms: dict[str, Arm], scan: dict[str, Any]) -> list[str]:
+    """What the study says about layer tables, in words that follow from the intervals."""
+    need = {"owlore-lod", "owlore-uniform", "owlore-decrease", "owlore-alpha-heavy", "owlore-alpha-light"}
+    if not need <= set(arms):
+        return []
+    lod, uniform, decrease = arms["owlore-lod"], arms["owlore-uniform"], arms["owlore-decrease"]
+    heavy, light = arms["owlore-alpha-heavy"], arms["owlore-alpha-light"]
+    cost = scan["tables"]["lod"]["scan_cpu_seconds"]
+    per_run = uniform.mean("seconds", "call_cpu")
+    alpha_cost = scan["tables"]["alpha-heavy"]["scan_cpu_seconds"]
+    return [
+        f"Does the LOD table beat uniform draws? {said(difference(lod, uniform))} "
+        f"Does it beat draws that fall with depth? {said(difference(lod, decrease))} Does alpha help? "
+        f"Heavy tails first against uniform: {said(difference(heavy, uniform))} "
+        f"Light tails first against uniform: {said(difference(light, uniform))} "
+        f"In which direction? Heavy against light: {said(difference(heavy, light))} At what cost? The LOD table takes "
+        f"{cost:.1f} CPU seconds once, {cost / per_run:.0%} of a run of this length; a table by alpha "
+        f"{alpha_cost:.1f}. Inclusion by block: LOD {shares(scan, 'lod')}; alpha heavy {shares(scan, 'alpha-heavy')}; "
+        f"alpha light {shares(scan, 'alpha-light')}."
+    ]
+
+
+def said(gap: Difference) -> str:
+    """A difference of test losses as a sentence."""
+    sizes = f"{gap.mean:+.4f} nats, 95 % interval {gap.low:+.4f} to {gap.high:+.4f}, {gap.seeds} seeds"
+    if gap.verdict == "better":
+        return f"Yes ({sizes})."
+    if gap.verdict == "worse":
+        return f"No, it is worse ({sizes})."
+    return f"Not shown ({sizes})."
+
+
+def shares(scan: dict[str, Any], name: str) -> str:
+    return " ".join(f"{share:.2f}" for share in scan["tables"][name]["inclusion"])
+
+
+def sweep(arms: Sequence[Arm]) -> list[str]:
+    """Validation loss at every learning rate, so that a badly tuned arm can be seen."""
+    rates = sorted(arms[0].validation)
+    lines = ["## The sweep", "", "Validation loss at each learning rate, tuning seed.", "",
+             "| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "| --- |" + " --- |" * len(rates)]  # fmt: skip
+    for arm in arms:
+        cells = [f"**{arm.validation[lr]:.4f}**" if lr == arm.lr else f"{arm.validation[lr]:.4f}" for lr in rates]
+        lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def shown(pictures: Sequence[tuple[str, str]]) -> list[str]:
+    lines = ["## Pictures", ""]
+    for name, caption in pictures:
+        lines += [caption, "", f"![{caption}](plots/{name})", ""]
+    return lines
+
+
+def limits(study: Study) -> list[str]:
+    lines = [
+        "AGIEval and PubMedQA, which the OwLore paper reports, have no data here and are not measured.",
+        "One seed chose the learning rates, from three; all arms alike.",
+        *study.spec.get("note", ()),
+    ]
+    return ["## What falls short", "", *(f"- {line}" for line in lines)]
+
+
+if __name__ == "__main__":
+    main()
