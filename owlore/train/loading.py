@@ -13,6 +13,7 @@ from torch import nn
 from htsr.console import quiet_libraries, silence_stderr
 from htsr.errors import BadInput, UsageError
 from htsr.model.source import Source, locate, open_source
+from owlore.attach import is_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -85,6 +86,10 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
     path = locate(ref)
     if path.is_file() and path.suffix != ".gguf":
         raise BadInput(f"{ref} is a lone weights file; training needs its directory with config.json and tokenizer")
+    if is_adapter(path):
+        raise BadInput(
+            f"{ref} is an adapter, expected a model: make one of it and its base with `owlore merge {ref} -o DIR`"
+        )
     gguf = {"gguf_file": path.name} if path.is_file() else {}
     place = path.parent if path.is_file() else path
     wanted: Any = "auto" if dtype == "auto" else DTYPES[dtype]

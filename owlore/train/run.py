@@ -176,8 +176,11 @@ def assemble(
     """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
     strategy = strategy_class(units, hyper_of(config, inclusion, attached))
+    candidates = units.parameters(range(units.num_blocks), units.groups)
+    if attached is not None:
+        candidates = {name: p for name, p in candidates.items() if name in attached.trained}
     optimizer = RotatingOptimizer(
-        units.parameters(range(units.num_blocks), units.groups),
+        candidates,
         seed=config.seed,
         weights=weights_of(config),
         on_switch=config.on_switch,
