@@ -1,4 +1,4 @@
-"""Runs of these tests draw no plots: they take longer than a few steps of a tiny model, and other tests look at them."""
+"""Runs of these tests draw no plots: that takes longer than their few steps, and other tests look at plots."""
 
 import pytest
 
