@@ -91,7 +91,7 @@ def plan(file: str | None, **options: Any) -> None:
     config = _config(file, options, needs=("model",))
     from owlore.train.plan import plan_from_config
 
-    made = plan_from_config(config, lambda message: console.notice(message, quiet=config.quiet)).to_dict()
+    made = plan_from_config(config, lambda message: console.notice(message, quiet=config.quiet), advice=True).to_dict()
     click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
 
 

@@ -59,8 +59,7 @@ def find_basis(
     """
     rows, cols = gradient.shape
     tall = gradient.float() if projects_right(rows, cols, larger) else gradient.float().T
-    scale = tall.abs().amax()
-    if not torch.isfinite(scale):
+    if not all(torch.isfinite(extreme) for extreme in tall.aminmax()):
         raise FloatingPointError("gradient with NaN or infinity")
     side = tall.shape[1]
     if side <= 2 * (rank + OVERSAMPLE):

@@ -85,6 +85,7 @@ class Trainer:
     ranks: Ranks = ALONE
     trained: set[str] = field(default_factory=set)  # parameters that were ever active
     active: tuple[int, ...] = ()
+    switched: int | None = None  # the period whose parameters are active
     step: int = 0  # optimizer steps done
     attached: Attached | None = None  # the adapter that is trained, where it is not the model itself
     streaming: Streaming | None = None  # where the blocks live, if not plainly on the device
@@ -132,11 +133,12 @@ class Trainer:
 
     @property
     def period_begins(self) -> bool:
-        return self.step == 0 if not self.pace.every else self.step % self.pace.every == 0
+        return self.switched != self.period
 
     def switch(self) -> None:
         """Make this period's parameters active and free what leaves."""
         self._close_period()
+        self.switched = self.period
         self.strategy.adapt(self.period)
         rules = self.strategy.rules_at(self.period)
         self.active = self.strategy.blocks_at(self.period)
@@ -317,6 +319,7 @@ class Trainer:
                 "identity": self.identity,
                 "optimizer": counters,
                 "active": list(self.active),
+                "period": self.switched,
                 "trained": sorted(self.trained),
                 "tally": vars(self.tally),
                 "record": self.strategy.record.to_dict(),
@@ -363,9 +366,9 @@ class Trainer:
             )
         self._put_back(saved.weights)
         self.step, self.trained = saved.step, set(saved.state["trained"])
-        self.active = tuple(saved.state["active"])
+        self.active, self.switched = tuple(saved.state["active"]), saved.state["period"]
         self.strategy.record = Record.from_dict(saved.state["record"])
-        rules = self.strategy.rules_at(max(0, self.step - 1) // self.pace.every if self.pace.every else 0)
+        rules = self.strategy.rules_at(saved.state["period"])
         self._settle(rules)
         self.optimizer.load_state(saved.optimizer, saved.state["optimizer"], rules)
         self._aim_recompute(rules)

@@ -61,11 +61,11 @@ class Plan:
         }
 
 
-def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
+def plan_from_config(config: TrainConfig, say: Callable[[str], None], *, advice: bool = False) -> Plan:
     """The plan of `owlore train` with these arguments; reads the model's configuration and, where named, the data.
 
     Rows are taken as long as the longest one of the data, without data as `--seq-len` allows. Without a table file
-    the draws are taken as uniform: a scan needs the weights.
+    the draws are taken as uniform: a scan needs the weights. advice: plan other settings too, and say what they save.
     """
     config, strategy = resolve(config)
     device = pick_device(config.device).type
@@ -73,7 +73,7 @@ def plan_from_config(config: TrainConfig, say: Callable[[str], None]) -> Plan:
     shape = planner.shape(config)
     planner.table = _table(config, strategy, shape.units.num_blocks, say)
     planner.tokens = _longest(config, shape.positions)
-    return planner.advised(config)
+    return planner.advised(config) if advice else planner.plan(config)
 
 
 class Planner:

@@ -111,6 +111,7 @@ def run_record(
         "median_step_seconds": statistics.median(tally.step_seconds),
         "tokens_per_s": tally.tokens / sum(tally.step_seconds),
         "peak_state_bytes": held,
+        "parked_bytes": trainer.optimizer.parked_bytes(),
         "lost_norm": tally.lost_norm,
         "eval_loss_first": evals[0] if evals else None,
         "eval_loss_last": evals[-1] if evals else None,

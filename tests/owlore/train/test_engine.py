@@ -1,6 +1,8 @@
 """The engine on tiny models: accumulation, backward depth, what changes, what is held, reductions."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from makers import save_tiny, tiny_llama
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import owlore
 from owlore.blocks import find_units, freeze
@@ -307,26 +311,54 @@ def test_an_in_memory_model_is_trained_in_place(tmp_path):
     assert changed and all(n.startswith(f"model.layers.{drawn}.") for n in changed)
 
 
-def test_only_one_full_gradient_is_alive_during_backward(tmp_path, monkeypatch):
-    """Watches the gradients of all matrices while backward runs (no refresh step with accumulation among them)."""
-    model = tiny_llama(blocks=4)
+class LiveGradients(TorchDispatchMode):
+    """Walks what lives while backward runs: storages as large as one of the matrices, the weights themselves aside."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        self.sizes = {m.untyped_storage().nbytes() for m in matrices}
+        self.own = {m.untyped_storage()._cdata for m in matrices}
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if storage.nbytes() in self.sizes and key not in self.own and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.most = max(self.most, len(self.alive))
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        return out
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_only_one_full_gradient_is_alive_during_backward(accum):
+    """Outside a step that looks for new bases with accumulation, where the sums have to wait for the last batch."""
+    model = tiny_llama(blocks=4, width=40, hidden=56)  # no activation of 2 x 12 tokens is as large as a matrix
     freeze(model)
     units = find_units(model)
+    matrices = [p for p in units.parameters(range(4), ()).values() if p.ndim == 2]
     optimizer = RotatingOptimizer(units.parameters(range(4), ()), seed=0)
-    optimizer.switch(dict.fromkeys(units.parameters(range(4), ()), Rule(rank=4)), 0)
-    alive = []
-    for slot in optimizer.slots.values():
-        receive = slot.receive
-
-        def watched(gradient, *, last, step, receive=receive):
-            receive(gradient, last=last, step=step)
-            alive.append(sum(s.whole is not None or s.parameter.grad is not None for s in optimizer.slots.values()))
-
-        monkeypatch.setattr(slot, "receive", watched)
-    ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-    optimizer.micro_batch(0, last=True)
-    CausalLoss(model)(ids, ids).backward()
-    assert len(alive) == len(optimizer.slots) and max(alive) == 0
+    optimizer.switch(dict.fromkeys(units.parameters(range(4), ()), Rule(rank=4, refresh=2)), 0)
+    loss = CausalLoss(model)
+    most = []
+    for step in range(4):
+        for micro in range(accum):
+            ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(10 * step + micro))
+            optimizer.micro_batch(step, last=micro == accum - 1)
+            value = loss(ids, ids)
+            gc.collect()
+            with LiveGradients(matrices) as live:
+                value.backward()
+            most.append((live.most, len(live.alive)))
+        optimizer.update(1e-3, 1.0)
+    refresh = [step % 2 == 0 for step in range(4) for _ in range(accum)]
+    plain = [seen for seen, due in zip(most, refresh, strict=True) if not due or accum == 1]
+    assert set(plain) == {(1, 0)}
+    if accum > 1:
+        assert max(most)[0] >= len(matrices)  # the walk does see what waits
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(tmp_path, monkeypatch):
@@ -338,6 +370,40 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(tmp_path, monk
     assert caught.value.exit_code == 6
     saved = load_file(sorted((tmp_path / "run/checkpoints").iterdir())[-1] / "weights.safetensors")
     assert saved
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp_path):
+    """A finite loss whose gradient is not, in a step that looks for a new basis: exit 6, and a resume goes on."""
+    from htsr.errors import NotFinite
+    from owlore.train.loop import Trainer
+
+    model = save_tiny(tmp_path / "model")
+    settings = {"table": "uniform", "steps": 7, "active": 2, "every": 2, "rank": 8, "batch": 2}
+    whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
+    advance = Trainer.advance
+
+    def poisoned(self):
+        if self.step == 4:
+            slot = next(slot for slot in self.optimizer.slots.values() if slot.projected)
+            slot.parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return advance(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", poisoned)
+        with pytest.raises(NotFinite, match="gradient norm nan at step 5"):
+            owlore.train(model, ROWS, out=tmp_path / "run", **settings)
+    again = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
+    assert all(torch.equal(tensor, weights_of(again)[name]) for name, tensor in weights_of(whole).items())
+
+
+def test_one_block_at_a_time_at_full_rank_is_badam(tmp_path):
+    model = save_tiny(tmp_path / "model", blocks=4)
+    common = {"steps": 10, "every": 2, "active": 1, "draw": "cyclic", "lr": 1e-3, "table": "uniform"}
+    badam = owlore.train(model, ROWS, method="badam", out=tmp_path / "badam", **common)
+    ours = owlore.train(model, ROWS, rank="full", out=tmp_path / "owlore", **common)
+    assert badam.record["draws"] == [2, 1, 1, 1]
+    a, b = weights_of(badam), weights_of(ours)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_failed_start_leaves_no_directory(tmp_path, monkeypatch):

@@ -181,11 +181,11 @@ def test_parked_state_is_planned_to_the_byte():
     assert planned == optimizer.parked_bytes() == optimizer.held().total  # two blocks wait, two are active
 
 
-def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(tmp_path, monkeypatch):
+def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(tmp_path):
     model = save_tiny(tmp_path / "model", blocks=4, width=64, hidden=160)
     settings = {"model": str(model), "active": 2, "rank": 32, "seq_len": 128, "always_on": "embeddings", "batch": 6,
                 "on_switch": "keep", "table": "uniform"}  # fmt: skip
-    plan = plan_from_config(TrainConfig.build(settings), lambda message: None)
+    plan = plan_from_config(TrainConfig.build(settings), lambda message: None, advice=True)
     savings = [piece.saves for piece in plan.advice]
     assert savings == sorted(savings, reverse=True) and min(savings) > 0
     found = {piece.change: piece.saves for piece in plan.advice}
@@ -196,7 +196,6 @@ def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(
         "--always-on none": {"always_on": "none"},
         "--on-switch drop": {"on_switch": "drop"},
     }
-    monkeypatch.setattr("owlore.train.plan.advise", lambda *_: ())
     for change, settings_then in changes.items():
         other = plan_from_config(TrainConfig.build(settings | settings_then), lambda message: None)
         assert plan.bytes["total"] - other.bytes["total"] == found[change], change
@@ -205,7 +204,9 @@ def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(
 
 def test_a_method_is_given_no_advice_that_it_does_not_read(tmp_path):
     model = save_tiny(tmp_path / "model", blocks=3)
-    plan = plan_from_config(TrainConfig.build({"model": str(model), "method": "full"}), lambda message: None)
+    plan = plan_from_config(
+        TrainConfig.build({"model": str(model), "method": "full"}), lambda message: None, advice=True
+    )
     words = " ".join(piece.change for piece in plan.advice)
     assert "--checkpointing" in words
     assert not any(option in words for option in ("--rank", "--active", "--on-switch"))
@@ -248,8 +249,7 @@ def test_a_plan_needs_the_configuration_alone(tmp_path, capsys):
     assert set(made["backward_depth"]) == {"expected", "blocks"}
 
 
-def test_longer_rows_larger_batches_and_more_blocks_cost_more(tmp_path, monkeypatch):
-    monkeypatch.setattr("owlore.train.plan.advise", lambda *_: ())
+def test_longer_rows_larger_batches_and_more_blocks_cost_more(tmp_path):
     model = save_tiny(tmp_path / "model", blocks=4)
 
     def total(**settings):
