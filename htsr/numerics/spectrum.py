@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from htsr.errors import BadInput
+from htsr.numerics.band import band_storage, band_to_tridiagonal, to_band
 from htsr.numerics.fortran import call, lead
 from htsr.numerics.tridiagonal import reduce, tridiagonal_values
 
@@ -22,6 +23,7 @@ BLOCK_ELEMENTS = 1 << 20  # 8 MiB of float64: large enough for BLAS, small enoug
 CACHED_ELEMENTS = 1 << 19  # 4 MiB of float64
 BLOCK_MULTIPLE = 256  # column blocks start at multiples of the quantisation blocks of every GGUF type
 REDUCED_AT_ONCE = 16  # columns, on the way to a tridiagonal matrix
+BAND_SIDE = {np.dtype(np.float64): 2560, np.dtype(np.float32): 3584}  # from here on two stages are faster than one
 IN_PLACE_SIDE = 1024  # from here on the Gram matrix is large enough that copies of it count
 
 
@@ -102,7 +104,11 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
     if not np.isfinite(G).all():
         raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
     lower = np.asfortranarray(G.T if G.flags.c_contiguous else G)
-    d, e, _ = reduce(lower, REDUCED_AT_ONCE)
+    if side >= BAND_SIDE[G.dtype]:
+        to_band(lower)
+        d, e = band_to_tridiagonal(band_storage(lower))
+    else:
+        d, e, _ = reduce(lower, REDUCED_AT_ONCE)
     values = tridiagonal_values(d, e) if side > 1 else d
     return without_noise(values, G.dtype.type)
 
