@@ -43,7 +43,7 @@ def call(name: str, dtype: Any, *arguments: bytes | int | float | np.ndarray) ->
 
 def lead(part: np.ndarray) -> int:
     """The leading dimension of a matrix in Fortran order, or of a part of one."""
-    return max(part.strides[1] // part.itemsize, 1)
+    return max(part.strides[1] // part.itemsize, *part.shape[:1], 1)  # (the stride of a single column may be anything)
 
 
 def integers(size: int, value: int = 0) -> np.ndarray:

@@ -24,7 +24,6 @@ CACHED_ELEMENTS = 1 << 19  # 4 MiB of float64
 BLOCK_MULTIPLE = 256  # column blocks start at multiples of the quantisation blocks of every GGUF type
 REDUCED_AT_ONCE = 16  # columns, on the way to a tridiagonal matrix
 BAND_SIDE = {np.dtype(np.float64): 2560, np.dtype(np.float32): 3584}  # from here on two stages are faster than one
-IN_PLACE_SIDE = 1024  # from here on the Gram matrix is large enough that copies of it count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +63,11 @@ def in_float64(slices: Iterable[Any]) -> Iterator[np.ndarray]:
 
 
 def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: bool = True) -> np.ndarray:
-    """G = sum_b S_b^T S_b over slices of any height and `side` columns.
+    """G = sum_b S_b^T S_b over slices of any height and `side` columns, accumulated inside BLAS.
 
-    Returns a symmetric (side, side) array of `dtype`; without `mirror` only its lower triangle need be right. Values
-    that are NaN or infinite in a slice are so in G.
+    Returns a symmetric (side, side) array of `dtype` in Fortran order; without `mirror` only its lower triangle is
+    right. Values that are NaN or infinite in a slice are so in G.
     """
-    if side >= IN_PLACE_SIDE:
-        return _gram_in_place(slices, side, dtype, mirror)
-    G: np.ndarray = np.zeros((side, side), dtype)
-    with np.errstate(invalid="ignore", over="ignore"):  # a NaN or an infinity is found in G
-        for block in slices:
-            S = as_array(block, dtype)
-            G += S.T @ S  # numpy recognises S^T S and computes one triangle (syrk)
-    return G
-
-
-def _gram_in_place(slices: Iterable[Any], side: int, dtype: type, mirror: bool) -> np.ndarray:
-    """The same sum accumulated inside BLAS: no second array of G's size."""
     G: np.ndarray = np.zeros((side, side), dtype, order="F")
     for block in slices:
         S = as_array(block, dtype)
