@@ -10,6 +10,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from htsr.errors import UsageError
+from htsr.numerics.fortran import load
 
 LARGE_SIDE = 2048  # from here on BLAS uses several cores well; below, its threads only wait for each other
 MAX_WORKERS = 8  # each holds one Gram matrix and its copy
@@ -35,8 +36,7 @@ def run(
     Threads suffice: BLAS and LAPACK run without the interpreter's lock. Their own threads are limited to one each
     while several items run at once. Raises UsageError for less than one worker.
     """
-    import scipy.linalg.lapack  # noqa: F401  (SciPy has a BLAS of its own: the limits below bind what is loaded by then)
-
+    load()  # SciPy has a BLAS of its own: the limits below bind what is loaded by then
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise UsageError(f"workers: got {workers}, expected at least 1")

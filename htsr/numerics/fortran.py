@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -67,10 +70,32 @@ def _integer() -> Any:
 
 def _capsule(name: str) -> tuple[Any, bytes]:
     """The capsule that holds a routine's address, and the C signature it is labelled with."""
-    from scipy.linalg import cython_blas, cython_lapack
-
-    module: Any = cython_blas if name in cython_blas.__pyx_capi__ else cython_lapack
-    capsule = module.__pyx_capi__[name]
+    known = _extension("cython_blas").__pyx_capi__
+    capsule = known[name] if name in known else _extension("cython_lapack").__pyx_capi__[name]
     name_of = ctypes.pythonapi.PyCapsule_GetName
     name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
     return capsule, name_of(capsule)
+
+
+@functools.cache
+def _extension(name: str) -> Any:
+    """scipy.linalg's extension of that name, without the package around it where that is not loaded yet.
+
+    (The package loads numpy.f2py, numpy.testing and more: 0.17 s, as long as ten matrices of 576 x 576 take.)
+    """
+    full = f"scipy.linalg.{name}"
+    if "scipy.linalg" not in sys.modules:
+        import scipy
+
+        spec = importlib.machinery.PathFinder.find_spec(full, [f"{folder}/linalg" for folder in scipy.__path__])
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    return importlib.import_module(full)
+
+
+def load() -> None:
+    """Load SciPy's BLAS and LAPACK, so that limits on threads bind them."""
+    _integer()
+    _extension("cython_lapack")

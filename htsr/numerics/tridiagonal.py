@@ -7,12 +7,15 @@ routines hold the interpreter's lock, so that other workers would wait.)
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 
 from htsr.errors import BadInput
 from htsr.numerics.fortran import call, integers
 
 BLOCK = 32  # columns reduced at a time
+AT_ONCE = 64  # reflectors applied at a time
 GROUP = 48  # vectors of T made orthogonal to each other; between groups they are merely different
 
 
@@ -73,11 +76,24 @@ class Tridiagonal:
 
     def _rotate(self, V: np.ndarray, form: bytes) -> np.ndarray:
         """Q V (b"N") or Q^T V (b"T") in float32, in place."""
-        n, k, info = len(V), V.shape[1], integers(1)
-        work = np.empty(max(BLOCK * k, 1) + 65 * 64, np.float32)
-        # the reflectors lie below the subdiagonal: columns of the array that starts at A[1, 0], in A's own memory
-        call(
-            "ormqr", np.float32, b"L", form, n - 1, k, n - 1, self._factors[1:], n, self._tau, V[1:], n,
-            work, len(work), info,
-        )  # fmt: skip
+        n, k = V.shape
+        work = np.empty(max(k * AT_ONCE, 1), np.float32)
+        order = reversed(self._reflectors) if form == b"N" else self._reflectors
+        for i, T in order:  # I - R T R^T, with R below the subdiagonal from column i on
+            R, size = self._factors[i + 1 :, i:], len(T)
+            call(
+                "larfb", np.float32, b"L", form, b"F", b"C", n - 1 - i, k, size, R, n, T, size, V[i + 1 :], n, work, k
+            )  # fmt: skip
         return V
+
+    @cached_property
+    def _reflectors(self) -> list[tuple[int, np.ndarray]]:
+        """Q as a product of block reflectors: where each starts, and its triangle T."""
+        n, found = len(self._factors), []
+        for i in range(0, n - 1, AT_ONCE):
+            size = min(AT_ONCE, n - 1 - i)
+            T: np.ndarray = np.zeros((size, size), np.float32, order="F")
+            R = self._factors[i + 1 :, i:]
+            call("larft", np.float32, b"F", b"C", n - 1 - i, size, R, n, self._tau[i:], T, size)
+            found.append((i, T))
+        return found

@@ -1,14 +1,15 @@
 """Large matrices: the native scan against weightwatcher on the same weights in one process, one thread, CPU seconds.
 
     env -u OPENBLAS_CORETYPE OMP_NUM_THREADS=1 python reports/bench/scan/large.py [--runs 3] [--out FILE.json]
+    python reports/bench/scan/large.py --case 4096x4096   (only matrices with that in their name; FILE keeps the others)
     python reports/bench/scan/large.py --parity 12        (only correctness, on that many matrices of 2048 x 2048)
     python reports/bench/scan/large.py --disk             (only a tensor of 8192 x 28672, bf16, scanned from disk)
     python reports/bench/scan/large.py --device cuda      (spectra on a GPU; wall seconds of synchronised calls)
 
-Rows of Gaussian numbers have Pareto lengths, so that tails are as heavy as those of trained layers; "long tail" and
-"singular" are matrices that end in float64 (escalated). Before anything is timed n_tail must be equal and alpha within
-1e-6 of weightwatcher's. The floor is the flops of one triangle of the Gram matrix and of the reduction to tridiagonal
-form, over the measured rate of a float32 product.
+Rows of Gaussian numbers have Pareto lengths, so that tails are as heavy as those of trained layers. Two are harder:
+"long tail" ends in float64 (escalated), "singular" has two equal columns. Before anything is timed n_tail must be equal
+and alpha within 1e-6 of weightwatcher's. The floor is the flops of one triangle of the Gram matrix and of the reduction
+to tridiagonal form, over the measured rate of a float32 product.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def gemm_rate() -> float:
     return 2 * 2048**3 / min(seconds(lambda: A @ A.T[::1].copy(), 5, time.process_time))
 
 
-def bench(runs: int, device: str) -> tuple[list[dict[str, Any]], float]:
+def bench(runs: int, device: str, case: str) -> tuple[list[dict[str, Any]], float]:
     """One row a case; weightwatcher always on the CPU."""
     rate = gemm_rate()
     rows = []
@@ -135,6 +136,8 @@ def bench(runs: int, device: str) -> tuple[list[dict[str, Any]], float]:
     widths = {"route": 11, "tail": 6, "refined": 8, "ww s": 8, "htsr s": 8, "ratio": 7, "floor s": 9, "x": 6}
     print(f"{'matrix':28}" + "".join(f"{word:>{width}}" for word, width in widths.items()))
     for name, m, n, index, dtype, wanted in CASES:
+        if case not in name:
+            continue
         W = matrix(m, n, index, dtype, singular=name.endswith("singular"))
         ours, theirs = native(W, device), reference(W)
         difference = check(ours, theirs)
@@ -156,7 +159,7 @@ def bench(runs: int, device: str) -> tuple[list[dict[str, Any]], float]:
             f"{name:28}{ours['route']:>11}{ours['n_tail']:6}{ours['refined']:8}{a:8.2f}{b:8.2f}{a / b:7.2f}{floor:9.2f}"
             f"{b / floor:6.1f}", flush=True,
         )  # fmt: skip
-    return rows, rate
+    return rows, rate / 1e9
 
 
 def parity(count: int) -> list[dict[str, Any]]:
@@ -228,6 +231,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--parity", type=int, metavar="N")
     parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--case", default="", metavar="TEXT")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -246,8 +250,9 @@ def main() -> int:
     elif arguments.disk:
         report["disk_8192x28672_bf16"] = disk()
     else:
-        report["cases"], rate = bench(arguments.runs, arguments.device)
-        report["gemm_gflops"] = rate / 1e9
+        rows, report["gemm_gflops"] = bench(arguments.runs, arguments.device, arguments.case)
+        kept = {row["matrix"]: row for row in [*report.get("cases", []), *rows]}
+        report["cases"] = [kept[name] for name, *_ in CASES if name in kept]
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
