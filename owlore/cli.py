@@ -13,6 +13,7 @@ from htsr import console
 from htsr.errors import UsageError
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name
 from owlore.methods import METHODS
+from owlore.options import bytes_of
 
 
 @click.group(
@@ -86,27 +87,57 @@ def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]
 @cli.command()
 @train_options
 @click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
-def plan(file: str | None, **options: Any) -> None:
-    """Say what training MODEL with these options would need; nothing is trained and no weights are read."""
-    config = _config(file, options, needs=("model",))
-    from owlore.train.plan import plan_from_config
+@click.option("--fit", metavar="SIZE", help="Find the cheapest settings whose peak is at most SIZE, as 8GB or 7.5GiB.")
+@click.option("--bus", metavar="GB/S", type=click.FloatRange(0, min_open=True), help="Host to device.  [default: 25]")
+@click.option("--tflops", metavar="X", type=click.FloatRange(0, min_open=True), help="Of the device.  [default: 165]")
+def plan(file: str | None, fit: str | None, bus: float | None, tflops: float | None, **options: Any) -> None:
+    """Say what training MODEL with these options would need; nothing is trained and no weights are read.
 
-    made = plan_from_config(config, lambda message: console.notice(message, quiet=config.quiet), advice=True).to_dict()
-    click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
+    Bus and speed are measured where a CUDA device is present and none are given.
+    """
+    config = _config(file, options, needs=("model",))
+    limit = None if fit is None else bytes_of(fit, "--fit")
+    from owlore.train.fit import fit_from_config
+    from owlore.train.plan import plan_from_config
+    from owlore.train.speed import rates_for
+
+    rates = rates_for(config.device, bus=bus, tflops=tflops)
+
+    def say(message: str) -> None:
+        console.notice(message, quiet=config.quiet)
+
+    if limit is None:
+        made = plan_from_config(config, say, rates, advice=True).to_dict()
+        click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
+        return
+    found = fit_from_config(config, limit, say, rates)
+    made = found.plan.to_dict() | {"fit": found.to_dict()}
+    click.echo(jsonlib.dumps(made) if config.json else f"{render_fit(made['fit'])}\n\n{render_plan(made)}")
+
+
+def render_fit(fit: dict[str, Any]) -> str:
+    """What to change, and what it costs."""
+    changes = fit["options"] or "nothing: these settings fit as they are"
+    if fit["fits"]:
+        return f"fits {size_text(fit['limit'])} with  {changes}\n{'':<5}{fit['cost']}"
+    return f"nothing fits {size_text(fit['limit'])}; the least is with  {changes}"
 
 
 def render_plan(made: dict[str, Any]) -> str:
-    """Bytes by kind, and the two shares, in a few lines."""
-    depth, share = made["backward_depth"], made["trainable"]
+    """Bytes by kind, the two shares and what a step takes, in a few lines."""
+    depth, share, step = made["backward_depth"], made["trainable"], made["step"]
     lines = [f"{kind:<12} {size_text(size):>12}" for kind, size in made["bytes"].items()]
     lines[-1] += "   at the peak; the kinds do not all peak at one moment"
+    host = [f"{kind:<12} {size_text(size):>12}   in host memory" for kind, size in made.get("host", {}).items() if size]
     return "\n".join(
         [
             *lines,
+            *host,
             "",
             f"trained      {share['per_step']:>12.2%} of the parameters in a step, {share['always_on']:.2%} always",
             f"backward     {depth['expected']:>12.1f} of {depth['blocks']:g} blocks deep on average",
             f"compute      {made['compute']['of_full']:>12.2f} of full fine-tuning's multiplications in a step",
+            *render_step(step),
             *_advice_lines(made["advice"]),
         ]
     )
@@ -119,6 +150,21 @@ def _advice_lines(advice: list[dict[str, Any]]) -> list[str]:
     width = max(len(piece["change"]) for piece in advice)
     rows = [f"  {piece['change']:<{width}} {size_text(piece['saves']):>12}   {piece['price']}" for piece in advice]
     return ["", "what would lower the peak, each alone:", *rows]
+
+
+def render_step(step: dict[str, Any]) -> list[str]:
+    """Seconds of a step, and whether its copies are hidden behind the compute."""
+    source = "measured" if step["measured"] else "assumed"
+    rates = f"{source}: {step['tflops']:.3g} TFLOP/s, {step['bus_gb_s']:.3g} GB/s"
+    lines = [f"seconds      {step['compute_seconds']:>10.3g} s a step of {step['tokens']:,} tokens ({rates})"]
+    if not step["loads"]:
+        return lines
+    hidden = "hidden behind the compute" if step["hidden"] else f"{step['stall_seconds']:.3g} s of them not hidden"
+    return [
+        *lines,
+        f"copies       {step['copy_seconds']:>10.3g} s a step: {step['loads']:.1f} blocks, {size_text(step['bytes'])}, "
+        f"{hidden}; hidden from {step['hidden_from']:,} tokens a step",
+    ]
 
 
 def size_text(size: float) -> str:

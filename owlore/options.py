@@ -243,6 +243,20 @@ def read_own(declared: Mapping[str, Own], given: Mapping[str, Any], method: str)
     return found
 
 
+_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(value: str, name: str) -> int:
+    """Bytes of a size such as 8GB (1e9) or 7.5GiB (2^30).
+
+    Raises: UsageError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
+    if not found or found[2].upper() not in _UNITS or not float(found[1]):
+        raise UsageError(f"{name} got {value!r}, expected a size such as 8GB or 7.5GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known word closest to `word`, or nothing."""
     import difflib

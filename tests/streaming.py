@@ -55,6 +55,7 @@ class Side:
         everything = self.units.parameters(range(self.units.num_blocks), self.units.groups)
         self.optimizer = RotatingOptimizer(everything, seed=0)
         self.gradients = []
+        self.watches = True  # a copy of every gradient is kept
         self.step = 0
         self.active = ()
 
@@ -62,7 +63,7 @@ class Side:
         self.active = tuple(sorted(blocks))
         rules = dict.fromkeys(self.units.parameters(blocks, self.groups), Rule(rank=self.rank))
         self.optimizer.switch(rules, self.step, between=self.settle)
-        for name, slot in self.optimizer.slots.items():
+        for name, slot in self.optimizer.slots.items() if self.watches else ():
             if not hasattr(slot, "watched"):
                 slot.watched, receive = True, slot.receive
                 slot.receive = self._watching(name, receive)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from owlore.blocks import Units, find_units
 from owlore.config import TrainConfig
 from owlore.data.prepare import prepare
 from owlore.kernels.cross_entropy import chunk_rows
-from owlore.kernels.projector import projected_shape
 from owlore.optim import Rule, Weights
 from owlore.optim.slot import HeldBytes, planned_bytes
 from owlore.sampling import DRAWS
@@ -36,6 +36,17 @@ from owlore.train.advice import Advice, advise
 from owlore.train.footprint import Footprint, measure_footprint
 from owlore.train.loading import DTYPES, pick_device
 from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
+from owlore.train.streaming_plan import (
+    Homes,
+    Load,
+    Moments,
+    Rates,
+    StreamedModel,
+    Traffic,
+    gathered_bytes,
+    traffic,
+    walk_moments,
+)
 from owlore.train.tables import DEFAULT_GAMMA, find_table, run_inclusion
 
 DRAWS_FOR_DEPTH = 2000
@@ -49,6 +60,8 @@ class Plan:
     trainable: dict[str, float]
     backward_depth: dict[str, float]
     compute: dict[str, float]  # multiplications of a step as a share of full fine-tuning's, on average over draws
+    traffic: Traffic
+    host: dict[str, int] | None = None  # bytes in host memory by kind, where blocks are streamed or quantised
     advice: tuple[Advice, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,23 +70,33 @@ class Plan:
             "trainable": self.trainable,
             "backward_depth": self.backward_depth,
             "compute": self.compute,
+            "step": self.traffic.to_dict(),
+            **({} if self.host is None else {"host": self.host}),
             "advice": [vars(piece) for piece in self.advice],
         }
 
 
-def plan_from_config(config: TrainConfig, say: Callable[[str], None], *, advice: bool = False) -> Plan:
+def plan_from_config(
+    config: TrainConfig, say: Callable[[str], None], rates: Rates | None = None, *, advice: bool = False
+) -> Plan:
     """The plan of `owlore train` with these arguments; reads the model's configuration and, where named, the data.
 
     Rows are taken as long as the longest one of the data, without data as `--seq-len` allows. Without a table file
     the draws are taken as uniform: a scan needs the weights. advice: plan other settings too, and say what they save.
     """
     config, strategy = resolve(config)
+    planner = planner_of(config, strategy, say, rates or Rates())
+    return planner.advised(config) if advice else planner.plan(config)
+
+
+def planner_of(config: TrainConfig, strategy: type[Strategy], say: Callable[[str], None], rates: Rates) -> Planner:
+    """A planner of the model, table and data that `config` names."""
     device = pick_device(config.device).type
-    planner = Planner(strategy, lambda other: model_shape(other, device, strategy=strategy), device=device)
+    planner = Planner(strategy, lambda other: model_shape(other, device, strategy=strategy), device=device, rates=rates)
     shape = planner.shape(config)
     planner.table = _table(config, strategy, shape.units.num_blocks, say)
     planner.tokens = _longest(config, shape.positions)
-    return planner.advised(config) if advice else planner.plan(config)
+    return planner
 
 
 class Planner:
@@ -91,7 +114,9 @@ class Planner:
         device: str,
         table: LayerTable | None = None,
         tokens: int = 0,
+        rates: Rates = Rates(),  # noqa: B008 - frozen
     ) -> None:
+        self.rates = rates
         self.strategy, self.describe, self.device, self.table, self.tokens = strategy, describe, device, table, tokens
         self._shapes: dict[tuple[Any, ...], Shape] = {}
 
@@ -121,6 +146,8 @@ class Planner:
             accum=config.accum,
             tokens=min(self.tokens, config.seq_len),
             recompute=recomputes(config, shape.units),
+            homes=homes_of(config),
+            rates=self.rates,
         )
         if config.on_switch == "keep" or (config.on_switch == "host" and self.device == "cpu"):
             parked = parked_bytes(shape, self.strategy(shape.units, hyper), hyper, weights_of(config))
@@ -141,6 +168,16 @@ def parked_bytes(shape: Shape, strategy: Strategy, hyper: Hyper, weights: Weight
         return sum(s.moments + s.projectors for s in state)
 
     return held(drawn) - min(held(draw) for draw in draws)
+
+
+def homes_of(config: TrainConfig) -> Homes:
+    """Where the configuration wants frozen blocks to live."""
+    return Homes(
+        residency=config.residency,
+        resident_share=config.resident_share,
+        frozen=config.frozen,
+        offload=config.offload_activations,
+    )
 
 
 def _table(
@@ -254,6 +291,8 @@ def make_plan(
     accum: int,
     tokens: int,
     recompute: bool,
+    homes: Homes = Homes(),  # noqa: B008 - frozen
+    rates: Rates = Rates(),  # noqa: B008
 ) -> Plan:
     """Bytes of a run with `batch` sequences of `tokens` tokens a micro-batch."""
     units = shape.units
@@ -266,23 +305,34 @@ def make_plan(
     state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes())
     bottom = any(name in outside for name, _ in units.groups["embeddings"])
     low = 0 if bottom else min(min(draw) for draw in draws)
-    moments = _Moments(
-        gradients=gradient_bytes(parameters, rules, accum),
-        arriving=arriving_bytes(parameters, rules),
-        activations=_activations(shape, low, len(worst), batch, tokens, recompute),
-        block=int(batch * shape.footprint.trained(tokens)),
-        logits=_logits(shape, batch * tokens),
-        recompute=recompute,
-        accumulates=accum > 1,
-    )
-    held = {"weights": weight_bytes(units.model, shape.attached), "masters": state.masters}
-    kinds = held | {
-        "gradients": moments.gradients,
-        "optimizer": state.moments + state.projectors,
-        "activations": moments.activations + moments.in_backward,
-        "logits": moments.logits,
+    model = StreamedModel(units, homes)
+    recompute = recompute or homes.streams
+    optimizer = state.moments + state.projectors
+    if homes.streams:
+        held, moments, host = _streamed(shape, model, worst, low, rules, parameters, hyper, batch, accum, tokens)
+        gradients, activations, logits = moments.gradients, moments.activations, moments.logits
+        peak = held + state.masters + optimizer + moments.peak
+    else:
+        plain = _Moments(
+            gradients=gradient_bytes(parameters, rules, accum),
+            arriving=arriving_bytes(parameters, rules),
+            activations=_activations(shape, low, len(worst), batch, tokens, recompute),
+            block=int(batch * shape.footprint.trained(tokens)),
+            logits=_logits(shape, batch * tokens),
+            recompute=recompute,
+            accumulates=accum > 1,
+        )
+        held, host = weight_bytes(units.model, shape.attached), None
+        gradients, activations, logits = plain.gradients, plain.activations + plain.in_backward, plain.logits
+        peak = held + state.masters + optimizer + plain.peak
+    kinds = {
+        "weights": held,
+        "masters": state.masters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "logits": logits,
     }
-    peak = sum(held.values()) + kinds["optimizer"] + moments.peak
     total = shape.parameters
     always = sum(p.numel() for p in outside.values())
     named = strategy.rules_for(range(units.num_blocks))
@@ -294,6 +344,10 @@ def make_plan(
         trainable={"per_step": (mean + always) / total, "always_on": always / total},
         backward_depth={"expected": float(np.mean(depths)), "blocks": units.num_blocks},
         compute={"of_full": _compute(units, draws, named.keys() | outside.keys(), outside, bottom, recompute)},
+        traffic=traffic(
+            model, draws, inside, tokens=batch * accum * tokens, bottom=bottom, rates=rates, recompute=recompute
+        ),
+        host=host,
     )
 
 
@@ -315,6 +369,34 @@ def _compute(
         reached = sum(whole[low:]) * (2 if recompute else 1)
         costs.append(count * (sum(whole) + reached + sum(own[block] for block in draw) + at_head))
     return float(sum(costs)) / len(draws) / (3 * (sum(whole) + sum(head.values())))
+
+
+def _streamed(
+    shape: Shape,
+    model: StreamedModel,
+    drawn: tuple[int, ...],
+    low: int,
+    rules: Mapping[str, Rule],
+    parameters: Mapping[str, nn.Parameter],
+    hyper: Hyper,
+    batch: int,
+    accum: int,
+    tokens: int,
+) -> tuple[int, Moments, dict[str, int]]:
+    """(weights on the device, the step's moments, bytes on the host) of a run whose blocks are walked one by one."""
+    footprint = shape.footprint
+    load = Load(
+        accum=accum,
+        boundary=int(batch * footprint.boundary(tokens)),
+        block=int(batch * footprint.trained(tokens)),
+        frozen_block=int(batch * footprint.frozen(tokens)),
+        outside=int(batch * footprint.outside(tokens)),
+        logits=_logits(shape, batch * tokens),
+    )
+    outside, left = model.outside_bytes(hyper.always_on)
+    held = outside + sum(model.device_bytes(drawn).values())
+    moments = walk_moments(model, load, drawn=drawn, low=low, rules=rules, parameters=parameters)
+    return held, moments, model.host_bytes(load, low, left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,12 +436,9 @@ def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, R
     """
     gathered = 0
     for name, parameter in parameters.items():
-        rule, count = rules[name], parameter.numel()
-        if rule.projects(parameter.shape):
-            rows, cols = parameter.shape
-            small = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger)))
-            count = small + (count if rule.whole else 0) if accum == 1 or rule.whole else count
-        gathered += 4 * count
+        rule = rules[name]
+        together = accum > 1 and not rule.whole
+        gathered += 4 * parameter.numel() if together else gathered_bytes(rule, parameter)
     return gathered + arriving_bytes(parameters, rules)
 
 
@@ -395,9 +474,14 @@ def _draws(strategy: Strategy, hyper: Hyper, blocks: int) -> list[tuple[int, ...
     """Draws of many periods; a method that samples nothing has one."""
     if "draw" not in strategy.reads:
         return [strategy.blocks_at(0)]
-    draw = DRAWS[hyper.draw]
     periods = DRAWS_FOR_DEPTH if hyper.draw == "exact" else min(DRAWS_FOR_DEPTH, 4 * blocks)
-    return [draw(hyper.inclusion, hyper.seed, period) for period in range(periods)]
+    return list(_drawn(hyper.draw, tuple(hyper.inclusion.tolist()), hyper.seed, periods))
+
+
+@lru_cache(maxsize=4)
+def _drawn(draw: str, inclusion: tuple[float, ...], seed: int, periods: int) -> tuple[tuple[int, ...], ...]:
+    pi = np.array(inclusion)
+    return tuple(DRAWS[draw](pi, seed, period) for period in range(periods))
 
 
 def _worst(draws: list[tuple[int, ...]], units: Units) -> tuple[int, ...]:

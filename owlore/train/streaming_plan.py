@@ -1,0 +1,271 @@
+"""What a streamed run holds and how long its copies take, from shapes alone.
+
+Bytes: the walk of `blockwise` is gone through block by block and the largest moment is taken. Seconds: floating-point
+operations of the blocks and the head (attention scores not counted) over an assumed or measured rate, and bytes over
+an assumed or measured bus; a copy is hidden behind the visit before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from owlore.blocks import Units
+from owlore.kernels.nf4 import CHUNK
+from owlore.kernels.projector import projected_shape
+from owlore.optim import Rule
+from owlore.residency.binding import layout_of
+from owlore.residency.boundaries import AHEAD
+from owlore.residency.build import resident_blocks
+from owlore.residency.formats import FORMATS, NF4
+from owlore.residency.layout import Layout
+from owlore.residency.pinned import locked_bytes
+from owlore.residency.plan import Loads, loads_of_step
+
+NUM_SLOTS = 2
+DRAWS_FOR_LOADS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Homes:
+    """Where frozen blocks live: the four settings, and whether the input embedding may stay on the host."""
+
+    residency: str = "device"
+    resident_share: float = 0.0
+    frozen: str = "bf16"
+    offload: bool = False
+
+    @property
+    def streams(self) -> bool:
+        return self.residency == "host" or self.frozen != "bf16" or self.offload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """bus: bytes a second from the host to the device. flops: operations a second of the trainer's matrix products."""
+
+    bus: float = 25e9
+    flops: float = 165e12
+    measured: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a step is made of. boundary, block, frozen, outside, logits: bytes for one micro-batch."""
+
+    accum: int
+    boundary: int
+    block: int
+    frozen_block: int
+    outside: int
+    logits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Largest bytes by kind over the walk of a step, and the largest sum of them."""
+
+    gradients: int
+    activations: int
+    logits: int
+    peak: int
+
+
+class StreamedModel:
+    """Layouts of a model's blocks under given homes."""
+
+    def __init__(self, units: Units, homes: Homes) -> None:
+        self.units, self.homes = units, homes
+        self.layouts: list[Layout] = [layout_of(module, FORMATS[homes.frozen]) for module in units.modules]
+        share = homes.resident_share if homes.residency == "host" else 1.0
+        self.resident = set(resident_blocks(units.num_blocks, share))
+        self.streamed = set(range(units.num_blocks)) - self.resident
+        self.own = [sum(p.numel() * p.element_size() for _, p in block) for block in units.blocks]
+
+    def device_bytes(self, drawn: Sequence[int]) -> dict[str, int]:
+        """Block weights on the device, by kind, as `Residency.device_bytes` counts them."""
+        exact = self.layouts[0].exact
+        sizes = [self.layouts[block].num_bytes for block in self.streamed]
+        stay = self.resident if exact else self.resident - set(drawn)
+        return {
+            "slots": min(NUM_SLOTS, len(sizes)) * max(sizes, default=0),
+            "resident": sum(self.layouts[block].num_bytes for block in stay),
+            "drawn": sum(self.own[block] for block in drawn if not (exact and block in self.resident)),
+        }
+
+    def outside_bytes(self, always_on: Sequence[str]) -> tuple[int, int]:
+        """(on the device, on the host): parameters outside the blocks."""
+        outside = self.units.parameters((), self.units.groups)
+        total = sum(p.numel() * p.element_size() for p in outside.values())
+        head = {name for name, _ in self.units.groups["head"]}
+        access: Any = getattr(self.units.model, "get_input_embeddings", None)
+        table = {id(p) for p in access().parameters()} if access is not None else set()
+        inputs = {name: p for name, p in self.units.groups["embeddings"] if id(p) in table}
+        if self.homes.residency != "host" or "embeddings" in always_on or inputs.keys() & head:
+            return total, 0
+        left = sum(p.numel() * p.element_size() for p in inputs.values())
+        return total - left, left
+
+    def host_bytes(self, load: Load, low: int, embedding: int) -> dict[str, int]:
+        """Host memory by kind. overlay: exact bits of all blocks, what it grows to when each has been trained."""
+        blobs = [self.layouts[block].num_bytes for block in self.streamed]
+        boundaries = (self.units.num_blocks - low) * load.accum * load.boundary if self.homes.offload else 0
+        return {
+            "store": sum(blobs),
+            "locked": sum(locked_bytes(size) for size in blobs) + boundaries,
+            "embedding": embedding,
+            "boundaries": boundaries,
+            "overlay": 0 if self.layouts[0].exact else sum(self.own),
+        }
+
+    def dense_bytes(self) -> int:
+        """What turning the largest lossy matrix into a dense one takes for a moment."""
+        sizes = [(int(np.prod(w.shape)), w) for layout in self.layouts for w in layout.weights if not w.form.exact]
+        if not sizes:
+            return 0
+        count, weight = max(sizes, key=lambda pair: pair[0])
+        passing = 10 * min(count, CHUNK) if isinstance(weight.form, NF4) else 0
+        return count * weight.dtype.itemsize + passing
+
+
+def walk_moments(
+    model: StreamedModel,
+    load: Load,
+    *,
+    drawn: Sequence[int],
+    low: int,
+    rules: Mapping[str, Rule],
+    parameters: Mapping[str, nn.Parameter],
+) -> Moments:
+    """The largest moment of a step: at the loss, or in the backward of some block."""
+    dense, blocks = model.dense_bytes(), model.units.num_blocks
+    home = model.units.block_of()
+    by_block: dict[int | None, list[tuple[Rule, nn.Parameter]]] = {}
+    for name, parameter in parameters.items():
+        by_block.setdefault(home.get(name), []).append((rules[name], parameter))
+    gathered = sum(gathered_bytes(*pair) for pair in by_block.get(None, ()))
+
+    def kept(down_to: int) -> int:
+        """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
+        count = max(0, down_to - low + 1) * load.accum
+        return load.boundary * (min(count, AHEAD + 1) if model.homes.offload else count)
+
+    passing = load.accum * load.boundary  # hidden states on the way up, their gradients on the way down
+    top = kept(blocks - 1) + passing + load.boundary + load.outside
+    moments = [(gathered, top, load.logits)]
+    for block in reversed(range(low, blocks)):
+        inside = by_block.get(block, [])
+        whole = sum(_arriving(*pair, together=load.accum > 1) for pair in inside)
+        single = max((_arriving(*pair, together=False) for pair in inside), default=0)
+        gathered += sum(gathered_bytes(*pair) for pair in inside)
+        work = load.block if inside else load.frozen_block
+        held = kept(block) + passing + load.boundary + work + load.block // 3 + (0 if block in drawn else dense)
+        moments.append((gathered + (whole if load.accum > 1 else single), held, 0))
+    return Moments(
+        gradients=max(g for g, _, _ in moments),
+        activations=max(a for _, a, _ in moments),
+        logits=load.logits,
+        peak=max(sum(moment) for moment in moments),
+    )
+
+
+def gathered_bytes(rule: Rule, parameter: nn.Parameter) -> int:
+    """A parameter's gradient as it waits for the update: fp32, projected where the rule projects, and beside it whole
+    where the update is of full rank."""
+    count = parameter.numel()
+    if rule.projects(parameter.shape):
+        rows, cols = parameter.shape
+        count = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger))) + (
+            count if rule.whole else 0
+        )
+    return 4 * count
+
+
+def _arriving(rule: Rule, parameter: nn.Parameter, *, together: bool) -> int:
+    """A gradient as autograd makes it and its fp32 copy; with `together` the sum that waits for the last micro-batch.
+
+    A block sees all its micro-batches in one visit, so only its own sums wait.
+    """
+    count = parameter.numel()
+    if together:
+        return 4 * count if rule.projects(parameter.shape) else 0
+    return count * (parameter.element_size() + (0 if parameter.element_size() == 4 else 4))
+
+
+@lru_cache(maxsize=1024)
+def _loads(blocks: int, low: int, streamed: frozenset[int]) -> Loads:
+    return loads_of_step(blocks, low, streamed, NUM_SLOTS)
+
+
+# -- seconds ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Of one step, averaged over draws. hidden_from: tokens a step from which a forward visit covers a copy."""
+
+    tokens: int
+    loads: float
+    bytes: float
+    copy_seconds: float
+    compute_seconds: float
+    stall_seconds: float
+    hidden: bool
+    hidden_from: int
+    bus_gb_s: float
+    tflops: float
+    measured: bool
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + self.stall_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"step_seconds": self.step_seconds}
+
+
+def traffic(
+    model: StreamedModel,
+    draws: Sequence[tuple[int, ...]],
+    trained: Sequence[int],
+    *,
+    tokens: int,
+    bottom: bool,
+    rates: Rates,
+    recompute: bool,
+) -> Traffic:
+    """Copies and compute of a step of `tokens` tokens. trained: parameters of each block that are trained if drawn."""
+    units = model.units
+    sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
+    head = sum(p.numel() for _, p in units.groups["head"])
+    blob = max((model.layouts[block].num_bytes for block in model.streamed), default=0)
+    copy, size = blob / rates.bus, max(sizes)
+    forward = 2 * size * tokens / rates.flops
+    loads, stalls, flops = [], [], []
+    for draw in draws[:DRAWS_FOR_LOADS]:
+        low = 0 if bottom else min(draw, default=units.num_blocks)
+        counted = _loads(units.num_blocks, low, frozenset(model.streamed - set(draw)))
+        loads.append(counted.total)
+        stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
+        again = 2 if recompute else 0
+        down = sum((again + 2) * sizes[block] for block in range(low, units.num_blocks))
+        down += 2 * sum(trained[block] for block in draw)
+        flops.append((2 * sum(sizes) + down + 4 * head) * tokens)
+    return Traffic(
+        tokens=tokens,
+        loads=float(np.mean(loads)),
+        bytes=float(np.mean(loads)) * blob,
+        copy_seconds=float(np.mean(loads)) * copy,
+        compute_seconds=float(np.mean(flops)) / rates.flops,
+        stall_seconds=float(np.mean(stalls)),
+        hidden=copy <= forward,
+        hidden_from=int(np.ceil(blob * rates.flops / (2 * size * rates.bus))),
+        bus_gb_s=rates.bus / 1e9,
+        tflops=rates.flops / 1e12,
+        measured=rates.measured,
+    )
