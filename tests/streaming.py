@@ -143,7 +143,7 @@ class Streamed(Side):
         self.walk.aim(low, bottom=self.bottom, held=list(outside.values()) if self.bottom and tied else ())
 
     def gather(self, parts, tokens):
-        return self.walk.gather(parts, tokens, seed=7, step=self.step)
+        return self.walk.gather(dict(enumerate(parts)), tokens, seed=7, step=self.step)
 
 
 def pair(make, *, resident=None, **settings):

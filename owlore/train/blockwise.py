@@ -11,7 +11,7 @@ numbers, and gradients arrive at a parameter in the order of the micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,15 +72,18 @@ class BlockMajor:
         """
         self.lowest, self.bottom, self.held = (0 if bottom else lowest), bottom, tuple(held)
 
-    def gather(self, batches: Sequence[MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
-        """Gradients of all micro-batches given to the optimizer; the loss of each, divided by `tokens`."""
+    def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
+        """Gradients of all micro-batches given to the optimizer; the loss of each, divided by `tokens`.
+
+        batches: by their number in the step, from which each has its random numbers.
+        """
         device = self.residency.port.device
         last = len(batches) - 1
         try:
             self._plan()
             rows = [
                 self._enter(batch, _Random(seed_for(seed, "dropout", step, index), device), grad=self.bottom)
-                for index, batch in enumerate(batches)
+                for index, batch in batches.items()
             ]
             self._forward(rows, keep=True)
             losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]

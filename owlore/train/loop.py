@@ -208,7 +208,8 @@ class Trainer:
         if not tokens:
             return None
         if self.streaming is not None:
-            return self._gather_streamed(self.streaming, [batch for _, batch in batches], int(tokens))
+            (loss,) = self.ranks.totals(self._gather_streamed(self.streaming, dict(batches), int(tokens)))
+            return self._finite(loss)
         loss = 0.0
         self.optimizer.micro_batch(self.step, last=not batches)
         for index, batch in batches:
@@ -222,13 +223,16 @@ class Trainer:
                 if mean.requires_grad:
                     (mean * self.optimizer.grad_scale).backward()
         (loss,) = self.ranks.totals(loss)
-        if not math.isfinite(loss):
-            raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
-        return loss
+        return self._finite(loss)
 
-    def _gather_streamed(self, streaming: Streaming, batches: list[MicroBatch], tokens: int) -> float:
+    def _gather_streamed(self, streaming: Streaming, batches: dict[int, MicroBatch], tokens: int) -> float:
+        if not batches:
+            self.optimizer.micro_batch(self.step, last=True)
+            return 0.0
         losses = streaming.walk.gather(batches, tokens, seed=self.pace.seed, step=self.step)
-        loss = sum(losses.tolist(), 0.0)
+        return sum(losses.tolist(), 0.0)
+
+    def _finite(self, loss: float) -> float:
         if not math.isfinite(loss):
             raise NotFinite(f"loss {loss} at step {self.step + 1}: lower --lr, or look at the data and weights")
         return loss
@@ -294,9 +298,7 @@ class Trainer:
         done = self.optimizer.switch({}, self.step, between=lambda: self._settle({}))
         self.tally.lost_norm.append(done.lost_norm)
         self.active, self.finished = (), True
-        trained = (
-            {name: self.optimizer.parameters[name] for name in sorted(self.trained)} if self.ranks.size > 1 else {}
-        )
+        trained = self._weights(sorted(self.trained)) if self.ranks.size > 1 else {}
         self.ranks.agree_on_bits("the trained weights", trained)
 
     def save(self) -> Path:
