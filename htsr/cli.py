@@ -40,7 +40,8 @@ def main() -> None:
 @click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto: fp64's fit.")
 @click.option("--engine", type=console.Choice(ENGINES), default="native", help="Whose code computes the spectra.")
 @click.option("--calibration", default="builtin", metavar="builtin|PATH|none", help="Text for LOD: .txt or .jsonl.")
-@click.option("--tau", type=float, default=13.0, help="An outlier is above tau times the mean importance.")
+@click.option("--tau", type=console.Numbers(), default=13.0, metavar="TAU[,TAU...]",
+              help="An outlier is above tau times the mean importance; the first is the table's.")  # fmt: skip
 @click.option("--lod-scope", type=console.Choice(SCOPES), default="block", help="What the mean is taken over.")
 @click.option("--samples", type=int, default=32, help="Windows of calibration text.")
 @click.option("--seq-len", type=int, default=512, help="Tokens in a window, at most the model's maximum.")

@@ -217,6 +217,22 @@ class Choice(click.Choice):
         return value
 
 
+class Numbers(click.ParamType):
+    """A number, or several with commas between them: a float, or a tuple of floats."""
+
+    name = "number[,number...]"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The float or floats of the text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"got {value!r}, expected a number or several with commas between them", parameter, context)
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
 def _verbose_option() -> click.Option:
     def remember(context: click.Context, _: click.Parameter, value: bool) -> None:
         context.find_root().meta["verbose"] = value

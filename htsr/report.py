@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from htsr.model.convergence import rank_correlation
 from htsr.null_columns import NULL_COLUMNS
 from htsr.store import picture
+from htsr.taus import tau_column
 from htsr.verdict import null_sentences
 
 if TYPE_CHECKING:
@@ -118,14 +120,35 @@ def describe(result: ScanResult) -> list[str]:
     sentences += null_sentences(frame)
     sentences += _extremes(blocks, "alpha", "lowest mean alpha (heaviest tails)", smallest=True)
     sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
-    if {"alpha", "lod"} <= set(blocks) and len(both := blocks[["alpha", "lod"]].dropna()) > 2:
-        rank = float(both["alpha"].rank().corr(both["lod"].rank()))
-        if np.isfinite(rank):
-            sentences.append(f"Spearman correlation of alpha and LOD over the blocks: {rank:+.2f}.")
+    sentences += _outliers(result)
     if reason := result.provenance.get("lod_reason"):
         sentences.append(f"LOD was not computed: {reason}.")
     if result.default_table is not None and result.default_table.note:
         sentences.append(f"Layer table: {result.default_table.note}.")
+    return sentences
+
+
+def _outliers(result: ScanResult) -> list[str]:
+    """How LOD goes with alpha, with other limits, and between two halves of the text."""
+    blocks, sentences = result.blocks, []
+    lod = blocks["lod"].to_numpy(dtype=np.float64)
+    if np.isfinite(rank := rank_correlation(blocks["alpha"].to_numpy(dtype=np.float64), lod)):
+        sentences.append(f"Spearman correlation of alpha and LOD over the blocks: {rank:+.2f}.")
+    calibration = result.provenance.get("calibration") or {}
+    for tau in calibration.get("taus", [])[1:]:
+        other = blocks[tau_column("lod", tau)].to_numpy(dtype=np.float64)
+        if np.isfinite(rank := rank_correlation(lod, other)):
+            sentences.append(
+                f"LOD at tau {tau:g} orders the blocks as the table's does with a correlation of {rank:+.2f}."
+            )
+    halves = calibration.get("convergence")
+    if halves and halves["block"] is not None:
+        rank, (first, second) = halves["spearman"], halves["windows"]
+        alike = "" if rank is None else f"rank correlation over the blocks {rank:+.3f}, "
+        sentences.append(
+            f"Convergence of LOD, the first {first} windows of the text against the other {second}: {alike}largest "
+            f"difference {halves['largest_change']:.1%} of its LOD (block {halves['block']})."
+        )
     return sentences
 
 
@@ -142,12 +165,22 @@ def facts(result: ScanResult) -> list[tuple[str, str]]:
         ("engine", record.get("settings", {}).get("engine")),
         ("precision", record.get("settings", {}).get("precision")),
         ("calibration", calibration and f"{calibration['source']}, {calibration['windows']} windows of "
-         f"{calibration['seq_len']} tokens, tau {calibration['tau']:g}, {calibration['scope']} scope"),
+         f"{calibration['seq_len']} tokens, tau {', '.join(f'{t:g}' for t in _taus(calibration))}, "
+         f"{calibration['scope']} scope" + _precision(calibration)),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in record.get("seconds", {}).items())),
         ("peak memory", record.get("peak_bytes") and f"{record['peak_bytes'] / 1e9:.2f} GB"),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items() if v)),
     ]  # fmt: skip
     return [(name, str(value)) for name, value in rows if value]
+
+
+def _taus(calibration: Mapping[str, Any]) -> list[float]:
+    return list(calibration.get("taus") or [calibration["tau"]])  # earlier scans had one
+
+
+def _precision(calibration: Mapping[str, Any]) -> str:
+    precision = calibration.get("precision")
+    return f", run in {precision['dtype']} ({precision['why']})" if precision else ""
 
 
 def cells(frame: pd.DataFrame, columns: tuple[str, ...] | None = None) -> list[list[str]]:

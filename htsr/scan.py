@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from htsr.model.magnitudes import weight_lod
 from htsr.model.source import Source, open_source
 from htsr.provenance import peak_bytes, spectra_record, versions
 from htsr.rows import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
+from htsr.taus import check_taus, further_columns
 from htsr.workers import default_workers, run
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def scan(
     precision: str = "auto",
     engine: str = "native",
     calibration: str | Path | None = "builtin",
-    tau: float = 13.0,
+    tau: float | Sequence[float] = 13.0,
     lod_scope: str = "block",
     samples: int = 32,
     seq_len: int = 512,
@@ -73,9 +73,11 @@ def scan(
         device: where the calibration text runs. Spectra are computed on the CPU unless a CUDA device is named.
         precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
             bounds measured on the matrix say that the fit is the same, else fp64. `fp64`, `fp32`: throughout.
+            The text runs in fp32; under `auto` in bf16 where that is fast and shown to give the same LOD.
         engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
-        tau, lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
+        tau: of LOD; of several the first is the layer table's, the others have columns of their own (`lod_tau5`).
+        lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
         workers: threads that analyse matrices side by side; the number of usable cores by default.
         nulls: also the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
         fresh: compute every spectrum, also those in the cache ($HTSR_CACHE, else the user's cache directory).
@@ -90,32 +92,26 @@ def scan(
     Raises:
         UsageError, BadInput, NotFound: an option, a model or a text that cannot be used.
     """
+    taus = check_taus(tau)
     settings = {
         "device": device, "precision": precision, "engine": engine,
-        "calibration": None if calibration is None else str(calibration),
-        "tau": tau, "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed, "nulls": nulls,
+        "calibration": None if calibration is None else str(calibration), "tau": taus[0], "taus": list(taus),
+        "lod_scope": lod_scope, "samples": samples, "seq_len": seq_len, "seed": seed, "nulls": nulls,
     }  # fmt: skip
     check_settings(settings)
     clock = Clock()
     source = open_source(model, revision=revision, allow_pickle=allow_pickle, base=base)
-    layers = views(source)
-    identity = {
-        "id": source.id,
-        "revision": source.revision,
-        "num_blocks": num_blocks(source),
-        "config_sha256": source.config_sha256(),
-    }
+    layers, identity = views(source), identify(source)
     with ahead(source, workers):
         clock.lap("load")
         outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
         clock.lap("lod")
-        rows, spectra = analyse_all(
-            source, layers, analyser(engine, source, precision, device, fresh=fresh), workers, quiet
-        )
+        work = analyser(engine, source, precision, device, fresh=fresh)
+        rows, spectra = analyse_all(source, layers, work, workers, quiet)
     identity["weights_sha256"] = source.weights_sha256()
     clock.lap("alpha")
-    weight_only = weight_lod(source, layers, tau, lod_scope, workers) if outliers is None else {}
-    frame = assemble(rows, layers, outliers, weight_only)
+    alone = weight_lod(source, layers, taus, lod_scope, workers) if outliers is None else {}
+    frame = assemble(rows, layers, outliers, alone, taus)
     clock.lap("lod")
     if nulls:
         from htsr.nulls import null_rows, with_nulls
@@ -185,6 +181,16 @@ class Clock:
         self._last = now
 
 
+def identify(source: Source) -> dict[str, Any]:
+    """What a layer table has to know its model by; the hash of its weights comes later."""
+    return {
+        "id": source.id,
+        "revision": source.revision,
+        "num_blocks": num_blocks(source),
+        "config_sha256": source.config_sha256(),
+    }
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UsageError for a value that no scan can use."""
     if settings["precision"] not in PRECISIONS:
@@ -192,8 +198,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_choice("engine", settings["engine"], ENGINES)
     if settings["lod_scope"] not in ("block", "matrix"):
         raise UsageError(f"lod-scope: got {settings['lod_scope']!r}, expected block or matrix")
-    if not (isinstance(settings["tau"], int | float) and 0 < settings["tau"] < math.inf):
-        raise UsageError(f"tau: got {settings['tau']!r}, expected a positive number")
     for name, least in (("samples", 1), ("seq_len", 2)):
         if not isinstance(settings[name], int) or settings[name] < least:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
@@ -242,12 +246,13 @@ def measure_outliers(
             return calibrate(
                 source,
                 calibration,
-                tau=settings["tau"],
+                tau=settings["taus"],
                 scope=settings["lod_scope"],
                 samples=settings["samples"],
                 seq_len=settings["seq_len"],
                 seed=settings["seed"],
                 device=pick_device(settings["device"]),
+                exact=settings["precision"] != "auto",
                 tokenizer=tokenizer,
                 progress=lambda count, _: bar.update(count - bar.n),
             ), ""
@@ -277,9 +282,13 @@ def assemble(
     rows: Mapping[str, dict[str, Any]],
     layers: Sequence[LayerView],
     outliers: Calibration | None,
-    weight_only: Mapping[str, float],
+    alone: Mapping[str, Mapping[str, float]],
+    taus: Sequence[float],
 ) -> pd.DataFrame:
-    """The rows in the order of the layers, with the outliers of each matrix beside its spectrum."""
+    """The rows in the order of the layers, with the outliers of each matrix beside its spectrum.
+
+    alone: by tensor the columns of LOD that need no text, where none ran.
+    """
     import pandas as pd
 
     records = []
@@ -287,10 +296,10 @@ def assemble(
         row = dict(rows[view.tensor])
         if outliers is not None and view.block is not None and not view.reason:
             found = outliers.matrices.get((view.block, view.role))
-            row["lod"], row["lod_weight"] = (found.lod, found.lod_weight) if found else (np.nan, np.nan)
-        elif view.tensor in weight_only:
-            row["lod_weight"] = weight_only[view.tensor]
+            row |= found.columns if found else {}
+        else:
+            row |= alone.get(view.tensor, {})
         records.append(row)
     extra = [name for name in BASE_COLUMNS if any(name in row for row in records)]
-    frame = pd.DataFrame.from_records(records, columns=[*COLUMNS, *extra])
+    frame = pd.DataFrame.from_records(records, columns=[*COLUMNS, *extra, *further_columns(taus)])
     return frame.astype({"block": "Int64", "n_tail": "Int64"})

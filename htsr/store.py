@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import pandas as pd
 from htsr.errors import BadInput, NotFound, UsageError
 from htsr.files import read_json
 from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
+from htsr.taus import LOD_COLUMNS, is_tau_column
 
 if TYPE_CHECKING:
     from htsr.table import ScanResult
@@ -77,7 +79,37 @@ def load_scan(directory: str | Path) -> ScanResult:
         frame=read_frame(directory / "scan.csv"),
         provenance=provenance,
         spectra=_read_spectra(directory / "spectra.npz"),
+        calibration=_read_outliers(directory / "blocks.csv"),
     )
+
+
+@dataclass(frozen=True)
+class StoredLod:
+    """The outliers of a block as they were stored, column name -> percent."""
+
+    columns: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """Block index -> stored outliers."""
+
+    blocks: Mapping[int, StoredLod]
+
+
+def _read_outliers(path: Path) -> StoredBlocks | None:
+    """What blocks.csv says of the blocks' LOD, to the last bit; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        columns = [name for name in frame.columns if name in LOD_COLUMNS or is_tau_column(name)]
+        values = pd.DataFrame({name: _numbers(frame[name], whole=False) for name in columns})
+        indexes = _numbers(frame["block"], whole=True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not a scan's blocks ({error}), expected the blocks.csv of `htsr scan`") from error
+    rows = values.to_dict("records")
+    return StoredBlocks({int(index): StoredLod(row) for index, row in zip(indexes, rows, strict=True)})
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -189,10 +221,6 @@ def _numbers(column: pd.Series, *, whole: bool) -> pd.Series:
     """A column of text as numbers, through Python's float, which reads back exactly what repr wrote."""
     values = pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
     return values.astype("Int64") if whole else values
-
-
-def _defused(cell: Any) -> Any:
-    return f"'{cell}" if str(cell).startswith(FORMULA) else cell
 
 
 def _plain(cell: str) -> str:

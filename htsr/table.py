@@ -13,6 +13,7 @@ import pandas as pd
 
 from htsr.errors import BadInput
 from htsr.probability import LayerTable, scores_by_rule
+from htsr.taus import LOD_COLUMNS, is_tau_column
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,12 +28,10 @@ COMPARED = ("alpha", "alpha_hill", "lod", "lod_weight", "log10_norm", "stable_ra
 
 
 class BlockLod(Protocol):
-    """The outliers of a block: `htsr.model.calibration.Outliers`, or what was stored of them."""
+    """The outliers of a block, column name -> percent: `htsr.model.pool.Outliers`, or what was stored of them."""
 
     @property
-    def lod(self) -> float: ...
-    @property
-    def lod_weight(self) -> float: ...
+    def columns(self) -> Mapping[str, float]: ...
 
 
 class HasBlocks(Protocol):
@@ -147,20 +146,25 @@ def aggregate_blocks(
     groups = {int(index): rows for index, rows in inside.groupby("block")}
     nothing = inside.iloc[:0]
     records = [_block_row(index, groups.get(index, nothing), calibration) for index in indexes]
-    blocks = pd.DataFrame.from_records(records, columns=list(BLOCK_COLUMNS[:9]))
+    further = [name for name in frame.columns if is_tau_column(name)]
+    blocks = pd.DataFrame.from_records(records, columns=[*BLOCK_COLUMNS[:9], *further])
     return blocks.astype(
         {name: "int64" if name in ("block", "matrices", "parameters") else "float64" for name in blocks.columns}
     )
 
 
 def with_shares(blocks: pd.DataFrame, table: LayerTable | None) -> pd.DataFrame:
-    """`blocks` with the score, probability and inclusion of a table of the same depth (NaN without one)."""
+    """`blocks` with the score, probability and inclusion of a table of the same depth (NaN without one).
+
+    The LOD at further taus comes last.
+    """
     if table is not None and table.num_blocks != len(blocks):
         raise BadInput(
             f"table: got {table.num_blocks} blocks, expected {len(blocks)}, the model's; make it from this scan"
         )
     shares = {name: np.nan if table is None else getattr(table, name) for name in BLOCK_COLUMNS[9:]}
-    return blocks.assign(**shares)
+    further = [name for name in blocks.columns if is_tau_column(name)]
+    return blocks.assign(**shares)[[*BLOCK_COLUMNS, *further]]
 
 
 def compare(
@@ -208,7 +212,8 @@ def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
 def _block_row(index: int, rows: pd.DataFrame, calibration: HasBlocks | None) -> dict[str, Any]:
     sizes = rows["rows"].astype(float) * rows["cols"].astype(float)
     measured = calibration.blocks.get(index) if calibration is not None else None
-    lod = {name: getattr(measured, name) if measured is not None else np.nan for name in ("lod", "lod_weight")}
+    known = measured.columns if measured is not None else {}
+    lod = {name: known.get(name, np.nan) for name in rows.columns if name in LOD_COLUMNS or is_tau_column(name)}
     for name, value in lod.items():
         if np.isnan(value):
             lod[name] = _pooled(rows[name].astype(float), sizes)

@@ -8,31 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from htsr.choices import SCOPES, check_choice
-from htsr.errors import BadInput, HtsrError, UsageError
-from htsr.model.layers import find_blocks, views
+from htsr.errors import BadInput, HtsrError
+from htsr.model.convergence import Convergence, convergence
+from htsr.model.layers import find_blocks
+from htsr.model.meters import MeasuredBlock
+from htsr.model.pool import Outliers, block_outliers, fused_shares
+from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
-from htsr.model.walk import MeasuredBlock, loaded_blocks, record_calls, stream_blocks
+from htsr.model.walk import leading, loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
-from htsr.numerics.outliers import count_above, importance_sum, percent, pool_limits
+from htsr.taus import check_taus
 
 if TYPE_CHECKING:
     from htsr.model.source import Source
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, int], None]  # blocks measured so far, blocks in all
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outliers:
-    """Percent of outlying weights; `lod` weighs by input norms, `lod_weight` does not. NaN where not computed."""
-
-    lod: float
-    lod_weight: float
+Blocks = Iterator[tuple[MeasuredBlock, ...]]  # one measurement of the block for each precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,10 @@ class Calibration:
         matrices: by (block, role); under block scope counted against the block's pooled limit.
         source, sha256: the text and the hash of its bytes.
         windows, seq_len, samples, seed: what was run, and what chose it.
+        taus: the outlier limits; the first has the plain column names.
         route: `streamed` block by block, or why the model was run as a whole.
+        rounding: the precision that the text ran in, and why.
+        convergence: LOD by the two halves of the windows; None for one window.
     """
 
     blocks: Mapping[int, Outliers]
@@ -55,26 +54,34 @@ class Calibration:
     seq_len: int
     samples: int
     seed: int
-    tau: float
+    taus: tuple[float, ...]
     scope: str
     route: str
+    rounding: Rounding
+    convergence: Convergence | None
 
     def record(self) -> dict[str, Any]:
         """What scan.json keeps of it."""
-        names = ("source", "sha256", "windows", "seq_len", "samples", "seed", "tau", "scope", "route")
-        return {name: getattr(self, name) for name in names}
+        names = ("source", "sha256", "windows", "seq_len", "samples", "seed", "scope", "route")
+        return {name: getattr(self, name) for name in names} | {
+            "tau": self.taus[0],
+            "taus": list(self.taus),
+            "precision": self.rounding.record(),
+            "convergence": None if self.convergence is None else self.convergence.record(),
+        }
 
 
 def calibrate(
     source: Source,
     calibration: str | Path = "builtin",
     *,
-    tau: float = 13.0,
+    tau: float | Sequence[float] = 13.0,
     scope: str = "block",
     samples: int = 32,
     seq_len: int = 512,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    exact: bool = False,
     tokenizer: Any = None,
     progress: Report | None = None,
 ) -> Calibration:
@@ -83,9 +90,10 @@ def calibrate(
     Args:
         source: an open model; it is read, never changed.
         calibration: `builtin`, a .txt file (one text) or a .jsonl file (rows with `text`).
-        tau: an outlier is strictly above tau times the mean importance.
+        tau: an outlier is strictly above tau times the mean importance; several are counted in one pass.
         scope: `block` pools the mean over the block's linear maps, `matrix` gives each its own.
         samples, seq_len, seed: number, length (at most the model's maximum) and choice of the windows.
+        exact: run the text in float32 also where bfloat16 is faster and shown to give the same table.
         tokenizer: for a model that has none of its own.
         progress: called with (blocks done, blocks) as blocks are measured.
 
@@ -95,22 +103,23 @@ def calibrate(
         BadInput: no configuration, no tokenizer, or a text that cannot be used.
     """
     check_choice("lod-scope", scope, SCOPES)
-    _check_tau(tau)
+    taus = check_taus(tau)
     text = read_texts(calibration)
     if source.is_delta:
         raise BadInput(f"{source.id}: these are differences of weights, expected a model to run the calibration text")
     seq_len = min(seq_len, longest_window(source) or seq_len)
     tokens = tokenise(text.texts, tokenizer if tokenizer is not None else load_tokenizer(source))
     windows = cut_windows(tokens, samples=samples, seq_len=seq_len, seed=seed)
-    route, depth, walk = _walk(source, windows, device)
+    walk = _plan(source, windows, device)
     shares = fused_shares(source)
+    rounding = fp32("it was asked for") if exact else _choose(walk, taus, scope)
     blocks: dict[int, Outliers] = {}
     matrices: dict[tuple[int, str], Outliers] = {}
-    for measured in _guarded(walk, source):
-        blocks[measured.index], roles = block_outliers(measured, tau, scope, shares)
+    for (measured,) in walk.blocks(len(windows), (rounding.dtype,)):
+        blocks[measured.index], roles = block_outliers(measured, taus, scope, shares)
         matrices |= {(measured.index, role): outliers for role, outliers in roles.items()}
         if progress is not None:
-            progress(len(blocks), depth)
+            progress(len(blocks), walk.depth)
     return Calibration(
         blocks=blocks,
         matrices=matrices,
@@ -120,41 +129,12 @@ def calibrate(
         seq_len=seq_len,
         samples=samples,
         seed=seed,
-        tau=float(tau),
+        taus=taus,
         scope=scope,
-        route=route,
+        route=walk.route,
+        rounding=rounding,
+        convergence=convergence([blocks[index].halves for index in sorted(blocks)], len(windows)),
     )
-
-
-Shares = Mapping[tuple[int, str], Sequence[tuple[str, np.ndarray]]]
-
-
-def fused_shares(source: Source) -> Shares:
-    """(block, role) of a fused matrix -> role and outputs of each of its parts."""
-    layers = views(source)
-    roles = {(view.block, view.tensor): view.role for view in layers}
-    shares: dict[tuple[int, str], list[tuple[str, np.ndarray]]] = {}
-    for view in layers:
-        if view.part is not None and view.part_of and view.block is not None:
-            outputs = view.part.cols if view.transposed else view.part.rows
-            shares.setdefault((view.block, roles[view.block, view.part_of]), []).append((view.role, outputs.indices()))
-    return shares
-
-
-def block_outliers(
-    measured: MeasuredBlock, tau: float, scope: str = "block", shares: Shares | None = None
-) -> tuple[Outliers, dict[str, Outliers]]:
-    """The outliers of a block and of its matrices by role, with input norms and without; of parts of fused ones too."""
-    maps = [(m.role, [m.weight], m.square_sums.sqrt()) for m in measured.maps]
-    parts = [
-        (role, [m.weight[torch.from_numpy(outputs)]], m.square_sums.sqrt())
-        for m in measured.maps
-        for role, outputs in (shares or {}).get((measured.index, m.role), ())
-    ]
-    weighed = _pool(maps, parts, tau, scope)
-    plain = _pool([(role, w, None) for role, w, _ in maps], [(role, w, None) for role, w, _ in parts], tau, scope)
-    roles = {role: Outliers(lod=weighed[1][role], lod_weight=plain[1][role]) for role in weighed[1]}
-    return Outliers(lod=weighed[0], lod_weight=plain[0]), roles
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -188,38 +168,31 @@ def longest_window(source: Source) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
-Maps = Sequence[tuple[str, Any, Tensor | None]]  # name, slices of the weights, norms of the inputs
-
-
-def _pool(maps: Maps, parts: Maps, tau: float, scope: str) -> tuple[float, dict[str, float]]:
-    """LOD in percent of the pool of `maps`, and of each map and part by name.
-
-    Under matrix scope each has its own limit, and the pool's LOD is the share of all its weights above theirs. Parts
-    are weights of the maps once more: they count against the limit, not towards it.
+@dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """How the model is run: `route` in words, its number of blocks, and the blocks over the first `count` windows with
+    products in each of some dtypes; a model that is run as a whole has its own precision instead.
     """
-    everything = [*maps, *parts]
-    sums = [importance_sum(slices, norms) for _, slices, norms in everything]
-    pooled = [pool_limits(sums[: len(maps)], [tau])[0]] * len(sums) if sums else []
-    limits = pooled if scope == "block" else [pool_limits([s], [tau])[0] for s in sums]
-    counts = [
-        int(count_above(slices, [limit], norms)[0])
-        for (_, slices, norms), limit in zip(everything, limits, strict=True)
-    ]
-    each = {
-        name: percent(count, s.numel, limit)
-        for (name, _, _), count, s, limit in zip(everything, counts, sums, limits, strict=True)
-    }
-    own = slice(len(maps))
-    return percent(sum(counts[own]), sum(s.numel for s in sums[own]), sum(limits[own])), each
+
+    route: str
+    depth: int
+    blocks: Callable[[int, Sequence[torch.dtype]], Blocks]
+    windows: int
+    device: torch.device | None = None  # of a streamed model
 
 
-def _walk(source: Source, windows: Tensor, device: str | torch.device) -> tuple[str, int, Iterator[MeasuredBlock]]:
-    """How the model is run, its number of blocks, and the walk itself."""
+def _plan(source: Source, windows: Tensor, device: str | torch.device) -> _Walk:
     try:
         skeleton = build_skeleton(source, device)
         _check_vocabulary(skeleton.model, windows)
-        calls = record_calls(skeleton, windows)
-        return "streamed", len(skeleton.stack.modules), stream_blocks(skeleton, calls)
+        batches = record_calls(skeleton, windows)
+        return _Walk(
+            route="streamed",
+            depth=len(skeleton.stack.modules),
+            blocks=lambda n, dtypes: _guarded(stream_blocks(skeleton, leading(batches, n), dtypes), source),
+            windows=len(windows),
+            device=skeleton.device,
+        )
     except CannotStreamError as error:
         reason = str(error)
     except BadInput:
@@ -229,7 +202,30 @@ def _walk(source: Source, windows: Tensor, device: str | torch.device) -> tuple[
     model = source.module if source.module is not None else _load(source, device)
     log.info("%s is run as a whole: %s", source.id, reason)
     _check_vocabulary(model, windows)
-    return f"run as a whole: {reason}", len(find_blocks(model).modules), loaded_blocks(model, windows)
+    return _Walk(
+        route=f"run as a whole: {reason}",
+        depth=len(find_blocks(model).modules),
+        blocks=lambda n, _: _guarded(((block,) for block in loaded_blocks(model, windows[:n])), source),
+        windows=len(windows),
+    )
+
+
+def _choose(walk: _Walk, taus: Sequence[float], scope: str) -> Rounding:
+    """bfloat16 where it is fast, saves anything, and moves no block's LOD; see `rounding`."""
+    if walk.device is None:
+        return fp32("a model that is run as a whole is run as it is")
+    if not has_bf16_units(walk.device):
+        return fp32(f"{walk.device} has no bfloat16 units")
+    if walk.windows < WORTHWHILE:
+        return fp32(f"{walk.windows} windows take no longer than to see whether bfloat16 is safe")
+    return judge(_compared(walk.blocks(PROBE_WINDOWS, (torch.float32, torch.bfloat16)), taus[:1], scope))
+
+
+def _compared(both: Blocks, taus: Sequence[float], scope: str) -> Iterator[tuple[int, Outliers, Outliers]]:
+    """The size of each block and its outliers in both precisions."""
+    for exact, rounded in both:
+        size = sum(m.weight.numel() for m in exact.maps)
+        yield size, block_outliers(exact, taus, scope)[0], block_outliers(rounded, taus, scope)[0]
 
 
 def _load(source: Source, device: str | torch.device) -> nn.Module:
@@ -262,10 +258,10 @@ def _folder(path: Path) -> tuple[Path, dict[str, str]]:
     return path.parent, {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 
 
-def _guarded(walk: Iterator[MeasuredBlock], source: Source) -> Iterator[MeasuredBlock]:
-    """The same walk; what a model raises that cannot be called with text alone becomes BadInput."""
+def _guarded(blocks: Blocks, source: Source) -> Blocks:
+    """The same blocks; what a model raises that cannot be called with text alone becomes BadInput."""
     try:
-        yield from walk
+        yield from blocks
     except (HtsrError, torch.OutOfMemoryError):
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
@@ -287,11 +283,6 @@ def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
     rows = getattr(table, "num_embeddings", None)
     if rows is not None and int(windows.max()) >= rows:
         raise BadInput(f"tokenizer: got token {int(windows.max())}, expected ids below {rows}; it is another model's")
-
-
-def _check_tau(tau: float) -> None:
-    if not 0 < tau < float("inf"):
-        raise UsageError(f"tau: got {tau}, expected a number above 0 (13 in OwLore, 3 to 7 in OWL)")
 
 
 def _brief(error: Exception) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from htsr.model.parts import read_block
 from htsr.numerics.spectrum import Block
+from htsr.taus import tau_column
 from htsr.workers import run
 
 if TYPE_CHECKING:
@@ -20,26 +21,28 @@ KEPT_ELEMENTS = 1 << 23  # of a block, by each worker
 
 
 def weight_lod(
-    source: Source, views: Sequence[LayerView], tau: float, scope: str, workers: int | None = 1
-) -> dict[str, float]:
-    """tensor name -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block; NaN for NaN weights.
+    source: Source, views: Sequence[LayerView], taus: Sequence[float], scope: str, workers: int | None = 1
+) -> dict[str, dict[str, float]]:
+    """tensor name -> column -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block.
 
-    The mean is the block's under scope `block` and the matrix's own under `matrix`. The parts of a fused matrix count
+    NaN where a weight is. The columns are `lod_weight` for the first tau and those of `htsr.taus` for the others. The
+    mean is the block's under scope `block` and the matrix's own under `matrix`. The parts of a fused matrix count
     against the block's mean and not towards it: they are in it already.
     """
+    columns = ["lod_weight", *(tau_column("lod_weight", tau) for tau in taus[1:])]
     blocks: dict[int, list[LayerView]] = {}
     for view in views:
         if view.block is not None and not view.reason and not view.pool:
             blocks.setdefault(view.block, []).append(view)
     pools = [pool for m in blocks.values() for pool in ([m] if scope == "block" else [[view] for view in m])]
-    result: dict[str, float] = {}
-    for _, found in run(lambda pool: _pool_lod(source, pool, tau), pools, lambda _: 0, workers):
-        result |= found
+    result: dict[str, dict[str, float]] = {}
+    for _, found in run(lambda pool: _pool_shares(source, pool, taus), pools, lambda _: 0, workers):
+        result |= {tensor: dict(zip(columns, shares, strict=True)) for tensor, shares in found.items()}
     return result
 
 
-def _pool_lod(source: Source, pool: Sequence[LayerView], tau: float) -> dict[str, float]:
-    """The shares of matrices that have one mean, which are read twice where they are too large to be kept."""
+def _pool_shares(source: Source, pool: Sequence[LayerView], taus: Sequence[float]) -> dict[str, list[float]]:
+    """One share a tau of matrices that have one mean, which are read twice where they are too large to be kept."""
     size = sum(view.rows * view.cols for view in pool)
     kept = {view.tensor: list(_parts(source, view)) for view in pool} if size <= KEPT_ELEMENTS else None
 
@@ -48,15 +51,19 @@ def _pool_lod(source: Source, pool: Sequence[LayerView], tau: float) -> dict[str
 
     whole = [view for view in pool if not view.part_of] or pool
     total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in whole for part in parts(view))
-    limit = tau * total / sum(view.rows * view.cols for view in whole)
-    return {view.tensor: _percent_above(parts(view), view.rows * view.cols, limit) for view in pool}
+    mean = total / sum(view.rows * view.cols for view in whole)
+    limits = [tau * mean for tau in taus]
+    return {view.tensor: _percents_above(parts(view), view.rows * view.cols, limits) for view in pool}
 
 
-def _percent_above(parts: Iterable[np.ndarray], size: int, limit: float) -> float:
-    if not np.isfinite(limit):
-        return np.nan
-    count = sum(int(np.count_nonzero(np.abs(part) > _at_most(limit, part.dtype))) for part in parts)
-    return 100.0 * count / size
+def _percents_above(parts: Iterable[np.ndarray], size: int, limits: Sequence[float]) -> list[float]:
+    if not np.isfinite(limits).all():
+        return [np.nan] * len(limits)
+    counts = np.zeros(len(limits))
+    for part in parts:
+        sizes = np.abs(part)
+        counts += [np.count_nonzero(sizes > _at_most(limit, part.dtype)) for limit in limits]
+    return [float(share) for share in 100.0 * counts / size]
 
 
 def _at_most(limit: float, dtype: np.dtype) -> Any:

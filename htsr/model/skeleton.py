@@ -1,7 +1,8 @@
 """A model without its weights, whose blocks are filled from the source one at a time.
 
 The skeleton is built from the configuration with every large parameter on the meta device. What comes before the
-blocks is filled at once; a block only while it is in use. So a model streams through the memory of one block.
+blocks is filled at once, of the token embeddings the rows that the text needs; a block only while it is in use. So a
+model streams through the memory of one block.
 """
 
 from __future__ import annotations
@@ -61,14 +62,50 @@ class Skeleton:
             return self.source.read(origin)
         return torch.stack([torch.cat([self.source.read(part) for part in expert]) for expert in origin])
 
+    def fill_tokens(self, ids: Tensor) -> None:
+        """Put the rows of the token embeddings that `ids` name in the place of all of them."""
+        name = _token_table(self.model)
+        if name is not None and (tensor := self.names.get(f"{name}.weight")) is not None:
+            known = torch.unique(ids.cpu())
+            runs = torch.tensor_split(known, (torch.where(known.diff() != 1)[0] + 1).tolist())  # consecutive ids
+            rows = torch.cat([self.source.rows(str(tensor), int(run[0]), int(run[-1]) + 1) for run in runs])
+            rows = rows.to(device=self.device, dtype=torch.float32)
+            self.model.set_submodule(
+                name, TokenRows(known.to(self.device), rows, self.model.get_parameter(f"{name}.weight").shape[0])
+            )
+
     @property
     def missing(self) -> list[str]:
         """Parameters that the source has not; they hold NaN, which shows where they are used (a pooler's never)."""
         return [name for name, _ in self.model.named_parameters() if name not in self.names]
 
 
+class TokenRows(nn.Module):
+    """The rows of a table of embeddings for the token ids `known` (ascending): what nn.Embedding returns for them."""
+
+    def __init__(self, known: Tensor, rows: Tensor, num_embeddings: int) -> None:
+        super().__init__()
+        self.known, self.num_embeddings = known, num_embeddings
+        self.weight = nn.Parameter(rows, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of ids (...), shape (..., width)."""
+        return nn.functional.embedding(torch.searchsorted(self.known, ids), self.weight)
+
+
+def _token_table(model: nn.Module) -> str | None:
+    """The name of the table that token ids are looked up in; None where it is not a plain one."""
+    access: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        table = access() if access is not None else None
+    except NotImplementedError:  # a model of several towers has none of its own
+        return None
+    plain = type(table) is nn.Embedding and table.max_norm is None
+    return next((name for name, module in model.named_modules() if plain and module is table), None)
+
+
 def build_skeleton(source: Source, device: str | torch.device = "cpu") -> Skeleton:
-    """The skeleton of the source's model, ready to embed tokens.
+    """The skeleton of the source's model, ready to embed tokens once `fill_tokens` knows which.
 
     Raises:
         CannotStreamError: the names or shapes that the configuration leads to are not those of the file.
@@ -84,7 +121,8 @@ def build_skeleton(source: Source, device: str | torch.device = "cpu") -> Skelet
     for block in stack.modules:
         empty(block)
     inside = tuple(f"{name}." for name in stack.names)
-    skeleton.fill(name for name in skeleton.names if not name.startswith(inside))
+    later = f"{_token_table(model)}.weight"  # by `fill_tokens`
+    skeleton.fill(name for name in skeleton.names if not name.startswith(inside) and name != later)
     for name in skeleton.missing:
         if name.startswith(inside):
             raise CannotStreamError(f"the file has no tensor for parameter {name}")

@@ -2,17 +2,18 @@
 
 Streaming: recorders stand in for the blocks while the windows are embedded and note what each block is called with;
 then one block at a time is filled, run over every window and emptied again. A model that cannot be streamed, or is
-no Hugging Face model, is run as it is, with hooks.
+no Hugging Face model, is run as it is, with hooks. The two halves of the windows are summed apart.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,18 +21,29 @@ from htsr.model.layers import find_blocks, model_type
 from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 
-TOKENS_PER_FORWARD = 4096  # enough to keep the matrix units busy; activations of a block stay small beside its weights
+TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's activations in cache; a large one's are
+# small beside a block
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows (n, T) of one half of all, and what each block is called with once no earlier one has been run."""
+
+    half: int
+    ids: Tensor
+    calls: Sequence[Call] = ()
 
 
 @torch.no_grad()
-def record_calls(skeleton: Skeleton, windows: Tensor) -> list[list[Call]]:
-    """For each batch of windows (n, T) what each block is called with, once no earlier block has been run.
+def record_calls(skeleton: Skeleton, windows: Tensor) -> list[Batch]:
+    """The windows (n, T) in batches, with the calls of each.
 
     Raises:
         CannotStreamError: what a block is called with depends on what earlier blocks return.
     """
+    skeleton.fill_tokens(windows)
     batches = batched(windows.to(skeleton.device))
-    probe = batches[0][:1, :8]
+    probe = batches[0].ids[:1, :8]
     for as_tuple in (False, True):
         if (calls := _pass(skeleton, probe, as_tuple, shift=0.0)) is not None:
             break
@@ -42,22 +54,32 @@ def record_calls(skeleton: Skeleton, windows: Tensor) -> list[list[Call]]:
         raise CannotStreamError("a block is called with what an earlier block returned beside the hidden states")
     if skeleton.missing and not calls[0].hidden.isfinite().all():
         raise CannotStreamError(f"the file has no tensor for parameter {skeleton.missing[0]}")
-    recorded = [_pass(skeleton, batch, as_tuple, shift=0.0) for batch in batches]
+    recorded = [_pass(skeleton, batch.ids, as_tuple, shift=0.0) for batch in batches]
     if any(calls is None for calls in recorded):
         raise CannotStreamError("its blocks are called differently on longer windows")
-    return [calls for calls in recorded if calls is not None]
+    return [Batch(b.half, b.ids, calls) for b, calls in zip(batches, recorded, strict=True) if calls is not None]
 
 
-def stream_blocks(skeleton: Skeleton, calls: Sequence[Sequence[Call]]) -> Iterator[MeasuredBlock]:
-    """Measure the blocks in order on recorded calls, each block filled only while it is measured."""
-    hidden = [call[0].hidden for call in calls]
+def stream_blocks(
+    skeleton: Skeleton, batches: Sequence[Batch], dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> Iterator[tuple[MeasuredBlock, ...]]:
+    """Measure the blocks in order on recorded calls, with products in each of `dtypes`, float32 or bfloat16.
+
+    A block has its weights only while it is measured. In bfloat16 the linear maps and attention alone are rounded
+    (autocast): hidden states and norms stay in float32.
+    """
+    hidden = {dtype: [batch.calls[0].hidden for batch in batches] for dtype in dtypes}
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
-            experts = ExpertMeter([block], _kind(skeleton.model))
-            with InputMeter(block) as meter, experts.listening(), torch.no_grad():
-                for position, call in enumerate(calls):
-                    hidden[position] = call[index].run(block, hidden[position])
-            yield MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block)))
+            measured = []
+            for dtype in dtypes:
+                meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
+                with meter, experts.listening(), torch.no_grad(), _products_in(dtype, skeleton.device):
+                    for position, batch in enumerate(batches):
+                        meter.half = experts.half = batch.half
+                        hidden[dtype][position] = batch.calls[index].run(block, hidden[dtype][position])
+                measured.append(MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block))))
+            yield tuple(measured)
 
 
 def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
@@ -75,7 +97,10 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
         with experts.listening(), ExitStack() as hooks, torch.no_grad():
             meters = [hooks.enter_context(InputMeter(block)) for block in stack]
             for batch in batched(windows.to(device)):
-                model(**{name: batch if value is None else value for name, value in arguments.items()})
+                experts.half = batch.half
+                for meter in meters:
+                    meter.half = batch.half
+                model(**{name: batch.ids if value is None else value for name, value in arguments.items()})
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -83,9 +108,22 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
         yield MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block)))
 
 
-def batched(windows: Tensor) -> list[Tensor]:
-    """The windows (n, T) in batches of about TOKENS_PER_FORWARD tokens."""
-    return list(windows.split(max(1, TOKENS_PER_FORWARD // windows.shape[1])))
+def batched(windows: Tensor) -> list[Batch]:
+    """The windows (n, T) in batches of about TOKENS_PER_FORWARD tokens, none across the middle of the windows."""
+    middle, most = len(windows) - len(windows) // 2, max(1, TOKENS_PER_FORWARD // windows.shape[1])
+    halves = (windows[:middle], windows[middle:])
+    return [Batch(half, ids) for half, part in enumerate(halves) if len(part) for ids in part.split(most)]
+
+
+def leading(batches: Sequence[Batch], count: int) -> list[Batch]:
+    """The first batches, as many as hold `count` windows."""
+    starts = np.cumsum([0, *(len(batch.ids) for batch in batches)])
+    return [batch for batch, start in zip(batches, starts, strict=False) if start < count]
+
+
+def _products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products of float32 numbers in this dtype."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 @dataclass(frozen=True)

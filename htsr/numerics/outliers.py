@@ -5,7 +5,8 @@ The importance of weight W_ij is A_ij = |W_ij| * n_j with n_j the norm of input 
 
     LOD = 100 * #{A > tau * mean(A)} / numel(A)        in percent, strictly above, one mean for the pool.
 
-A is never held: its sum is sum_j n_j * sum_i |W_ij|, and the count goes over W in slices.
+A is never held: its sum is sum_j n_j * sum_i |W_ij|, and A_ij is above a limit where |W_ij| is above a threshold of
+column j. So the columns are summed once and the entries compared once, whatever the number of norms and of taus.
 
 Reference: Yin et al. 2024 (OWL), section 3; Li et al. 2024 (OwLore) use tau = 13 and pool a decoder block.
 """
@@ -13,54 +14,48 @@ Reference: Yin et al. 2024 (OWL), section 3; Li et al. 2024 (OwLore) use tau = 1
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SLICE_ELEMENTS = 1 << 20  # 8 MB as float64: stays in cache, and a few of them are nothing beside a matrix
+SLICE_ELEMENTS = 1 << 18  # 1 MB as float32, 2 MB as float64: stays in cache
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutlierSum:
-    """Sum of the importances of one matrix and their number: what the mean of a pool needs."""
-
-    total: float
-    numel: int
+def column_sums(slices: Iterable[Tensor]) -> Tensor:
+    """sum_i |W_ij| over the row slices (rows, in) of one matrix that together cover it once; shape (in,), float64."""
+    parts = [part.abs().to(torch.float64).sum(dim=0) for part in _pieces(slices)]
+    return torch.stack(parts).sum(dim=0)
 
 
-def importance_sum(slices: Iterable[Tensor], norms: Tensor | None = None) -> OutlierSum:
-    """Sum of |W_ij| * n_j over the row slices of one matrix (out x in), in float64.
+def thresholds(limit: float, norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each column the largest number t of `dtype` with t * n_j <= limit in float64, shape (in,).
 
-    Args:
-        slices: row slices (rows, in) of W that together cover it once; any dtype.
-        norms: n_j, shape (in,); None stands for ones.
+    So for a weight w of that dtype  |w| > t_j  is  |w| * n_j > limit  computed in float64, ties included. A column
+    with n_j = 0 has no weight above any limit.
     """
-    total, numel = 0.0, 0
-    for part in _pieces(slices):
-        columns = part.abs().sum(dim=0, dtype=torch.float64)
-        total += float(columns.sum() if norms is None else columns @ norms.to(columns))
-        numel += part.numel()
-    return OutlierSum(total=total, numel=numel)
+    n = norms.to(torch.float64)
+    t = (limit / n).to(dtype)
+    below, infinite = torch.full_like(t, -torch.inf), torch.full_like(t, torch.inf)
+    t = torch.where(t.to(n) * n > limit, torch.nextafter(t, below), t)  # a quotient is rounded, to either side
+    above = torch.nextafter(t, infinite)
+    t = torch.where(above.to(n) * n <= limit, above, t)
+    return torch.where(n == 0, infinite, t)
 
 
-def count_above(slices: Iterable[Tensor], limits: Sequence[float], norms: Tensor | None = None) -> NDArray[np.int64]:
-    """Number of importances strictly above each of `limits`; arguments as `importance_sum`, compared in float64."""
-    counts = np.zeros(len(limits), dtype=np.int64)
+def count_above(slices: Iterable[Tensor], levels: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Number of |W_ij| strictly above t_j, for each row of thresholds t (in,) in `levels`, in one pass over W."""
+    counts = np.zeros(len(levels), dtype=np.int64)
     for part in _pieces(slices):
-        importance = part.abs().to(torch.float64)
-        if norms is not None:
-            importance.mul_(norms.to(importance))
-        counts += [int((importance > limit).sum()) for limit in limits]
+        sizes = part.abs().to(levels[0].dtype)
+        counts += [int(torch.count_nonzero(sizes > t)) for t in levels]
     return counts
 
 
-def pool_limits(sums: Sequence[OutlierSum], taus: Sequence[float]) -> list[float]:
-    """tau * mean of the pooled importances, one limit a tau."""
-    mean = sum(s.total for s in sums) / sum(s.numel for s in sums)
-    return [tau * mean for tau in taus]
+def compared_in(weights: Tensor) -> torch.dtype:
+    """The dtype that holds these weights exactly and is compared in: float64 for float64, else float32."""
+    return torch.float64 if weights.dtype == torch.float64 else torch.float32
 
 
 def percent(count: int, numel: int, limit: float) -> float:

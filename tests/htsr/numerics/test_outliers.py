@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from htsr.numerics.outliers import OutlierSum, count_above, importance_sum, percent, pool_limits
+from htsr.numerics.outliers import column_sums, compared_in, count_above, percent, thresholds
 
 TAUS = (0.5, 2.0, 5.0, 13.0)
 
@@ -23,10 +23,14 @@ def heavy(rows: int, cols: int, seed: int) -> Tensor:
 
 def pooled_lod(weights: list[Tensor], norms: list[Tensor], taus: tuple[float, ...], step: int = 7) -> list[float]:
     slices = [w.split(step) for w in weights]
-    sums = [importance_sum(s, n) for s, n in zip(slices, norms, strict=True)]
-    limits = pool_limits(sums, taus)
-    counts = sum(count_above(s, limits, n) for s, n in zip(slices, norms, strict=True))
-    return [percent(int(c), sum(s.numel for s in sums), limit) for c, limit in zip(counts, limits, strict=True)]
+    numel = sum(w.numel() for w in weights)
+    total = sum(float(column_sums(s) @ n.double()) for s, n in zip(slices, norms, strict=True))
+    limits = [tau * total / numel for tau in taus]
+    counts = sum(
+        count_above(s, [thresholds(limit, n, compared_in(s[0])) for limit in limits])
+        for s, n in zip(slices, norms, strict=True)
+    )
+    return [percent(int(c), numel, limit) for c, limit in zip(counts, limits, strict=True)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -48,12 +52,39 @@ def test_an_importance_equal_to_the_limit_is_no_outlier() -> None:
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 40), st.integers(0, 99))
 def test_the_size_of_the_slices_changes_nothing(rows: int, cols: int, step: int, seed: int) -> None:
     weights, norms = heavy(rows, cols, seed), torch.rand(cols, generator=makers.generator(seed))
-    whole = importance_sum([weights], norms)
-    parts = importance_sum(weights.split(step), norms)
-    assert parts.numel == whole.numel == rows * cols
-    assert parts.total == pytest.approx(whole.total, rel=1e-12)
-    limits = [whole.total / whole.numel * tau for tau in TAUS]
-    assert count_above(weights.split(step), limits, norms).tolist() == count_above([weights], limits, norms).tolist()
+    whole, parts = column_sums([weights]), column_sums(weights.split(step))
+    assert parts.numpy() == pytest.approx(whole.numpy(), rel=1e-12)
+    limits = [float(whole @ norms.double()) / weights.numel() * tau for tau in TAUS]
+    levels = [thresholds(limit, norms, torch.float32) for limit in limits]
+    assert count_above(weights.split(step), levels).tolist() == count_above([weights], levels).tolist()
+
+
+SIZES, NORMS = st.floats(0, 2.0**100, width=32), st.just(0.0) | st.floats(1e-20, 1e20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(1e-30, 1e30), NORMS, st.sampled_from([torch.float32, torch.float64]), SIZES)
+def test_a_threshold_is_the_last_number_whose_importance_is_not_above_the_limit(
+    limit: float, norm: float, dtype: torch.dtype, size: float
+) -> None:
+    n = torch.tensor([norm], dtype=torch.float64)
+    t = thresholds(limit, n, dtype)
+    assert t.dtype == dtype
+    above = torch.nextafter(t, torch.full_like(t, torch.inf))
+    for w in (t, above, torch.nextafter(t, torch.zeros_like(t)), torch.tensor([size], dtype=dtype)):
+        if w.isfinite():
+            assert bool(w > t) == bool(w.double() * n > limit)
+
+
+def test_at_and_around_ties_thresholds_count_what_the_product_in_double_precision_counts() -> None:
+    g = makers.generator(1)
+    norms = torch.rand(400, generator=g, dtype=torch.float64) + 0.1
+    for limit in (0.3, 1.0, 13.7):
+        tie = (limit / norms).float()
+        near = [torch.nextafter(tie, torch.full_like(tie, end)) for end in (-torch.inf, torch.inf)]
+        weights = torch.stack([tie, -tie, *near])
+        exact = int((weights.abs().double() * norms > limit).sum())
+        assert count_above([weights], [thresholds(limit, norms, torch.float32)])[0] == exact > 0
 
 
 def test_scaling_weights_or_norms_changes_no_lod() -> None:
@@ -61,12 +92,6 @@ def test_scaling_weights_or_norms_changes_no_lod() -> None:
     lod = pooled_lod([weights], [norms], TAUS)
     assert pooled_lod([8 * weights], [norms], TAUS) == lod
     assert pooled_lod([weights], [4 * norms], TAUS) == lod
-
-
-def test_weights_alone_are_counted_as_with_norms_of_one() -> None:
-    weights = heavy(64, 32, 5)
-    assert importance_sum([weights]) == importance_sum([weights], torch.ones(32))
-    assert np.array_equal(count_above([weights], [1.0, 9.0]), count_above([weights], [1.0, 9.0], torch.ones(32)))
 
 
 def test_half_precision_weights_are_compared_in_double_precision() -> None:
@@ -88,5 +113,4 @@ def test_a_zero_matrix_has_no_outliers() -> None:
 
 def test_other_shapes_than_matrices_are_refused() -> None:
     with pytest.raises(ValueError, match="expected rows of a matrix"):
-        importance_sum([torch.ones(2, 3, 4)])
-    assert OutlierSum(total=1.0, numel=2).numel == 2
+        column_sums([torch.ones(2, 3, 4)])

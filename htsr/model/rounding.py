@@ -1,0 +1,79 @@
+"""May the calibration text run in bfloat16? Only where the device multiplies it in hardware, and never unseen.
+
+bfloat16 products are several times faster there, but rounding moves input norms, and a norm moves outliers across
+their limit. So the first windows run in both precisions, block by block in one walk, and the rest of the text runs in
+bfloat16 only if no block's LOD moved by more than `MOST_CHANGE`. Few windows are the harder test: what rounding does
+at random averages out over more tokens, what it does to all of them does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from htsr.model.pool import Outliers
+
+PROBE_WINDOWS = 2
+MOST_CHANGE = 0.01  # of a block's LOD, relative; its share of the table then moves by no more than twice that
+FEWEST = 100  # outliers of a block: with fewer, one that crosses the limit is more than MOST_CHANGE
+WORTHWHILE = 8  # windows from which bfloat16 saves more than the probe costs
+UNITS = ("avx512_bf16", "amx_bf16")  # as Linux reports them; without, bfloat16 is emulated and slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """The precision that the text runs in, and why."""
+
+    dtype: torch.dtype
+    why: str
+
+    def record(self) -> dict[str, Any]:
+        """What scan.json keeps of it."""
+        return {"dtype": str(self.dtype).removeprefix("torch."), "why": self.why}
+
+
+def fp32(why: str) -> Rounding:
+    """float32, and why."""
+    return Rounding(dtype=torch.float32, why=why)
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text(errors="replace").split() if device.type == "cpu" and info.exists() else []
+    return any(unit in flags for unit in UNITS)
+
+
+def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
+    """The precision, from each block's size and its outliers on the probe's windows in float32 and in bfloat16.
+
+    The first block that has too few, or whose LOD moves too far, ends the iteration.
+    """
+    exact, rounded = [], []
+    for block, (size, true, got) in enumerate(blocks):
+        exact.append(true.lod)
+        rounded.append(got.lod)
+        if not (count := true.lod / 100 * size) >= FEWEST:
+            return fp32(f"block {block} has {count:.0f} outliers, too few to see a change of {MOST_CHANGE:.0%}")
+        change = relative_change(true.lod, got.lod)
+        if not change <= MOST_CHANGE:
+            return fp32(f"in bfloat16 the LOD of block {block} moves by {change:.2%}, more than {MOST_CHANGE:.0%}")
+    changes = [relative_change(a / sum(exact), b / sum(rounded)) for a, b in zip(exact, rounded, strict=True) if a]
+    largest = max(changes, default=0.0)
+    if not largest <= MOST_CHANGE:
+        return fp32(f"in bfloat16 a block's share of the table moves by {largest:.2%}, more than {MOST_CHANGE:.0%}")
+    why = f"on the first windows no block's share of the table is further than {largest:.2%} from float32's"
+    return Rounding(dtype=torch.bfloat16, why=why)
+
+
+def relative_change(true: float, got: float) -> float:
+    """|got - true| / true; 0 for equal numbers, infinite where only the true one is 0, NaN with NaN."""
+    if got == true:
+        return 0.0
+    return abs(got - true) / true if true else float("inf")
