@@ -25,7 +25,7 @@ def verdict(exact: list[Outliers], rounded: list[Outliers], size: int = 1_000_00
     return judge((size, a, b) for a, b in zip(exact, rounded, strict=True))
 
 
-def test_what_moves_by_less_than_one_percent_is_safe() -> None:
+def test_what_moves_by_less_than_half_a_percent_is_safe() -> None:
     found = verdict(lods(1.0, 0.5), lods(1.002, 0.5))
     assert found.dtype == torch.bfloat16
     assert found.record()["dtype"] == "bfloat16"
@@ -35,9 +35,9 @@ def test_what_moves_by_less_than_one_percent_is_safe() -> None:
 @pytest.mark.parametrize(
     ("rounded", "says"),
     [
-        ((1.0, 0.506), "block 1 moves by 1.20%"),
+        ((1.0, 0.503), "block 1 moves by 0.60%"),
         ((1.0, float("nan")), "block 1"),
-        ((1.009, 0.4955), "share of the table"),
+        ((1.004, 0.498), "share of the table"),
     ],
 )
 def test_what_moves_further_is_not_and_the_block_is_named(rounded: tuple[float, float], says: str) -> None:
@@ -47,10 +47,10 @@ def test_what_moves_further_is_not_and_the_block_is_named(rounded: tuple[float, 
 
 
 def test_a_handful_of_outliers_is_no_ground_to_judge_on() -> None:
-    assert verdict(lods(1.0), lods(1.0), size=20_000).dtype == torch.bfloat16
-    few = verdict(lods(1.0), lods(1.0), size=5_000)
+    assert verdict(lods(1.0), lods(1.0), size=40_000).dtype == torch.bfloat16
+    few = verdict(lods(1.0), lods(1.0), size=10_000)
     assert few.dtype == torch.float32
-    assert "50 outliers" in few.why
+    assert "100 outliers" in few.why
 
 
 def test_the_first_block_that_moves_ends_the_probe() -> None:
@@ -91,6 +91,7 @@ def test_with_bf16_units_the_text_runs_in_bf16_where_that_is_safe_and_the_lods_a
     assert exact.rounding.record() == {"dtype": "float32", "why": "it was asked for"}
     monkeypatch.setattr(calibration, "has_bf16_units", lambda device: True)
     monkeypatch.setattr(rounding, "FEWEST", 10)
+    monkeypatch.setattr(rounding, "MOST_CHANGE", 0.01)  # so small a block has few to count
     found = run(text, width=width)
     assert found.rounding.dtype == torch.bfloat16, found.rounding.why
     assert any(found.blocks[i].halves != exact.blocks[i].halves for i in range(3))  # it really was another run
