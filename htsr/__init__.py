@@ -3,7 +3,8 @@
     result = htsr.scan("demo")
     result.blocks, result.table(rule="lod", gamma=5), result.plot.alpha()
 
-Names are imported when they are first used: `import htsr` loads neither torch nor pandas.
+Names are imported when they are first used: `import htsr` loads neither torch nor pandas. How results show themselves
+in a notebook is attached from up here, so that numbers know nothing of pictures.
 """
 
 from __future__ import annotations
@@ -50,10 +51,26 @@ def __dir__() -> list[str]:
     return __all__
 
 
+_VIEWS = {"probability": ("LayerTable", "table_html"), "table": ("ScanResult", "notebook_html")}  # of htsr.report
+
+
+def _view(function: str) -> Any:
+    def _repr_html_(self: Any) -> str:
+        return str(getattr(importlib.import_module("htsr.report"), function)(self))
+
+    return _repr_html_
+
+
 class _Package(types.ModuleType):
-    """Importing the submodule htsr.scan binds its name here; `htsr.scan` stays the function whoever imports first."""
+    """What happens when a submodule is imported and its name bound here.
+
+    `htsr.scan` stays the function whoever imports first, and the results of a module get their view.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _VIEWS and isinstance(value, types.ModuleType):
+            kind, function = _VIEWS[name]
+            getattr(value, kind)._repr_html_ = _view(function)
         if name in _HOMES and isinstance(value, types.ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)

@@ -81,7 +81,7 @@ def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
     ax.invert_yaxis()
     if grid.size <= 140:  # few enough for numbers to be read
         for (row, column), number in np.ndenumerate(grid.to_numpy()):
-            dark = number > (low + high) / 2
+            dark = number > low + 0.36 * (high - low)  # where viridis darkens
             ax.text(columns[column], row, f"{number:.2f}" if np.isfinite(number) else "", ha="center", va="center",
                     fontsize=8, color="white" if dark else INK)  # fmt: skip
     bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, extend="both")

@@ -220,11 +220,6 @@ class LayerTable:
 
         return pd.DataFrame({name: getattr(self, name) for name in COLUMNS})
 
-    def _repr_html_(self) -> str:
-        from htsr.report import table_html
-
-        return table_html(self)
-
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, numbers as plain ints and floats."""
         columns = [getattr(self, name).tolist() for name in COLUMNS]

@@ -119,11 +119,6 @@ class ScanResult:
         analysed, name = int((self.frame["status"] == "ok").sum()), self.provenance.get("model", {}).get("id")
         return f"ScanResult({name!r}, {len(self.blocks)} blocks, {analysed} matrices analysed)"
 
-    def _repr_html_(self) -> str:
-        from htsr.report import notebook_html
-
-        return notebook_html(self)
-
     @cached_property
     def _measured(self) -> pd.DataFrame:
         return aggregate_blocks(self.frame, self.calibration, self.provenance.get("model", {}).get("num_blocks"))

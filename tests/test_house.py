@@ -52,6 +52,15 @@ def test_numerics_and_kernels_do_no_io_models_plots_or_configuration(path):
     assert not uses(path, "transformers", "matplotlib", "click", "pandas", "htsr.config", "owlore.config", "htsr.model")
 
 
+NUMBERS = [*in_package("htsr.model"), *(ROOT / "htsr" / f"{n}.py" for n in ("probability", "rows", "nulls", "cache"))]
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=name_of)
+def test_numbers_know_nothing_of_how_they_are_shown(path):
+    shown = ("report", "plots", "comparison_plots", "text", "store", "table", "cli")
+    assert not uses(path, "matplotlib", "jinja2", *(f"htsr.{name}" for name in shown))
+
+
 def test_only_the_layers_are_parsed_in_one_place():
     importers = {name_of(p) for p in in_package("owlore") if uses(p, "htsr.model.layers")}
     assert importers == {"owlore.blocks"}

@@ -19,7 +19,7 @@ from htsr.model.meters import MeasuredBlock
 from htsr.model.pool import Outliers, block_outliers, fused_shares
 from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
-from htsr.model.walk import leading, loaded_blocks, record_calls, stream_blocks
+from htsr.model.walk import loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
 from htsr.taus import check_taus
 
@@ -185,11 +185,11 @@ def _plan(source: Source, windows: Tensor, device: str | torch.device) -> _Walk:
     try:
         skeleton = build_skeleton(source, device)
         _check_vocabulary(skeleton.model, windows)
-        batches = record_calls(skeleton, windows)
+        recorder = record_calls(skeleton, windows)
         return _Walk(
             route="streamed",
             depth=len(skeleton.stack.modules),
-            blocks=lambda n, dtypes: _guarded(stream_blocks(skeleton, leading(batches, n), dtypes), source),
+            blocks=lambda n, dtypes: _guarded(stream_blocks(recorder, n, dtypes), source),
             windows=len(windows),
             device=skeleton.device,
         )

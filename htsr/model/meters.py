@@ -28,10 +28,10 @@ class MeasuredMap:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBlock:
-    """The linear maps of block `index`; the weights are valid only until the next block is asked for."""
+    """The linear maps of block `index`; of a streamed model they are gone when the next block is asked for."""
 
     index: int
-    maps: tuple[MeasuredMap, ...]
+    maps: list[MeasuredMap]
 
 
 class InputMeter:

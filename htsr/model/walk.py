@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,16 +26,15 @@ TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's act
 
 @dataclass(frozen=True)
 class Batch:
-    """Some windows (n, T) of one half of all, and what each block is called with once no earlier one has been run."""
+    """Some windows (n, T), all of the first (0) or of the second half of all windows (1)."""
 
     half: int
     ids: Tensor
-    calls: Sequence[Call] = ()
 
 
 @torch.no_grad()
-def record_calls(skeleton: Skeleton, windows: Tensor) -> list[Batch]:
-    """The windows (n, T) in batches, with the calls of each.
+def record_calls(skeleton: Skeleton, windows: Tensor) -> Recorder:
+    """What says how each block is called on the windows (n, T), which it must see beforehand.
 
     Raises:
         CannotStreamError: what a block is called with depends on what earlier blocks return.
@@ -45,41 +43,77 @@ def record_calls(skeleton: Skeleton, windows: Tensor) -> list[Batch]:
     batches = batched(windows.to(skeleton.device))
     probe = batches[0].ids[:1, :8]
     for as_tuple in (False, True):
-        if (calls := _pass(skeleton, probe, as_tuple, shift=0.0)) is not None:
+        if (recording := _pass(skeleton, probe, as_tuple, shift=0.0)) is not None:
             break
     else:
         raise CannotStreamError("its blocks are not called one after the other on hidden states")
     shifted = _pass(skeleton, probe, as_tuple, shift=1.0)
-    if shifted is None or not _same([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in shifted]):
+    if shifted is None or not _same(_arguments(recording), _arguments(shifted)):
         raise CannotStreamError("a block is called with what an earlier block returned beside the hidden states")
-    if skeleton.missing and not calls[0].hidden.isfinite().all():
+    if skeleton.missing and not recording.hidden.isfinite().all():
         raise CannotStreamError(f"the file has no tensor for parameter {skeleton.missing[0]}")
-    recorded = [_pass(skeleton, batch.ids, as_tuple, shift=0.0) for batch in batches]
-    if any(calls is None for calls in recorded):
+    if any(_pass(skeleton, batch.ids, as_tuple, shift=0.0) is None for batch in batches):
         raise CannotStreamError("its blocks are called differently on longer windows")
-    return [Batch(b.half, b.ids, calls) for b, calls in zip(batches, recorded, strict=True) if calls is not None]
+    return Recorder(skeleton, batches, as_tuple)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A skeleton, the windows in batches, and how its stand-ins return hidden states."""
+
+    skeleton: Skeleton
+    batches: Sequence[Batch]
+    as_tuple: bool
+
+    def recordings(self, count: int) -> Iterator[tuple[Batch, Recording]]:
+        """The first batches, as many as hold `count` windows, with how the blocks are called on them."""
+        for batch in self.batches:
+            if count <= 0:
+                return
+            recording = _pass(self.skeleton, batch.ids, self.as_tuple, shift=0.0)
+            assert recording is not None  # `record_calls` has seen it
+            yield batch, recording
+            count -= len(batch.ids)
 
 
 def stream_blocks(
-    skeleton: Skeleton, batches: Sequence[Batch], dtypes: Sequence[torch.dtype] = (torch.float32,)
+    recorder: Recorder, count: int, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> Iterator[tuple[MeasuredBlock, ...]]:
-    """Measure the blocks in order on recorded calls, with products in each of `dtypes`, float32 or bfloat16.
+    """Measure the blocks in order on the first `count` windows, with products in each of `dtypes`.
 
-    A block has its weights only while it is measured. In bfloat16 the linear maps and attention alone are rounded
-    (autocast): hidden states and norms stay in float32.
+    A block has its weights only until the next one is asked for. In bfloat16 the linear maps and attention alone are
+    rounded (autocast): hidden states and norms stay in float32.
     """
-    hidden = {dtype: [batch.calls[0].hidden for batch in batches] for dtype in dtypes}
+    skeleton = recorder.skeleton
+    with torch.no_grad():
+        batches = list(recorder.recordings(count))
+    hidden = {dtype: [recording.hidden for _, recording in batches] for dtype in dtypes}
+    calls = [(batch.half, recording.calls) for batch, recording in batches]
+    del batches  # the hidden states of the embeddings go when the first block has read them
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
-            measured = []
-            for dtype in dtypes:
-                meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
-                with meter, experts.listening(), torch.no_grad(), _products_in(dtype, skeleton.device):
-                    for position, batch in enumerate(batches):
-                        meter.half = experts.half = batch.half
-                        hidden[dtype][position] = batch.calls[index].run(block, hidden[dtype][position])
-                measured.append(MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block))))
-            yield tuple(measured)
+            measured = tuple(_measure(skeleton, block, index, dtype, calls, hidden[dtype]) for dtype in dtypes)
+            yield measured
+            for each in measured:
+                each.maps.clear()
+
+
+@torch.no_grad()
+def _measure(
+    skeleton: Skeleton,
+    block: nn.Module,
+    index: int,
+    dtype: torch.dtype,
+    calls: Sequence[tuple[int, Sequence[Call]]],
+    hidden: list[Tensor],
+) -> MeasuredBlock:
+    """Block `index` over every batch, (half, its calls); its outputs take the place of `hidden`."""
+    meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
+    with meter, experts.listening(), _products_in(dtype, skeleton.device):
+        for position, (half, batch) in enumerate(calls):
+            meter.half = experts.half = half
+            hidden[position] = batch[index].run(block, hidden[position])
+    return MeasuredBlock(index=index, maps=[*meter.maps(), *experts.maps(block)])
 
 
 def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
@@ -105,7 +139,7 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
         for module, mode in modes.items():
             module.training = mode
     for index, (block, meter) in enumerate(zip(stack, meters, strict=True)):
-        yield MeasuredBlock(index=index, maps=(*meter.maps(), *experts.maps(block)))
+        yield MeasuredBlock(index=index, maps=[*meter.maps(), *experts.maps(block)])
 
 
 def batched(windows: Tensor) -> list[Batch]:
@@ -115,12 +149,6 @@ def batched(windows: Tensor) -> list[Batch]:
     return [Batch(half, ids) for half, part in enumerate(halves) if len(part) for ids in part.split(most)]
 
 
-def leading(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first batches, as many as hold `count` windows."""
-    starts = np.cumsum([0, *(len(batch.ids) for batch in batches)])
-    return [batch for batch, start in zip(batches, starts, strict=False) if start < count]
-
-
 def _products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Matrix products of float32 numbers in this dtype."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
@@ -128,9 +156,8 @@ def _products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with: its hidden states, and the other arguments."""
+    """What a block was called with beside its hidden states."""
 
-    hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_name: bool
@@ -142,22 +169,31 @@ class Call:
         return out if isinstance(out, Tensor) else out[0]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """The hidden states before the first block, (n, T, width), and how each block is called."""
+
+    hidden: Tensor
+    calls: Sequence[Call]
+
+
 @dataclass
-class _Recorder:
-    """The plan of a recording pass: what a stand-in returns, and the calls it saw."""
+class _Plan:
+    """What a stand-in returns in a recording pass, and what the stand-ins saw."""
 
     as_tuple: bool
     shift: float
+    hidden: list[Any] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
 
 class _StandIn(nn.Module):
     """In a block's place: notes its call and passes the hidden states on; other attributes are the block's."""
 
-    def __init__(self, block: nn.Module, recorder: _Recorder) -> None:
+    def __init__(self, block: nn.Module, plan: _Plan) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a child: its parameters stay out of the model's
-        object.__setattr__(self, "_recorder", recorder)
+        object.__setattr__(self, "_plan", plan)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_block"], name)
@@ -165,18 +201,19 @@ class _StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         by_name = not args
         hidden = kwargs.pop("hidden_states") if by_name else args[0]
-        self._recorder.calls.append(Call(hidden, args[1:], kwargs, by_name))
-        passed = hidden + self._recorder.shift if self._recorder.shift else hidden
-        return (passed,) if self._recorder.as_tuple else passed
+        self._plan.hidden.append(hidden)
+        self._plan.calls.append(Call(args[1:], kwargs, by_name))
+        passed = hidden + self._plan.shift if self._plan.shift else hidden
+        return (passed,) if self._plan.as_tuple else passed
 
 
-def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> list[Call] | None:
+def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> Recording | None:
     """One forward pass with stand-ins; None when hidden states did not come through all of them unharmed."""
     places = list(zip(skeleton.stack.names, skeleton.stack.modules, strict=True))
-    recorder = _Recorder(as_tuple, shift)
+    plan = _Plan(as_tuple, shift)
     try:
         for name, block in places:
-            skeleton.model.set_submodule(name, _StandIn(block, recorder))
+            skeleton.model.set_submodule(name, _StandIn(block, plan))
         skeleton.model(input_ids=batch)
     except (AttributeError, TypeError, IndexError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -185,9 +222,13 @@ def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> li
     finally:
         for name, block in places:
             skeleton.model.set_submodule(name, block)
-    shapes = {call.hidden.shape for call in recorder.calls if isinstance(call.hidden, Tensor)}
-    whole = len(recorder.calls) == len(skeleton.stack.modules) and len(shapes) == 1
-    return recorder.calls if whole and all(isinstance(c.hidden, Tensor) for c in recorder.calls) else None
+    tensors = all(isinstance(hidden, Tensor) for hidden in plan.hidden)
+    whole = tensors and len(plan.calls) == len(places) and len({hidden.shape for hidden in plan.hidden}) == 1
+    return Recording(plan.hidden[0], plan.calls) if whole else None
+
+
+def _arguments(recording: Recording) -> list[Any]:
+    return [(call.args, call.kwargs) for call in recording.calls]
 
 
 def _same(a: Any, b: Any) -> bool:

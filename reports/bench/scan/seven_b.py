@@ -189,7 +189,7 @@ def main() -> None:
             result["spectra"] = found = measure_spectra(scratch / "model", scratch, blocks, options.device)
             print(f"spectra of {found['tensors']['ok']} matrices: {found['wall']:.0f} s, {found['cpu']:.0f} CPU s, "
                   f"peak {found['peak_bytes'] / GIB:.2f} GiB; routes {found['routes']}"
-                  + ("" if blocks == BLOCKS else f"; projected {found['cpu'] * BLOCKS / blocks:.0f} CPU s"))  # fmt: skip
+                  + f"; {found['cpu'] * BLOCKS / blocks:.0f} CPU s for all" * (blocks < BLOCKS))  # fmt: skip
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if options.out:
