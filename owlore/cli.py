@@ -273,7 +273,10 @@ def method_facts(strategy: Any) -> dict[str, Any]:
         "memory": strategy.memory,
         "text": " ".join((strategy.__doc__ or "").split()),
         "options": {name: usual[name] for name in own},
-        "set": {key: {"default": one.default, "help": one.help} for key, one in strategy.own.items()},
+        "set": {
+            key: {"default": one.default, "values": one.parser.metavar, "help": one.help}
+            for key, one in strategy.own.items()
+        },
         "preset": dict(strategy.preset),
     }
 
@@ -299,7 +302,7 @@ def render_method(name: str, facts: dict[str, Any]) -> str:
         lines += ["", "its own options, each as --set KEY=VALUE:"]
     for key, one in facts["set"].items():
         default = "" if one["default"] is None else f" [default: {_shown(one['default'])}]"
-        lines.append(f"  {key:<14} {one['help']}{default}")
+        lines.append(f"  {key:<14} {one['values']}: {one['help']}{default}")
     if facts["preset"]:
         general = [f"{flag_name(k)} {_shown(v)}" for k, v in facts["preset"].items() if k != "set"]
         own = [f"--set {k}={_shown(v)}" for k, v in facts["preset"].get("set", {}).items()]

@@ -61,9 +61,8 @@ class LoRA(AdapterStrategy):
 
         own = start.own
         rank = min(own["r"], smallest_side(model, own["target_modules"]))
-        init: Any = (
-            own["init"] if start.batches is not None or own["init"] != "pissa" else "default"
-        )  # shapes are the same
+        only_shapes = start.batches is None and own["init"] == "pissa"  # there is nothing to decompose
+        init: Any = "default" if only_shapes else own["init"]
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,

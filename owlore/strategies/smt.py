@@ -36,7 +36,9 @@ class SMT(AdapterStrategy):
         "density": Own(0.0084, number(0, above=True, below=1 + 1e-9), "Share of all 2-D parameters that is trained."),
         "block_size": Own(256, integer(1), "Side l of a block, before halving."),
         "selection": Own(
-            "gradient", choice("gradient", "magnitude", "random", "diagonal"), "How blocks are chosen; see the paper."
+            "gradient",
+            choice("gradient", "magnitude", "random", "diagonal"),
+            "By gradients, by mean |w|, by the seed, or on the diagonal.",
         ),
         "criterion": Own(
             "mean_of_abs", choice("mean_of_abs", "abs_of_mean", "mean_square"), "Score of a block's gradients."

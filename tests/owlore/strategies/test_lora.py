@@ -116,3 +116,29 @@ def test_the_papers_preset_is_used_and_written_down(tmp_path):
     assert config["set"] == {"r": 8, "alpha": 64.0, "dropout": 0.0, "init": "default",
                              "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]}  # fmt: skip
     assert config["batch"] == 16 and config["seq_len"] == 256
+
+
+def test_a_pissa_run_goes_on_bit_for_bit_and_its_adapter_is_for_the_unchanged_base(tmp_path):
+    from safetensors.torch import load_file
+
+    model = save_tiny(tmp_path / "model", width=64)
+    settings = {"method": "lora", "set": {"init": "pissa", "r": 4}, "steps": 4, "lr": 1e-2, "save_every": 2, "keep": 5}
+    whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
+    again = owlore.train(model, ROWS, out=tmp_path / "again",
+                         resume=str(whole.directory / "checkpoints/step-000002"), **settings)  # fmt: skip
+    a, b = (load_file(run.directory / "model/adapter_model.safetensors") for run in (whole, again))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert {t.shape[0] for name, t in a.items() if "lora_A" in name} == {8}  # twice r: what it took is given back
+
+
+def test_htsr_scans_what_a_lora_run_saves(tmp_path):
+    import htsr
+
+    model = save_tiny(tmp_path / "model", width=64)
+    run = owlore.train(model, ROWS, method="lora", steps=2, lr=1e-2, out=tmp_path / "run")
+    frame = htsr.scan(run.directory / "model", calibration=None).frame
+    assert len(frame) == 28 and set(frame["status"]) <= {"ok", "failed", "skipped"}
+    layer = run.model.get_base_model().model.layers[1].mlp.down_proj
+    row = frame[frame["tensor"] == "model.layers.1.mlp.down_proj.weight"].iloc[0]
+    change = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    assert row["log10_spectral_norm"] == pytest.approx(2 * float(torch.linalg.matrix_norm(change, 2).log10()), abs=1e-3)
