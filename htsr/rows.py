@@ -14,6 +14,7 @@ from htsr.model.layers import LayerView
 from htsr.model.parts import read_block, read_part, thin_factors
 from htsr.model.source import Source
 from htsr.numerics import certified
+from htsr.numerics.backend import LAPACK, Backend
 from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
@@ -98,10 +99,10 @@ def spectrum(source: Source, view: LayerView, precision: str = "auto", device: s
     )
 
 
-def backend(device: str) -> certified.Backend:
+def backend(device: str) -> Backend:
     """LAPACK on the CPU, torch elsewhere."""
     if device == "cpu":
-        return certified.LAPACK
+        return LAPACK
     from htsr.numerics.device import torch_backend
 
     return torch_backend(device)

@@ -20,20 +20,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from htsr.errors import BadInput
-from htsr.numerics.bf16 import has_matrix_units, medium_gram
+from htsr.numerics.backend import LAPACK, Backend, Reduced
 from htsr.numerics.certificate import Verdict, judge
-from htsr.numerics.fullrank import has_full_rank
 from htsr.numerics.metrics import EIGENVALUE_CUT
 from htsr.numerics.powerlaw import fit_power_law
-from htsr.numerics.ritz import residual_norms, ritz_values
-from htsr.numerics.smallend import depth, small_end
+from htsr.numerics.smallend import noise_resolved
 from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
-from htsr.numerics.tridiagonal import Tridiagonal
 
 EXACT_SIDE = 1024  # up to here float64 costs next to nothing
 NUM_PROBES, SAFETY = 16, 3.0
@@ -44,8 +41,6 @@ ATTEMPTS = 3
 SAMPLE_SIDE, LONG_TAIL = 512, 0.38
 ALPHA_TOLERANCE = 5e-7
 EPS32, EPS64 = float(np.finfo(np.float32).eps), float(np.finfo(np.float64).eps)
-
-UNITS_SIDE = 2048  # from here on torch is worth importing for the matrix units
 
 Read = Callable[[], Iterable[Any]]
 
@@ -65,49 +60,8 @@ class Spectrum:
     flops: float = 0.0
 
 
-class Reduced(Protocol):
-    """A float32 Gram matrix, decomposed."""
-
-    @property
-    def values(self) -> np.ndarray:
-        """All eigenvalues, ascending, float64."""
-
-    def vectors(self, indices: np.ndarray) -> Any:
-        """Eigenvectors of the values at `indices`, as columns."""
-
-    def solve(self, R: np.ndarray, shift: float) -> np.ndarray:
-        """(G + shift)^-1 R to float32's accuracy, where `shift` makes G positive definite."""
-
-
 class OpenError(Exception):
     """What could not be shown in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backend:
-    """The five costly steps, so that they can run elsewhere than in LAPACK. All slices have `side` columns."""
-
-    reduce: Callable[[Iterable[Any], int, float], Reduced]  # slices, side, scale -> of scale^2 W^T W
-    residuals: Callable[[Iterable[Any], Any, np.ndarray], np.ndarray]
-    ritz: Callable[[Iterable[Any], Any], np.ndarray]
-    full_rank: Callable[[Any, type], bool]
-    exact: Callable[[Iterable[Any], int], np.ndarray]
-
-
-def _reduce(slices: Iterable[Any], side: int, scale: float) -> Tridiagonal:
-    scaled = (as_array(block, np.float32) * np.float32(scale) if scale != 1 else block for block in slices)
-    if has_matrix_units() and side >= UNITS_SIDE:
-        return Tridiagonal(medium_gram(scaled, side))
-    return Tridiagonal(gram(scaled, side, np.float32, mirror=False))
-
-
-LAPACK = Backend(
-    reduce=_reduce,
-    residuals=residual_norms,
-    ritz=ritz_values,
-    full_rank=lambda A, dtype: has_full_rank(as_array(A, dtype), dtype),
-    exact=lambda slices, side: gram_eigenvalues(gram(slices, side, mirror=False)),
-)
 
 
 def spectrum(
@@ -133,21 +87,29 @@ def spectrum(
         return Spectrum(values=values, route="fp32", refined=0, flops=whole_flops(n, m))
     full_rank = functools.cache(lambda dtype: square is not None and backend.full_rank(square(), dtype))
     if precision == "fp64" or n <= EXACT_SIDE:
-        return Spectrum(values=_exact(read, n, full_rank, backend), route="fp64", refined=n, flops=whole_flops(n, m))
+        return Spectrum(values=_exact(read, m, n, full_rank, backend), route="fp64", refined=n, flops=whole_flops(n, m))
     counter = [0.0]
     try:
         values, refined = _certified(read, m, n, full_rank, backend, relative_cut, counter)
         return Spectrum(values=values, route="certified", refined=refined, flops=counter[0])
     except (OpenError, np.linalg.LinAlgError) as error:
-        values = _exact(read, n, full_rank, backend)
+        values = _exact(read, m, n, full_rank, backend)
         flops = counter[0] + whole_flops(n, m)
         return Spectrum(values=values, route="escalated", refined=n, reason=str(error), flops=flops)
 
 
-def _exact(read: Read, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
+def _exact(read: Read, m: int, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
     """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
-    values = backend.exact(read(), n)
-    if values[0] == 0 < values[-1] and (full_rank(np.float32) or full_rank(np.float64)):
+    values, reduced = backend.exact(read(), n)
+    zeros = int(np.count_nonzero(values == 0))
+    if not 0 < zeros < n:
+        return values
+    if reduced is not None:
+        radius = np.full(n, n * EPS64 * float(values[-1]))
+        found, _ = noise_resolved(read, m, reduced, reduced.values, radius)
+        if found is not None:
+            return np.concatenate([np.minimum(found[:zeros], values[zeros]), values[zeros:]])
+    if full_rank(np.float32) or full_rank(np.float64):
         return np.maximum(values, 1e-3 * EPS64 * values[-1])
     return values
 
@@ -253,23 +215,14 @@ def _small_values(
 
     Where that is too much work they are raised above the limit of the rank once full rank is shown another way.
     """
-    n, top, q = len(rough), float(rough[-1]), depth(rough, radius)
-    if q:
-        found = small_end(
-            read,
-            as_array(reduced.vectors(np.arange(q))),
-            lambda R, shift: reduced.solve(R, shift * scale**2) * scale**2,
-            following=float(rough[q] - radius[q]),
-            shift=max(float(radius[0]) / 2, -2 * float(rough[0])),
-            limit=float(np.sqrt(top)) * m * EPS64,
-        )
-        counter[0] += 4 * n * m * q * (found.products if found else 1)
-        if found:
-            return found.values
+    found, flops = noise_resolved(read, m, reduced, rough, radius, scale)
+    counter[0] += flops
+    if found is not None:
+        return found
     for dtype in (np.float32, np.float64):
-        counter[0] += 2 / 3 * n**3
+        counter[0] += 2 / 3 * len(rough) ** 3
         if full_rank(dtype):
-            return np.maximum(rough, 1e-3 * EPS32 * top)
+            return np.maximum(rough, 1e-3 * EPS32 * float(rough[-1]))
     raise OpenError("it may lack rank")
 
 

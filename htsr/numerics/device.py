@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from htsr.errors import BadInput
-from htsr.numerics.certified import Backend
+from htsr.numerics.backend import Backend
 from htsr.numerics.fullrank import has_full_rank
 from htsr.numerics.spectrum import as_array, without_noise
 
@@ -102,14 +102,14 @@ def torch_backend(device: str) -> Backend:
                 K += Y.T @ Y
             return torch.linalg.eigvalsh(K).cpu().numpy()
 
-    def exact(slices: Iterable[Any], side: int) -> np.ndarray:
+    def exact(slices: Iterable[Any], side: int) -> tuple[np.ndarray, None]:
         with own_stream(device):
             G = torch.zeros(side, side, dtype=torch.float64, device=device)
             for S, _ in slices_as(slices, np.float64):
                 G += S.T @ S
             if not bool(torch.isfinite(G).all()):
                 raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
-            return without_noise(torch.linalg.eigvalsh(G).cpu().numpy(), np.float64)
+            return without_noise(torch.linalg.eigvalsh(G).cpu().numpy(), np.float64), None
 
     return Backend(
         reduce=reduce,

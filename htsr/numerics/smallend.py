@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from htsr.numerics.spectrum import in_float64
+from htsr.numerics.backend import Reduced
+from htsr.numerics.spectrum import as_array, in_float64
 
 SEPARATION = 4.0  # of the first value without a vector, in radii of the rough values
 LARGEST_SHARE = 1 / 8  # of all vectors; with more of them float64 throughout is cheaper
@@ -77,8 +78,38 @@ def small_end(
             return None
         last_least, last_share = least, share
         X = solve(R, shift)
+        if not np.isfinite(X).all():
+            return None
         V = np.linalg.qr(V - (X - V @ (V.T @ X)))[0]
     return None
+
+
+def noise_resolved(
+    read: Callable[[], Iterable[Any]],
+    longer: int,
+    reduced: Reduced,
+    rough: np.ndarray,
+    radius: np.ndarray,
+    scale: float = 1.0,
+) -> tuple[np.ndarray | None, float]:
+    """The smallest eigenvalues from the matrix itself, all that may be noise among them, and the flops it took.
+
+    None in place of the values where that fails. longer: the matrix's longer side; reduced: of scale^2 W^T W, whose
+    values / scale^2 are `rough`, each off by at most its radius.
+    """
+    n, q = len(rough), depth(rough, radius)
+    if not q:
+        return None, 0.0
+    found = small_end(
+        read,
+        as_array(reduced.vectors(np.arange(q))),
+        lambda R, shift: reduced.solve(R, shift * scale**2) * scale**2,
+        following=float(rough[q] - radius[q]),
+        shift=max(float(radius[0]) / 2, -2 * float(rough[0])),
+        limit=float(np.sqrt(rough[-1])) * longer * float(np.finfo(np.float64).eps),
+    )
+    flops = 4.0 * n * longer * q
+    return (None, flops) if found is None else (found.values, flops * found.products)
 
 
 def _rest(following: float, tau: float, sine: float) -> float:

@@ -88,8 +88,7 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
     Raises BadInput when G holds a NaN or an infinity.
     """
     side = len(G)
-    if not np.isfinite(G).all():
-        raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
+    require_finite(G)
     lower = np.asfortranarray(G.T if G.flags.c_contiguous else G)
     if side >= BAND_SIDE[G.dtype]:
         to_band(lower)
@@ -98,6 +97,12 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
         d, e, _ = reduce(lower, REDUCED_AT_ONCE)
     values = tridiagonal_values(d, e) if side > 1 else d
     return without_noise(values, G.dtype.type)
+
+
+def require_finite(G: np.ndarray) -> None:
+    """Raise BadInput when a Gram matrix, and so the matrix that it was made of, is not finite."""
+    if not np.isfinite(G).all():
+        raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
 
 
 def without_noise(values: np.ndarray, dtype: type) -> np.ndarray:

@@ -40,49 +40,48 @@ def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 
 class Tridiagonal:
-    """Q T Q^T of `A` (float32; overwritten in Fortran order). Raises BadInput when A is not finite."""
+    """Q T Q^T of `A` (float32 or float64; overwritten in Fortran order). Raises BadInput when A is not finite."""
 
-    def __init__(self, A: np.ndarray) -> None:
-        self._factors = np.asfortranarray(A)
-        self._d, self._e, self._tau = reduce(self._factors)
+    def __init__(self, A: np.ndarray, block: int = BLOCK) -> None:
+        self._factors, self._dtype = np.asfortranarray(A), A.dtype
+        self._d, self._e, self._tau = reduce(self._factors, block)
         if not (np.isfinite(self._d).all() and np.isfinite(self._e).all()):
-            raise BadInput("got a matrix that leaves the range of float32, expected one of moderate size")
+            raise BadInput(f"got a matrix that leaves the range of {A.dtype}, expected one of moderate size")
         self.values: np.ndarray = tridiagonal_values(self._d.astype(np.float64), self._e.astype(np.float64))
 
     def vectors(self, indices: np.ndarray) -> np.ndarray:
-        """Eigenvectors of A of the values at ascending `indices`, as float32 columns; unit, not quite orthogonal."""
-        wanted = self.values[indices].astype(np.float32)
+        """Eigenvectors of A of the values at ascending `indices`, as columns; unit, not quite orthogonal."""
+        wanted = self.values[indices].astype(self._dtype)
         groups = [self._inverse_iteration(wanted[i : i + GROUP]) for i in range(0, len(wanted), GROUP)]
         return self._rotate(np.asfortranarray(np.concatenate(groups, axis=1)), b"N")
 
     def solve(self, R: np.ndarray, shift: float) -> np.ndarray:
-        """(A + shift)^-1 R to float32's accuracy, float64; `shift` makes A positive definite."""
-        from scipy.linalg.lapack import dptsv
-
+        """(A + shift)^-1 R to the accuracy of A's dtype, float64; `shift` makes A positive definite."""
         size = np.maximum(np.linalg.norm(R, axis=0), np.finfo(np.float64).tiny)
-        X = self._rotate(np.asfortranarray(R / size, np.float32), b"T")
-        X = dptsv(self._d.astype(np.float64) + shift, self._e.astype(np.float64), X.astype(np.float64))[2]
+        X = self._rotate(np.asfortranarray(R / size, self._dtype), b"T")
+        d, e, X = self._d.astype(np.float64) + shift, self._e.astype(np.float64), X.astype(np.float64, order="F")
+        call("ptsv", np.float64, len(d), X.shape[1], d, e, X, len(d), integers(1))
         largest = np.abs(X).max() or 1.0
-        return self._rotate(np.asfortranarray(X / largest, np.float32), b"N") * (size * largest)
+        return self._rotate(np.asfortranarray(X / largest, self._dtype), b"N") * (size * largest)
 
     def _inverse_iteration(self, values: np.ndarray) -> np.ndarray:
         """Vectors of T, orthogonal to each other. One that does not converge shows in its residual."""
         n, k = len(self._d), len(values)
-        Z: np.ndarray = np.empty((n, k), np.float32, order="F")
-        one_block, split, work = integers(n, 1), integers(n, n), np.empty(5 * n, np.float32)
+        Z: np.ndarray = np.empty((n, k), self._dtype, order="F")
+        one_block, split, work = integers(n, 1), integers(n, n), np.empty(5 * n, self._dtype)
         iwork, failed, info = integers(n), integers(k), integers(1)
-        call("stein", np.float32, n, self._d, self._e, k, values, one_block, split, Z, n, work, iwork, failed, info)
+        call("stein", self._dtype, n, self._d, self._e, k, values, one_block, split, Z, n, work, iwork, failed, info)
         return Z
 
     def _rotate(self, V: np.ndarray, form: bytes) -> np.ndarray:
-        """Q V (b"N") or Q^T V (b"T") in float32, in place."""
+        """Q V (b"N") or Q^T V (b"T"), in place."""
         n, k = V.shape
-        work = np.empty(max(k * AT_ONCE, 1), np.float32)
+        work = np.empty(max(k * AT_ONCE, 1), self._dtype)
         order = reversed(self._reflectors) if form == b"N" else self._reflectors
         for i, T in order:  # I - R T R^T, with R below the subdiagonal from column i on
             R, size = self._factors[i + 1 :, i:], len(T)
             call(
-                "larfb", np.float32, b"L", form, b"F", b"C", n - 1 - i, k, size, R, n, T, size, V[i + 1 :], n, work, k
+                "larfb", self._dtype, b"L", form, b"F", b"C", n - 1 - i, k, size, R, n, T, size, V[i + 1 :], n, work, k
             )  # fmt: skip
         return V
 
@@ -92,8 +91,8 @@ class Tridiagonal:
         n, found = len(self._factors), []
         for i in range(0, n - 1, AT_ONCE):
             size = min(AT_ONCE, n - 1 - i)
-            T: np.ndarray = np.zeros((size, size), np.float32, order="F")
+            T: np.ndarray = np.zeros((size, size), self._dtype, order="F")
             R = self._factors[i + 1 :, i:]
-            call("larft", np.float32, b"F", b"C", n - 1 - i, size, R, n, self._tau[i:], T, size)
+            call("larft", self._dtype, b"F", b"C", n - 1 - i, size, R, n, self._tau[i:], T, size)
             found.append((i, T))
         return found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from htsr.numerics import bf16, certified
+from htsr.numerics import backend, bf16, certified
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def test_certified_spectra_use_the_units_where_there_are_some(
     monkeypatch: pytest.MonkeyPatch, products: list[str]
 ) -> None:
     monkeypatch.setattr(certified, "EXACT_SIDE", 64)
-    monkeypatch.setattr(certified, "UNITS_SIDE", 64)
+    monkeypatch.setattr(backend, "UNITS_SIDE", 64)
     W = (matrix(700, 300) * (torch.rand(700, 1, generator=torch.Generator().manual_seed(1)) ** -0.3)).bfloat16()
     plain = certified.spectrum(lambda: [W], 700, 300)
     assert products == []
-    monkeypatch.setattr(certified, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(backend, "has_matrix_units", lambda: True)
     units = certified.spectrum(lambda: [W], 700, 300)
     assert products == ["medium"]
     assert units.route == plain.route == "certified"

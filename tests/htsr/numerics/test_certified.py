@@ -176,6 +176,19 @@ def test_a_singular_value_that_no_gram_matrix_sees_counts_in_the_rank() -> None:
         assert spectrum_metrics(found.values, 60).entropy == pytest.approx(truth.entropy, rel=1e-9)
 
 
+@pytest.mark.parametrize("rows", [60, 200])
+def test_float64_counts_every_rank_that_svd_counts(rows: int) -> None:
+    """Zeros and values that no Gram matrix sees, square and tall: the rank is that of the singular values."""
+    rng = np.random.default_rng(rows)
+    U, V = np.linalg.qr(rng.standard_normal((rows, 60)))[0], np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    for small in ([0.0], [1e-9, 1e-8], [0.0, 0.0, 1e-10], [1e-11]):
+        sigma = np.concatenate([small, np.linspace(0.2, 1, 60 - len(small))])
+        W = (U * sigma) @ V
+        found = run(W, precision="fp64").values
+        assert np.count_nonzero(found) == np.count_nonzero(small) + 60 - len(small)
+        assert np.sqrt(found[: len(small)]) == pytest.approx(small, rel=0.3)
+
+
 @pytest.mark.parametrize("scale", [2.0**-80, 2.0**-40, 2.0**40])
 def test_scale_is_taken_out_before_float32_squares_it(scale: float) -> None:
     W = heavy(2 * SIDE, SIDE, 3).astype(np.float64)
