@@ -119,14 +119,25 @@ def test_an_arm_is_swept_first_and_then_run_with_the_seeds_at_its_rate(harness: 
     assert stages == sorted(stages)
 
 
+@pytest.mark.parametrize("file", sorted(HARNESS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_is_readable_and_compares_arms_that_it_has(harness: Any, file: Path) -> None:
+    from owlore.methods import METHODS
+
+    study = harness.study.read_study(file)
+    cells = study.sweep() + study.reported(dict.fromkeys(study.arms, 1e-3))
+    assert len({cell.name for cell in cells}) >= study.num_cells - len(study.arms)
+    assert {cell.method for cell in cells} <= set(METHODS)
+    assert len(study.spec["seeds"]) >= 3
+    for one in study.spec.get("questions", ()):
+        assert {one[0], one[1]} <= set(study.arms)
+
+
 def test_an_arm_gets_the_settings_that_it_reads(harness: Any) -> None:
     study = harness.study.read_study(HARNESS / "demo.yaml")
     by_arm = {cell.arm: cell for cell in study.sweep()}
     assert by_arm["owlore-lod"].settings | {"rank": 32, "active": 3} == by_arm["owlore-lod"].settings
     assert not {"rank", "active", "every", "always_on"} & set(by_arm["lora"].settings)
     assert by_arm["owlore-full-rank"].settings["rank"] == "full"
-    for one in study.spec["questions"]:
-        assert {one[0], one[1]} <= set(study.arms)
 
 
 def test_no_question_that_is_asked_is_trained_on(harness: Any) -> None:

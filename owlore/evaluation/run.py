@@ -113,7 +113,7 @@ def _one(scorer: Any, name: str, parts: dict[str, tuple[Task, Asked]], protocol:
     """The result of a task, or of a group: over all rows of its parts, with each part's figures beside."""
     from owlore.evaluation.harness import figures, run_tasks
 
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     found = run_tasks(scorer, parts, protocol, template)
     single = len(parts) == 1
     samples = [sample for part in parts for sample in found["samples"][part]]
@@ -125,6 +125,7 @@ def _one(scorer: Any, name: str, parts: dict[str, tuple[Task, Asked]], protocol:
         "shots": len(what.shots),
         "data": what.provenance if single else {part: asked.provenance for part, (_, asked) in parts.items()},
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - processor,
     }
     if first.kind == "text":
         result |= {"window": scorer.rolling, **_by_token(samples, scorer)}

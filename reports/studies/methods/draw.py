@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def all_plots(study: Study, arms: Sequence[Arm], directory: Path) -> list[tuple[
         ("pareto-resident.png", "Test loss against the growth of the process, libraries included.",
          lambda ax: pareto(arms, lambda arm: arm.mean("peak_bytes", "resident_above_start") / 1e6,
                            "peak resident set above start, MB", ax), True),
+        ("exact-time.png", "Test questions not answered word for word, against CPU seconds of a run.",
+         lambda ax: pareto(arms, lambda arm: arm.cpu_seconds, "CPU seconds of a run", ax, wrong=True), True),
+        ("exact-memory.png", "The same against training state as counted.",
+         lambda ax: pareto(arms, lambda arm: arm.mean("peak_bytes", "state") / 1e6, "training state, MB", ax,
+                           wrong=True), True),
         ("curves.png", f"Training loss, mean over seeds and the {WINDOW} steps before, at the chosen learning rate.",
          lambda ax: curves(arms[:10], ax), True),
         ("update-norms.png", "How far each block's weights moved, relative to their norm (LISA's observation).",
@@ -50,18 +56,19 @@ def all_plots(study: Study, arms: Sequence[Arm], directory: Path) -> list[tuple[
     return made
 
 
-def pareto(arms: Sequence[Arm], cost: Callable[[Arm], float], label: str, ax: Any) -> Any:
-    """A point an arm, with the standard deviation over seeds; the front is joined."""
-    import statistics
-
-    points = [(cost(arm), arm.mean("test_loss")) for arm in arms]
+def pareto(arms: Sequence[Arm], cost: Callable[[Arm], float], label: str, ax: Any, wrong: bool = False) -> Any:
+    """A point an arm, with the standard deviation over seeds; the front is joined. wrong: of answers, not of loss."""
+    figures = [arm.values("exact" if wrong else "test_loss").values() for arm in arms]
+    heights = [1 - statistics.fmean(values) if wrong else statistics.fmean(values) for values in figures]
+    points = [(cost(arm), height) for arm, height in zip(arms, heights, strict=True)]
     front = sorted(not_dominated(points), key=lambda i: points[i])
     ax.plot([points[i][0] for i in front], [points[i][1] for i in front], color="0.75", zorder=1)
     for i, (arm, (x, y)) in enumerate(zip(arms, points, strict=True)):
-        spread = statistics.stdev(arm.values("test_loss").values())
-        ax.errorbar(x, y, yerr=spread, fmt="o", color="C0" if i in front else "0.45", capsize=2, zorder=2)
+        ax.errorbar(
+            x, y, yerr=statistics.stdev(figures[i]), fmt="o", color="C0" if i in front else "0.45", capsize=2, zorder=2
+        )
         ax.annotate(arm.name, (x, y), xytext=(5, 3 if i % 2 else -9), textcoords="offset points", fontsize=7)
-    ax.set(xlabel=label, ylabel="test loss (nats a token)")
+    ax.set(xlabel=label, ylabel="share of wrong answers" if wrong else "test loss (nats a token)")
     return ax
 
 

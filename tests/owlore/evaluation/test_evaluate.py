@@ -141,6 +141,20 @@ def test_an_adapter_is_measured_on_its_base(place: Path) -> None:
     assert found["tasks"]["perplexity"]["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-2)
 
 
+@pytest.mark.parametrize("method", ["lora", "smt", "dota", "qdota", "owlore"])
+def test_a_run_directory_gives_what_its_model_in_memory_gives(method: str, place: Path, tmp_path: Path) -> None:
+    import owlore
+
+    rows = [{"prompt": "the sea is", "completion": "wet and wide"}, {"prompt": "a hat is", "completion": "worn"}]
+    run = owlore.train(str(place / "model"), rows, method=method, steps=1, batch=2, lr=0.1, out=str(tmp_path / "run"),
+                       **({"table": "uniform"} if method == "owlore" else {}))  # fmt: skip
+    in_memory = evaluate(run.model, run.tokenizer, ["perplexity"], data_dir=place / "data")["tasks"]["perplexity"]
+    common = ["eval", str(tmp_path / "run"), "--data-dir", str(place / "data"), "--tasks", "perplexity", "--json"]
+    done = CliRunner().invoke(cli, [*common, "--quiet"], catch_exceptions=False)
+    found = json.loads(done.stdout)["tasks"]["perplexity"]
+    assert found["perplexity"] == pytest.approx(in_memory["perplexity"], rel=1e-6)
+
+
 def test_a_run_directory_is_measured_by_its_model(place: Path) -> None:
     run = place / "run"
     run.mkdir()
