@@ -16,9 +16,11 @@ tags: [owlore, fine-tuned]
 
 | | |
 | --- | --- |
-| base model | {base}, weights sha256 `{weights}` |
+| base model | {base}{revision}, weights sha256 `{weights}` |
 | data | {data}, {rows} rows, sha256 `{data_sha256}` |
-| steps | {steps} of {batch} x {accum} sequences, at most {seq_len} tokens each |
+| layer table | {table} |
+| blocks drawn | {draws} |
+| steps | {steps} of {batch} x {accum} sequences{processes}, at most {seq_len} tokens each, seed {seed} |
 | trained share of parameters, mean over steps | {trainable:.2%} |
 | held-out loss (nats a token) | {losses} |
 | peak memory | {peak:.2f} GB on {device} |
@@ -48,6 +50,11 @@ def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str
         base=run["model"]["id"],
         title=f"{run['model']['id']}, {config['method']}",
         method=config["method"],
+        revision=f" at {run['model']['revision']}" if run["model"].get("revision") else "",
+        table=_table(run.get("table")),
+        draws=" ".join(map(str, run["draws"])) + " (periods, from the input up)",
+        processes=f" in {run['processes']} processes" if run.get("processes", 1) > 1 else "",
+        seed=config["seed"],
         paper=paper,
         weights=run["model"]["weights_sha256"][:16],
         data=data["source"],
@@ -67,3 +74,11 @@ def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str
         library="peft" if adapter else "transformers",
         result=ADAPTER if adapter else MODEL,
     )
+
+
+def _table(table: dict[str, Any] | None) -> str:
+    """Which rule the table follows, and which weights it was made from."""
+    if table is None:
+        return "none: nothing is sampled"
+    origin = table["model"].get("weights_sha256")
+    return f"rule {table['rule'].get('name')}" + (f", from weights sha256 `{origin[:16]}`" if origin else "")

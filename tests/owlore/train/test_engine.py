@@ -266,6 +266,7 @@ def test_the_run_directory_holds_what_the_contract_names(tmp_path):
     assert (run.directory / "checkpoints/step-000005/COMPLETE").is_file()
     card = (run.directory / "README.md").read_text()
     assert "arXiv 2405.18380" in card and record["model"]["weights_sha256"][:16] in card
+    assert "rule uniform" in card and " ".join(map(str, record["draws"])) in card and "seed 0" in card
 
 
 def test_the_configuration_of_a_run_repeats_it(tmp_path):
