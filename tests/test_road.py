@@ -84,16 +84,18 @@ def test_table_auto_scans_once_and_says_so(command, data, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_floor_that_the_table_had_and_the_run_has_not_is_said_aloud(command, data, tmp_path):
+def test_a_floor_that_the_table_had_is_kept_and_said_aloud(command, data, tmp_path):
     from htsr import LayerTable
 
     model = save_tiny(tmp_path / "model", blocks=4)
-    LayerTable.build([4.0, 1.0, 1.0, 1.0], 2, floor=0.2).save(tmp_path / "table.json")
+    LayerTable.build([4.0, 1.0, 1.0, 0.1], 2, floor=0.2).save(tmp_path / "table.json")
     train = ["train", model, "--data", data, "--steps", 1, "--table", "table.json"]
     _, _, err = command("owlore", *train, "--out", "one")
-    assert "--floor 0.2" in err
-    _, _, err = command("owlore", *train, "--out", "two", "--floor", 0.2)
+    assert "floor 0.2, which this run keeps; --floor 0 leaves it out" in err
+    _, _, err = command("owlore", *train, "--out", "two", "--floor", 0.1)
     assert "--floor" not in err
+    lowest = [min(json.loads((tmp_path / run / "run.json").read_text())["inclusion"]) for run in ("one", "two")]
+    assert lowest == pytest.approx([0.2, 0.1])
 
 
 def test_a_damaged_weight_is_a_failed_row_of_the_scan(command, tmp_path):

@@ -46,7 +46,7 @@ from owlore.train.settings import (
     weights_of,
 )
 from owlore.train.streaming import open_streaming, streams
-from owlore.train.tables import cache_directory, find_table, run_inclusion, scanned_table
+from owlore.train.tables import cache_directory, find_table, floor_of, run_inclusion, scanned_table
 from owlore.train.trackers import Tracker, check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def train_from_config(
                 model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
             ),
         )
+    if found is not None and config.floor is None and (floor := floor_of(found)):
+        say(f"note: the table was made with floor {floor:g}, which this run keeps; --floor 0 leaves it out")
     trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device, say, ranks)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
 

@@ -90,7 +90,7 @@ def run_inclusion(table: LayerTable, *, active: int | None, floor: float | None)
     gamma = min(active if active is not None else table.gamma, table.num_blocks)
     if gamma < 1:
         raise UsageError(f"--active got {active}, expected at least 1 block a period")
-    own = _floor_of(table)
+    own = floor_of(table)
     if floor is None and own > gamma / table.num_blocks * (1 + 1e-12):
         raise UsageError(
             f"the table was made with floor {own:g} and {gamma} of {table.num_blocks} blocks a period allow "
@@ -99,7 +99,7 @@ def run_inclusion(table: LayerTable, *, active: int | None, floor: float | None)
     return inclusion(table.probability, gamma, own if floor is None else floor)
 
 
-def _floor_of(table: LayerTable) -> float:
+def floor_of(table: LayerTable) -> float:
     """The lower bound on inclusions that a table's rule names, 0 without one."""
     found = table.rule.get("floor", 0.0)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1:
