@@ -84,15 +84,15 @@ def _extension(name: str) -> Any:
     (The package loads numpy.f2py, numpy.testing and more: 0.17 s, as long as ten matrices of 576 x 576 take.)
     """
     full = f"scipy.linalg.{name}"
-    if "scipy.linalg" not in sys.modules:
+    if "scipy.linalg" not in sys.modules and full not in sys.modules:
         import scipy
 
         spec = importlib.machinery.PathFinder.find_spec(full, [f"{folder}/linalg" for folder in scipy.__path__])
         if spec is not None and spec.loader is not None:
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[full] = importlib.util.module_from_spec(spec)  # where a later import will find it
             spec.loader.exec_module(module)
             return module
-    return importlib.import_module(full)
+    return sys.modules.get(full) or importlib.import_module(full)
 
 
 def load() -> None:
