@@ -65,7 +65,7 @@ def main() -> None:
 def due(study: Study, results: Path) -> list[Cell]:
     """Cells without a result that can be run now: the sweep, and the reported seeds of arms that were swept.
 
-    Of the first stage all come before any of the second.
+    All of a stage come before any of the next.
     """
     have = read_results(results)
     rates = {arm: chosen(losses, study.learning_rates)

@@ -77,7 +77,7 @@ class Study:
         return self._ordered(made)
 
     def _ordered(self, cells: list[Cell]) -> list[Cell]:
-        """Seed by seed, so that a matrix cut short still gives each arm the same; arms of stage 2 last."""
+        """Stage by stage, then seed by seed, so that a matrix cut short still gives each arm the same."""
         return sorted(cells, key=lambda cell: (self.arms[cell.arm].get("stage", 1), cell.seed))
 
     @property
