@@ -1,6 +1,6 @@
 """All methods on one model with equal data and steps: seconds a step, peak bytes, trainable share, loss.
 
-python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 12] [--threads 2] [--fresh]
+python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 8] [--threads 2] [--fresh]
 
 Each method runs in a process of its own and leaves results/METHOD.json; what is there is not run again, so the bench
 can be made in pieces. At the end the table of all that is there is printed, and written to results/table.txt.
@@ -23,11 +23,11 @@ from typing import Any
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALL = ("full", "galore", "owlore", "lisa", "lisa-d", "grass", "badam", "lora", "dora", "smt", "dota", "qdota")
-EQUAL = {"batch": 4, "seq_len": 256, "packing": True, "dtype": "float32", "seed": 0, "schedule": "constant"}
-PERIODS = {"every": 4}  # for the methods that draw: three draws in twelve steps
+EQUAL = {"batch": 2, "seq_len": 256, "packing": True, "dtype": "float32", "seed": 0, "schedule": "constant"}
+PERIODS = {"every": 2}  # for the methods that draw: four draws in eight steps
 OWN: dict[str, dict[str, Any]] = {
     "full": {"lr": 5e-5},
-    "galore": {"refresh": 4},
+    "galore": {"refresh": 200},
     "owlore": {"active": 2},
     "smt": {"set": {"warmup_batches": 4}},
 }
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("rows", type=Path)
     parser.add_argument("--methods", default=",".join(ALL))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", type=Path, help="layer table for owlore; uniform without")
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
