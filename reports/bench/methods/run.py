@@ -43,18 +43,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", type=Path, help="layer table for owlore; uniform without")
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
+    parser.add_argument("--plan", action="store_true", help="run nothing; add what `owlore plan` says to the results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(run_one(args)))
         return
     RESULTS.mkdir(exist_ok=True)
-    for method in args.methods.split(","):
+    for method in () if args.plan else args.methods.split(","):
         file = RESULTS / f"{method}.json"
         if args.fresh or not file.exists():
             started = time.perf_counter()
             file.write_text(json.dumps(in_own_process(method), indent=1) + "\n")
             print(f"{method}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    for file in RESULTS.glob("*.json") if args.plan else ():
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps(result | {"planned_bytes": planned(args.model, result)}, indent=1) + "\n")
     table = render([json.loads(path.read_text()) for path in RESULTS.glob("*.json")])
     (RESULTS / "table.txt").write_text(table + "\n")
     print(table)
@@ -107,20 +111,35 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def planned(model: str, result: dict[str, Any]) -> int:
+    """Bytes at the peak beside the weights of the model, by plan."""
+    from owlore.config import TrainConfig
+    from owlore.train.plan import plan_from_config
+
+    settings = {name: value for name, value in result["settings"].items() if name not in ("threads", "table")}
+    config = TrainConfig.build({"model": model, "method": result["method"], **settings})
+    full = TrainConfig.build({"model": model, "method": "full", **EQUAL, "steps": 1})
+    weights = plan_from_config(full, lambda message: None).bytes["weights"]
+    return plan_from_config(config, lambda message: None).bytes["total"] - weights
+
+
 def render(results: list[dict[str, Any]]) -> str:
     """Aligned rows in the order of `ALL`, with ratios to full fine-tuning where that was run."""
     by_name = {result["method"]: result for result in results}
     full = by_name.get("full")
-    lines = [f"{'method':<8} {'s/step':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} {'state MB':>9} {'trained':>8} "
-             f"{'prepare s':>9} {'before':>7} {'after':>7}"]  # fmt: skip
+    lines = [
+        f"{'method':<8} {'s/step':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} {'plan MB':>8} {'state MB':>9} "
+        f"{'trained':>8} {'prepare s':>9} {'before':>7} {'after':>7}"
+    ]
     for name in ALL:
         if name not in by_name:
             continue
         got = by_name[name]
         ratios = [f"{got[key] / full[key]:.2f}" if full else "-" for key in ("step_seconds", "peak_bytes")]
+        plan = f"{got['planned_bytes'] / 1e6:,.0f}" if "planned_bytes" in got else "-"
         lines.append(
             f"{name:<8} {got['step_seconds']:>7.2f} {ratios[0]:>7} {got['peak_bytes'] / 1e6:>8,.0f} {ratios[1]:>7} "
-            f"{got['state_bytes'] / 1e6:>9,.1f} {got['trainable']:>8.2%} {got['preparation_seconds']:>9.1f} "
+            f"{plan:>8} {got['state_bytes'] / 1e6:>9,.1f} {got['trainable']:>8.2%} {got['preparation_seconds']:>9.1f} "
             f"{got['loss_before']:>7.3f} {got['loss_after']:>7.3f}"
         )
     return "\n".join(lines)
