@@ -1,9 +1,10 @@
-"""All methods on one model with equal data and steps: seconds a step, peak bytes, trainable share, loss.
+"""All methods on one model with equal data and steps: CPU seconds a step, peak bytes, trainable share, loss.
 
-python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 8] [--threads 2] [--fresh]
+python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 8] [--threads 1] [--fresh]
 
 Each method runs in a process of its own and leaves results/METHOD.json; what is there is not run again, so the bench
 can be made in pieces. At the end the table of all that is there is printed, and written to results/table.txt.
+Times are CPU seconds of the process, which other work on the machine hardly moves.
 Peak memory is the high-water mark of the resident set over the whole run above the resident set of the loaded model;
 preparation (decompositions, SMT's warm-up) is inside, and its time is a column of its own.
 """
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--methods", default=",".join(ALL))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="layer table for owlore; uniform without")
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
     parser.add_argument("--plan", action="store_true", help="run nothing; add what `owlore plan` says to the results")
@@ -81,28 +82,39 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     from owlore.train.loop import Trainer
 
     torch.set_num_threads(args.threads)
-    method, began = args.one, time.perf_counter()
+    method = args.one
     loaded = load(args.model, dtype="float32", attn="sdpa", device=torch.device("cpu"))
     rows = json.loads(args.rows.read_text())[:2000]
     changes = {"lr": RATE} | (PERIODS if "every" in STRATEGIES[method].reads else {}) | OWN.get(method, {})
     table = "uniform" if args.table is None or method != "owlore" else args.table
     changes |= {"table": table} if STRATEGIES[method].table == "auto" else {}
-    first: list[float] = []
-    run_loop = Trainer.run
-    Trainer.run = lambda self, on_row: (first.append(time.perf_counter()), run_loop(self, on_row))[1]
-    started, at_load = time.perf_counter(), status("VmRSS")
+    marks: list[float] = []  # CPU seconds when the loop begins, and before and after each step
+    loop, advance = Trainer.run, Trainer.advance
+
+    def marked_loop(self: Any, on_row: Any) -> None:
+        marks.append(time.process_time())
+        loop(self, on_row)
+
+    def marked_step(self: Any) -> Any:
+        before = time.process_time()
+        row = advance(self)
+        marks.extend((before, time.process_time()))
+        return row
+
+    Trainer.run, Trainer.advance = marked_loop, marked_step
+    started, at_load = time.process_time(), status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     with tempfile.TemporaryDirectory() as folder:
         run = owlore.train(loaded.model, rows, tokenizer=loaded.tokenizer, method=method, steps=args.steps,
                            eval_data=0.01, out=Path(folder) / "run", **EQUAL, **changes)  # fmt: skip
     record = run.record
     train = [row for row in run.rows if row["split"] == "train"]
-    seconds = [row["tokens"] / row["tokens_per_s"] for row in train[1:]]
+    seconds = [after - before for before, after in zip(marks[1::2], marks[2::2], strict=True)]
     return {
         "method": method, "settings": {"steps": args.steps, "threads": args.threads, **EQUAL, **changes,
                                        "table": str(getattr(table, "name", table))},
-        "step_seconds": sum(seconds) / len(seconds), "steps_seconds": seconds,
-        "preparation_seconds": first[0] - started, "load_seconds": started - began,
+        "step_cpu_seconds": sum(seconds[1:]) / len(seconds[1:]), "steps_cpu_seconds": seconds,
+        "preparation_cpu_seconds": marks[0] - started, "wall_seconds": record["seconds"],
         "peak_bytes": status("VmHWM") - at_load, "state_bytes": record["peak_state_bytes"],
         "trainable": record["trainable"], "draws": record["draws"],
         "loss": [row["loss"] for row in train], "loss_before": record["eval_loss_first"],
@@ -128,18 +140,19 @@ def render(results: list[dict[str, Any]]) -> str:
     by_name = {result["method"]: result for result in results}
     full = by_name.get("full")
     lines = [
-        f"{'method':<8} {'s/step':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} {'plan MB':>8} {'state MB':>9} "
+        f"{'method':<8} {'CPU s':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} {'plan MB':>8} {'state MB':>9} "
         f"{'trained':>8} {'prepare s':>9} {'before':>7} {'after':>7}"
     ]
     for name in ALL:
         if name not in by_name:
             continue
         got = by_name[name]
-        ratios = [f"{got[key] / full[key]:.2f}" if full else "-" for key in ("step_seconds", "peak_bytes")]
+        ratios = [f"{got[key] / full[key]:.2f}" if full else "-" for key in ("step_cpu_seconds", "peak_bytes")]
         plan = f"{got['planned_bytes'] / 1e6:,.0f}" if "planned_bytes" in got else "-"
+        prepare = got["preparation_cpu_seconds"]
         lines.append(
-            f"{name:<8} {got['step_seconds']:>7.2f} {ratios[0]:>7} {got['peak_bytes'] / 1e6:>8,.0f} {ratios[1]:>7} "
-            f"{plan:>8} {got['state_bytes'] / 1e6:>9,.1f} {got['trainable']:>8.2%} {got['preparation_seconds']:>9.1f} "
+            f"{name:<8} {got['step_cpu_seconds']:>7.2f} {ratios[0]:>7} {got['peak_bytes'] / 1e6:>8,.0f} {ratios[1]:>7} "
+            f"{plan:>8} {got['state_bytes'] / 1e6:>9,.1f} {got['trainable']:>8.2%} {prepare:>9.1f} "
             f"{got['loss_before']:>7.3f} {got['loss_after']:>7.3f}"
         )
     return "\n".join(lines)
