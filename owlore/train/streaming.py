@@ -244,13 +244,13 @@ def _embedding_to_leave(config: TrainConfig, units: Units) -> nn.Module | None:
 def _overlay_directory(units: Units, directory: Path, say: Say) -> Path | None:
     """Where trained blocks are kept when memory may not hold all of them; None for memory."""
     whole = sum(p.numel() * p.element_size() for block in units.blocks for _, p in block)
-    if whole <= _available() / 2:
+    if whole <= available_memory() / 2:
         return None
     say(f"note: trained blocks are kept in {directory / 'overlay'}; memory may not hold all {whole / 1e9:.1f} GB")
     return directory / "overlay"
 
 
-def _available() -> int:
+def available_memory() -> int:
     """Bytes of memory that are free for the asking."""
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

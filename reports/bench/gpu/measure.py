@@ -1,0 +1,171 @@
+"""One row, in a process of its own: skip with a reason, or assert, run and count."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from ours import EVERY, Ours, gradients, hyper_of
+from rows import HOMES, Row
+from shapes import filled, skeleton
+
+from owlore.optim import Weights
+from owlore.strategies import STRATEGIES
+from owlore.train.plan import Plan, Shape, make_plan, shape_of
+from owlore.train.speed import measured_rates
+from owlore.train.streaming import available_memory
+from owlore.train.streaming_plan import Rates
+
+CONTEXT = 700_000_000  # bytes beside what is planned: the CUDA context and the allocator's rounding
+
+
+@lru_cache(maxsize=4)
+def described(shape: str) -> Shape:
+    """The shape from its configuration; what a block saves is counted on two of its blocks."""
+    return shape_of(skeleton(shape, torch.device("meta")))
+
+
+def planned(row: Row, rates: Rates | None = None) -> Plan:
+    """What the row will hold and how long its copies take."""
+    shape = described(row.shape)
+    blocks = shape.units.num_blocks
+    return make_plan(
+        shape, STRATEGIES["owlore"], hyper_of(row, blocks), weights=Weights.STOCHASTIC, batch=row.batch,
+        accum=row.accum, tokens=row.tokens, recompute=True, homes=row.homes, rates=rates or Rates(),
+    )  # fmt: skip
+
+
+def measure(row: Row, device: torch.device) -> dict[str, Any]:
+    """The row's result as JSON; `skipped` with a reason where it cannot be run here."""
+    kinds = {"agree": agree, "ours": ours, "peer": peer, "scan": scan}
+    try:
+        return kinds[row.kind](row, device)
+    except torch.OutOfMemoryError as error:
+        return {"skipped": f"out of device memory: {str(error).splitlines()[0]}"}
+
+
+ALIKE = (("device", "host", "host+half"), ("device+nf4", "host+nf4", "host+nf4+offload"))  # the same function each
+
+
+def agree(row: Row, device: torch.device) -> dict[str, Any]:
+    """Losses and every gradient of three steps are the same bits wherever blocks live; six blocks of the shape."""
+    # Attention's backward on a GPU adds in any order otherwise. Only a process of its own is changed for good.
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    compared = 0
+    for names in ALIKE:
+        expected, *others = (gradients(Ours(replace(row, homes=HOMES[name]), device, blocks=6), 3) for name in names)
+        for found in others:
+            for one, other in zip(expected, found, strict=True):
+                assert torch.equal(one["loss"], other["loss"]), f"losses differ among {names}"
+                assert one["gradients"] and one["gradients"].keys() == other["gradients"].keys()
+                for name, values in one["gradients"].items():
+                    pairs = zip(values, other["gradients"][name], strict=True)
+                    assert values and all(torch.equal(a, b) for a, b in pairs), f"{name} differs among {names}"
+                    compared += len(values)
+    return {"gradients_compared": compared, "alike": [list(names) for names in ALIKE]}
+
+
+def ours(row: Row, device: torch.device) -> dict[str, Any]:
+    rates = measured_rates(device)
+    plan = planned(row, rates)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if plan.bytes["total"] + CONTEXT > free:
+            return {"skipped": f"needs {gib(plan.bytes['total'])} GiB, {gib(free)} free"} | _plan_of(plan)
+    blocks = described(row.shape).units.num_blocks
+    steps = row.steps or EVERY * -(-blocks // row.gamma)
+    kinds = plan.host or {}
+    drawn = kinds.get("overlay", 0) // blocks * row.gamma * -(-steps // EVERY)  # what is trained is kept
+    host = sum(kinds.get(kind, 0) for kind in ("store", "boundaries", "embedding")) + min(
+        drawn, kinds.get("overlay", 0)
+    )
+    if host > available_memory():
+        return {"skipped": f"needs {gib(host)} GiB of host memory, {gib(available_memory())} free"} | _plan_of(plan)
+    trainer = Ours(row, device)
+    trainer.advance()  # the first step allocates, and finds bases
+    _reset(device, trainer.port)
+    losses, started = [], time.perf_counter()
+    for _ in range(steps):
+        losses.append(trainer.advance())
+    seconds = _wait(device, started)
+    tokens = row.batch * row.accum * row.tokens * steps
+    operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
+    spent = {} if trainer.port is None else trainer.port.seconds()
+    port = trainer.port
+    loaded = {} if port is None else {"loads": port.loads / steps, "bus_bytes": port.loaded_bytes / steps}
+    held = None if trainer.residency is None else trainer.residency.device_bytes()
+    return {
+        "steps": steps, "seconds": seconds / steps, "tokens_per_s": tokens / seconds, **_peaks(device),
+        "last_loss": float(losses[-1]), "tflops": operations / seconds / 1e12,
+        "mfu_of_product": None if rates is None else operations / seconds / rates.flops,
+        "bus_seconds": spent.get("copy", 0.0) / steps, "stall_seconds": spent.get("stall", 0.0) / steps, **loaded,
+        "block_bytes": held, "wanted_gib": row.wanted_gib,
+    } | _plan_of(plan)  # fmt: skip
+
+
+def _plan_of(plan: Plan) -> dict[str, Any]:
+    return {"planned_bytes": plan.bytes, "planned_host_bytes": plan.host, "planned_step": plan.traffic.to_dict()}
+
+
+def peer(row: Row, device: torch.device) -> dict[str, Any]:
+    from peers import run_peer
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        started = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                _reset(device, None)
+                self.started = time.perf_counter()
+
+    steps, clock = row.steps or 8, Clock()
+    run_peer(row, device, steps, clock)
+    seconds = _wait(device, clock.started)
+    tokens = row.batch * row.accum * row.tokens * (steps - 1)
+    return {"steps": steps - 1, "seconds": seconds / (steps - 1), "tokens_per_s": tokens / seconds, **_peaks(device)}
+
+
+def scan(row: Row, device: torch.device) -> dict[str, Any]:
+    """Alpha of every matrix; with a tokenizer at hand LOD too."""
+    from transformers import AutoTokenizer
+
+    import htsr
+    from htsr.model.locate import locate
+
+    model = filled(row.shape, device, blocks=row.steps)
+    tokenizer = AutoTokenizer.from_pretrained(locate("demo"))  # any text will do; its ids are below every vocabulary
+    started = time.perf_counter()
+    result = htsr.scan(model, device=str(device), tokenizer=tokenizer, samples=4, plots=False, quiet=True, fresh=True)
+    seconds = _wait(device, started)
+    return {"seconds": seconds, "matrices": len(result.frame), "blocks": len(result.blocks), **_peaks(device)}
+
+
+def _reset(device: torch.device, port: Any) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    if port is not None:
+        port.seconds()
+        port.loads = port.loaded_bytes = 0
+
+
+def _wait(device: torch.device, started: float) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def _peaks(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"peak_bytes": None}  # a CPU's resident set says nothing about a device
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device), "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }  # fmt: skip
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"

@@ -1,0 +1,174 @@
+"""Our trainer on a random model: blocks on the device, or streamed, quantised, offloaded; one object for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from shapes import block_weights, filled, skeleton
+from torch import Tensor
+
+from owlore.blocks import find_units, freeze
+from owlore.data.batches import MicroBatch
+from owlore.kernels.seeds import generator_for
+from owlore.optim import RotatingOptimizer, Rule, Weights
+from owlore.residency.boundaries import Boundaries
+from owlore.residency.build import empty_residency, resident_blocks
+from owlore.residency.chain import Chain
+from owlore.residency.formats import FORMATS
+from owlore.residency.host_embedding import HostEmbedding
+from owlore.residency.masters import Overlay
+from owlore.residency.pinned import pin, unlocked
+from owlore.residency.ports import open_port
+from owlore.sampling import draw
+from owlore.strategies import STRATEGIES, Hyper
+from owlore.train.blockwise import BlockMajor
+from owlore.train.loss import CausalLoss
+from owlore.train.recompute import Recompute
+
+EVERY = 2  # steps of a period: short, so that L / gamma periods are soon over
+
+
+class Generated:
+    """Masters that stand for a checkpoint file: a block is made again from its seed until it was trained."""
+
+    def __init__(self, make: Callable[[int], dict[str, Tensor]]) -> None:
+        self._make, self.overlay = make, Overlay()
+
+    def read(self, block: int) -> dict[str, Tensor]:
+        return self.overlay.get(block) if block in self.overlay else self._make(block)
+
+    def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        self.overlay.put(block, tensors)
+
+    def expect(self, blocks: Iterable[int]) -> None:
+        """A generator needs no head start."""
+
+
+def hyper_of(row: Any, blocks: int) -> Hyper:
+    """Uniform draws of gamma blocks, rank 128 (8 for the small shape)."""
+    gamma = min(row.gamma, blocks)
+    return Hyper(
+        seed=0, every=EVERY, draw="exact", inclusion=np.full(blocks, gamma / blocks), always_on=row.always_on,
+        rank=row.rank, refresh=None, scale=1.0, weight_decay=0.0, project_always_on=True,
+    )  # fmt: skip
+
+
+class Ours:
+    """Takes steps; every gradient can be watched through `optimizer.slots`."""
+
+    def __init__(self, row: Any, device: torch.device, *, blocks: int | None = None) -> None:
+        self.row, self.device, self.homes = row, device, row.homes
+        streamed = self.homes.streams
+        self.model = (skeleton if streamed else filled)(row.shape, device, blocks=blocks)
+        self.units = find_units(self.model)
+        self.count = self.units.num_blocks
+        self.strategy = STRATEGIES["owlore"](self.units, hyper_of(row, self.count))
+        everything = self.units.parameters(range(self.count), self.units.groups)
+        self.optimizer = RotatingOptimizer(everything, seed=0, weights=Weights.STOCHASTIC)
+        self.residency = self._stream() if streamed else None
+        self.port = None if self.residency is None else self.residency.port
+        chain = None if self.residency is None else Chain(self.units.modules, self.residency.visit)
+        self.loss = CausalLoss(self.model)
+        self.walk: BlockMajor | None = None
+        if self.residency is None or chain is None:
+            freeze(self.model)
+            self.recompute = Recompute(self.units.modules, enabled=True)
+        else:
+            lock = pin if device.type == "cuda" else unlocked
+            boundaries = Boundaries(self.residency.port, offload=self.homes.offload, pin=lock)
+            self.walk = BlockMajor(self.loss, self.optimizer, self.residency, chain, boundaries, self.embedding)
+        self.step = 0
+
+    def _stream(self) -> Any:
+        homes, row, device = self.homes, self.row, self.device
+        lock = pin if device.type == "cuda" else unlocked
+
+        def make(block: int) -> dict[str, Tensor]:
+            return block_weights(row.shape, block, shapes[block], device)
+
+        with torch.device("meta"):
+            shapes = skeleton(row.shape, torch.device("meta"), blocks=self.count).model.layers
+        lossy = homes.frozen != "bf16"
+        residency = empty_residency(
+            self.units.modules,
+            [[name for name, _ in block] for block in self.units.blocks],
+            form=FORMATS[homes.frozen],
+            resident=resident_blocks(self.count, homes.resident_share if homes.residency == "host" else 1.0),
+            port=open_port(device, timed=device.type == "cuda"),
+            pin=lock,
+            masters=Generated(make) if lossy else None,
+        )
+        for block in range(self.count):
+            residency.occupy(block, make(block))
+        host = homes.residency == "host" and "embeddings" not in row.always_on
+        self.embedding = HostEmbedding(self.model.get_input_embeddings(), device) if host else None
+        return residency
+
+    def batches(self, step: int) -> list[MicroBatch]:
+        """Seeded token ids, every token a target."""
+        row, vocabulary = self.row, self.model.config.vocab_size
+        stream = generator_for(0, "tokens", step)
+        made = [torch.randint(4, vocabulary, (row.batch, row.tokens), generator=stream) for _ in range(row.accum)]
+        return [MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids)) for ids in made]
+
+    def switch(self) -> None:
+        drawn = draw(self.strategy.hyper.inclusion, 0, self.step // EVERY)
+        rules: dict[str, Rule] = self.strategy.rules_for(drawn)
+        bottom = any(name in rules for name, _ in self.units.groups["embeddings"])
+
+        def settle() -> None:
+            if self.residency is not None and self.walk is not None:
+                self.residency.settle(drawn)
+                self.walk.aim(drawn[0], bottom=bottom)
+            else:
+                self.recompute.lowest = 0 if bottom else drawn[0]
+
+        self.optimizer.switch(rules, self.step, between=settle)
+
+    def advance(self) -> Tensor:
+        """One step; its loss on the device."""
+        if self.step % EVERY == 0:
+            self.switch()
+        loss = self.gather(self.batches(self.step))
+        self.optimizer.update(1e-4, 1.0)
+        self.step += 1
+        return loss
+
+    def gather(self, batches: list[MicroBatch]) -> Tensor:
+        tokens = sum(batch.num_trained for batch in batches)
+        if self.walk is not None:
+            return self.walk.gather(dict(enumerate(batches)), tokens, seed=0, step=self.step).sum()
+        losses = []
+        for index, batch in enumerate(batches):
+            self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
+            mean = self.loss(**batch.on(self.device)) / tokens
+            mean.backward()
+            losses.append(mean.detach())
+        return torch.stack(losses).sum()
+
+
+def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
+    """Loss and every gradient of some steps, as the optimizer is given them."""
+    found = []
+    for _ in range(steps):
+        if ours.step % EVERY == 0:
+            ours.switch()
+        seen: dict[str, list[Tensor]] = {}
+        for name, slot in ours.optimizer.slots.items():
+            slot.receive = _watching(type(slot).receive.__get__(slot), seen.setdefault(name, []))  # type: ignore
+        loss = ours.gather(ours.batches(ours.step))
+        ours.optimizer.update(1e-4, 1.0)
+        ours.step += 1
+        found.append({"loss": loss.cpu(), "gradients": {name: [g.cpu() for g in gs] for name, gs in seen.items()}})
+    return found
+
+
+def _watching(receive: Callable[..., None], into: list[Tensor]) -> Callable[..., None]:
+    def take(gradient: Tensor, **settings: Any) -> None:
+        into.append(gradient.clone())
+        receive(gradient, **settings)
+
+    return take
