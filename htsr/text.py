@@ -29,20 +29,8 @@ def scan_record(result: ScanResult) -> dict[str, Any]:
 
 def render_scan(result: ScanResult) -> str:
     """The findings in sentences, and the table of blocks."""
-    from htsr.report import model_name
-
-    columns = (
-        "block",
-        "alpha",
-        "alpha_hill",
-        "lod",
-        "stable_rank",
-        "matrices",
-        "parameters",
-        "probability",
-        "inclusion",
-    )
-    blocks = result.blocks[list(columns)]
+    further = [name for name in result.blocks if name.startswith("lod_tau")]
+    blocks = result.blocks[[*SHOWN, *further]]
     shown = blocks.loc[:, blocks.notna().any()] if len(blocks) else blocks
     parts = [model_name(result), *describe(result)]
     return "\n".join(parts) + (f"\n\n{align(shown)}" if len(blocks) else "")

@@ -99,7 +99,7 @@ def test_the_command_takes_a_list(model: Path, text: Path, tmp_path: Path, capsy
     assert (
         (tmp_path / "o" / "blocks.csv").read_text().splitlines()[0].endswith("inclusion,lod_tau1.5,lod_weight_tau1.5")
     )
-    capsys.readouterr()
+    assert "lod_tau1.5" in capsys.readouterr().out
     for wrong in ("3,x", "3,", "3,3", "0", "3,-1"):
         assert run(*common, "--tau", wrong) == 2
         assert capsys.readouterr().err.count("\n") == 1

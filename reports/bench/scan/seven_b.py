@@ -14,7 +14,6 @@ The weights have input features of uneven size, so that some are outliers; their
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -24,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 BLOCKS, WIDTH, HIDDEN, HEADS, VOCAB = 32, 4096, 11008, 32, 32000
 CONFIG = {
@@ -92,7 +93,7 @@ def first_blocks(folder: Path, target: Path, blocks: int) -> Path:
 
 
 def lod(folder: str, device: str) -> None:
-    """(In a process of its own.) The calibration alone; seconds by block, memory, and the table's numbers."""
+    """(In a process of its own.) The calibration alone: [wall, CPU] seconds by block, memory, the table's numbers."""
     from htsr.model.calibration import calibrate
     from htsr.model.source import open_source
     from htsr.provenance import peak_bytes
@@ -100,15 +101,18 @@ def lod(folder: str, device: str) -> None:
     cuda = device.startswith("cuda")
     import torch
 
-    started, cpu, ticks = time.perf_counter(), time.process_time(), []
-    found = calibrate(open_source(folder), device=device, progress=lambda *_: ticks.append(time.perf_counter()))
-    total = time.perf_counter() - started
-    each = [b - a for a, b in itertools.pairwise(ticks)]
+    clocks = np.array([time.perf_counter(), time.process_time()])
+    ticks: list[np.ndarray] = []
+
+    def tick(*_: int) -> None:
+        ticks.append(np.array([time.perf_counter(), time.process_time()]) - clocks)
+
+    found = calibrate(open_source(folder), device=device, progress=tick)
+    each = np.diff(ticks, axis=0)
     record = {
-        "seconds": total,
-        "cpu_seconds": time.process_time() - cpu,
-        "seconds_by_block": each,
-        "seconds_before": ticks[0] - started - each[0],
+        "seconds": ticks[-1].tolist(),
+        "seconds_by_block": each.tolist(),
+        "seconds_before": (ticks[0] - each[0]).tolist(),
         "peak_bytes": peak_bytes(),
         "device_peak_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
         "device_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
@@ -131,8 +135,13 @@ def child(command: list[str], cache: Path) -> tuple[dict[str, Any], float, float
 def measure_lod(folder: Path, scratch: Path, blocks: int, device: str) -> dict[str, Any]:
     small = first_blocks(folder, scratch / f"first-{blocks}", blocks)
     found, _, _ = child([sys.executable, __file__, "--child", str(small), "--device", device], scratch / "cache")
-    each = sum(found["seconds_by_block"]) / len(found["seconds_by_block"])
-    return {**found, "blocks": blocks, "projected_seconds": found["seconds_before"] + BLOCKS * each}
+    each = np.mean(found["seconds_by_block"], axis=0)
+    return {
+        **found,
+        "blocks": blocks,
+        "block_seconds": each.tolist(),
+        "projected_seconds": (found["seconds_before"] + BLOCKS * each).tolist(),
+    }
 
 
 def measure_spectra(folder: Path, scratch: Path, blocks: int, device: str) -> dict[str, Any]:
@@ -180,9 +189,12 @@ def main() -> None:
         print(f"{blocks} of {BLOCKS} blocks, {size / 1e9:.1f} GB written in {time.perf_counter() - started:.0f} s")
         if "lod" in parts:
             result["lod"] = found = measure_lod(scratch / "model", scratch, options.lod_blocks, options.device)
-            print(f"LOD of {found['blocks']} blocks ({found['precision']['dtype']}): {found['seconds']:.1f} s, "
-                  f"{found['seconds_by_block'][-1]:.1f} s a block, {found['projected_seconds']:.0f} s projected to "
-                  f"{BLOCKS}; peak {found['peak_bytes'] / GIB:.2f} GiB of the process"
+            (wall, cpu), (block, block_cpu), (all_, all_cpu) = (
+                found[name] for name in ("seconds", "block_seconds", "projected_seconds")
+            )
+            print(f"LOD of {found['blocks']} blocks ({found['precision']['dtype']}): {wall:.0f} s, {cpu:.0f} CPU s; a "
+                  f"block {block:.0f} s, {block_cpu:.0f} CPU s; {BLOCKS} blocks would take {all_:.0f} s, "
+                  f"{all_cpu:.0f} CPU s; peak {found['peak_bytes'] / GIB:.2f} GiB of the process"
                   + (f", {found['device_peak_bytes'] / GIB:.2f} of the device (reserved "
                      f"{found['device_reserved_bytes'] / GIB:.2f})" if found["device_peak_bytes"] else ""))  # fmt: skip
         if "spectra" in parts:
