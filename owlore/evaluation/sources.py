@@ -118,7 +118,7 @@ def _from_hub(task: Task, split: str) -> list[dict[str, Any]]:
     Raises: NotFound when it is neither cached nor reachable; the message names --data-dir and its files.
     """
     assert task.hub is not None
-    name = ":".join((task.hub.path, task.hub.name or "default", split))
+    name = ":".join(filter(None, (task.hub.path, task.hub.name, split)))
     try:
         return [dict(row) for row in read_data_set(name)]
     except NotFound as error:
