@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owlore.residency.pinned import Pin
+from owlore.residency.pinned import Pin, host_memory
 from owlore.residency.ports import Port, Ticket
 
 Key = tuple[int, int]  # (block, micro-batch)
@@ -62,9 +62,12 @@ class Boundaries:
         for later in self._order[:AHEAD]:
             self._fetch(later)
         ticket = self._coming.pop(key, None)
+        away = self._away.pop(key, None)
         if ticket is not None:
             self.port.wait(ticket)
-        self._away.pop(key, None)
+        elif away is not None:  # it never left, but its copy may still be read from it when the caller lets go
+            self._leaving.remove(key)
+            self.port.wait(away.ticket)
         return self._here.pop(key)
 
     def _fetch(self, key: Key) -> None:
@@ -79,7 +82,7 @@ class Boundaries:
         size = hidden.numel() * hidden.element_size()
         buffer = self._hosts.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._hosts[key] = self._pin(torch.empty(size, dtype=torch.uint8)).tensor
+            buffer = self._hosts[key] = self._pin(host_memory(size)).tensor
         return buffer[:size].view(hidden.dtype).view(hidden.shape)
 
     def host_bytes(self) -> int:

@@ -6,6 +6,7 @@ is registered instead. Where locking is refused the memory stays pageable; copie
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,12 +27,28 @@ class HostBlob:
 Pin = Callable[[Tensor], HostBlob]
 
 
+def host_memory(num_bytes: int) -> Tensor:
+    """Host memory (uint8, flat) on pages of its own, so that no page is asked to be locked twice."""
+    whole = max(PAGE, locked_bytes(num_bytes))
+    return torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8)[:num_bytes]
+
+
 def pin(tensor: Tensor) -> HostBlob:
-    """Lock a host tensor where it lies, for its lifetime; unpinned when the driver refuses."""
+    """Lock memory of `host_memory` where it lies, for its lifetime; unpinned when the driver refuses."""
     if not torch.cuda.is_available():
         return HostBlob(tensor, False)
-    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel() * tensor.element_size(), 0)
+    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), locked_bytes(tensor.numel()), 0)
+    if int(status):
+        _forget_error()
     return HostBlob(tensor, int(status) == 0)
+
+
+def _forget_error() -> None:
+    """A refused registration stays behind as the last error, which the next launch would be blamed for."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError:
+        return
 
 
 def unlocked(tensor: Tensor) -> HostBlob:

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from owlore.residency.pinned import Pin
+from owlore.residency.pinned import Pin, host_memory
 
 
 class Sent(Protocol):
@@ -43,7 +42,7 @@ class Staging:
             busy.synchronize()
         buffer = self._ring[turn]
         if buffer is None or buffer.numel() < source.numel():
-            buffer = self._ring[turn] = self._pin(torch.empty(source.numel(), dtype=torch.uint8)).tensor
+            buffer = self._ring[turn] = self._pin(host_memory(source.numel())).tensor
         staged = buffer[: source.numel()]
         staged.copy_(source)
         self._busy[turn] = sent = send(staged)

@@ -112,7 +112,10 @@ class BlockMajor:
         rows = [self._enter(batch, _Random(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
         self._forward(rows, keep=False)
-        return [self._leave(row, row.hidden) for row in rows]
+        losses = [self._leave(row, row.hidden) for row in rows]
+        if self.embedding is not None:
+            self.embedding.forget()
+        return losses
 
     # -- a walk ------------------------------------------------------------------------------------------------------
 

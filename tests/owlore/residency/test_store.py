@@ -14,7 +14,7 @@ from owlore.residency.binding import layout_of
 from owlore.residency.build import resident_blocks
 from owlore.residency.formats import FORMATS
 from owlore.residency.masters import FileMasters, Overlay
-from owlore.residency.pinned import HostBlob, locked_bytes, rounded_bytes, unlocked
+from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, rounded_bytes, unlocked
 from owlore.residency.staging import Staging
 from owlore.residency.store import Store
 
@@ -119,6 +119,13 @@ def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
 def test_locked_memory_is_whole_pages_where_torch_would_round_to_a_power_of_two():
     assert locked_bytes(436_224_000) == 436_224_000 // 4096 * 4096 + 4096 * (436_224_000 % 4096 > 0)
     assert rounded_bytes(436_224_000) == 2**29 and rounded_bytes(1_711_300_000) == 2**31 and rounded_bytes(1) == 1
+
+
+def test_host_memory_begins_on_a_page_of_its_own():
+    parts = [host_memory(size) for size in (1, 4096, 5000)]
+    assert [p.numel() for p in parts] == [1, 4096, 5000] and all(p.data_ptr() % 4096 == 0 for p in parts)
+    parts[2].fill_(7)
+    assert parts[1].sum() == 0 and int(parts[2].sum()) == 35000
 
 
 class Late:
