@@ -2,8 +2,9 @@
 
 bfloat16 products are several times faster there, but rounding moves input norms, and a norm moves outliers across
 their limit. So the first windows run in both precisions, block by block in one walk, and the text runs in bfloat16
-only if no block's LOD moved by more than `MOST_CHANGE`, half of the one percent that the whole is to agree within.
-(all-MiniLM-L6-v2: 0.15 % on two windows, 0.21 % on all 32.)
+only if no block's share of the table moved by more than `MOST_SHARE`. The whole text is to agree within one percent;
+it moved by up to 1.4 times what the first windows did (all-MiniLM-L6-v2: 0.15 % and 0.21 %; SmolLM2-135M: 0.51 % and
+0.34 %), hence the limit.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from htsr.model.pool import Outliers
 
 PROBE_WINDOWS = 2
-MOST_CHANGE = 0.005  # of a block's LOD, relative; its share of the table then moves by no more than twice that
-FEWEST = 200  # outliers of a block: with fewer, one that crosses the limit is more than MOST_CHANGE
+MOST_SHARE = 0.007  # of a block's share of the table, relative
+MOST_LOD = 0.01  # of its LOD: where one moves that far the rest need not be looked at
+FEWEST = 200  # outliers of a block: with fewer, one that crosses the limit is half a percent
 WORTHWHILE = 8  # windows from which bfloat16 saves more than the probe costs
 UNITS = ("avx512_bf16", "amx_bf16")  # as Linux reports them; without, bfloat16 is emulated and slow
 
@@ -60,14 +62,14 @@ def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
         exact.append(true.lod)
         rounded.append(got.lod)
         if not (count := true.lod / 100 * size) >= FEWEST:
-            return fp32(f"block {block} has {count:.0f} outliers, too few to see a change of {MOST_CHANGE:.1%}")
+            return fp32(f"block {block} has {count:.0f} outliers, too few to see a change of {MOST_SHARE:.1%}")
         change = relative_change(true.lod, got.lod)
-        if not change <= MOST_CHANGE:
-            return fp32(f"in bfloat16 the LOD of block {block} moves by {change:.2%}, more than {MOST_CHANGE:.1%}")
+        if not change <= MOST_LOD:
+            return fp32(f"in bfloat16 the LOD of block {block} moves by {change:.2%}, more than {MOST_LOD:.1%}")
     changes = [relative_change(a / sum(exact), b / sum(rounded)) for a, b in zip(exact, rounded, strict=True) if a]
     largest = max(changes, default=0.0)
-    if not largest <= MOST_CHANGE:
-        return fp32(f"in bfloat16 a block's share of the table moves by {largest:.2%}, more than {MOST_CHANGE:.1%}")
+    if not largest <= MOST_SHARE:
+        return fp32(f"in bfloat16 a block's share of the table moves by {largest:.2%}, more than {MOST_SHARE:.1%}")
     why = f"on the first windows no block's share of the table is further than {largest:.2%} from float32's"
     return Rounding(dtype=torch.bfloat16, why=why)
 
