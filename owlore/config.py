@@ -136,6 +136,7 @@ class TrainConfig:
         "auto", choice("auto", "float32", "bfloat16", "float16"), "To load the weights in; auto is the checkpoint's."
     )
     attn: str = option("sdpa", choice("sdpa", "eager", "flash_attention_2"), "Attention implementation.")
+    compile: bool = option(False, flag(), "Compile each block with torch.compile; the first steps take minutes.")
     log_to: tuple[str, ...] = option((), names("tensorboard", "wandb"), "Send the metrics there too; wandb offline.")
     json: bool = option(False, flag(), "Print one JSON object instead of text.", call=True)
     quiet: bool = option(False, flag(), "Nothing on stderr but an error.", call=True)

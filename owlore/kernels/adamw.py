@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 1 << 18  # of a parameter at once: the operands, 1 MiB each, stay in a CPU's caches
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
@@ -32,3 +34,20 @@ def direction(mean: Tensor, square: Tensor, step: int, constants: AdamW) -> Tens
     """m_hat / (sqrt(v_hat) + eps) after `step` updates (counted from 1); a new tensor, m and v untouched."""
     denominator = (square.sqrt() / math.sqrt(1 - constants.beta2**step)).add_(constants.eps)
     return torch.div(mean, denominator, out=denominator).div_(1 - constants.beta1**step)
+
+
+def turn_into_change(gradient: Tensor, mean: Tensor, square: Tensor, step: int, constants: AdamW) -> Tensor:
+    """Both of the above on a few rows at a time, in place: `gradient` becomes the direction and is returned.
+
+    Element by element the same as on the whole; no tensor of the parameter's size is made beside the three.
+    """
+    whole = (gradient, mean, square)
+    if gradient.numel() <= CHUNK_ELEMENTS:
+        parts = [whole]
+    else:
+        rows = max(1, CHUNK_ELEMENTS * len(gradient) // gradient.numel())
+        parts = list(zip(*(tensor.split(rows) for tensor in whole), strict=True))
+    for g, m, v in parts:
+        update_moments(g, m, v, constants)
+        g.copy_(direction(m, v, step, constants))
+    return gradient

@@ -56,15 +56,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = chunk_rows(weight.shape[0])
+        room = hidden.new_empty(min(size, len(labels)), weight.shape[0])  # of one chunk's logits, used again
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            chunk_loss, dz = _chunk(hidden[rows], weight, bias, labels[rows], scale, softcap, any(ctx.needs_input_grad))
+            logits = torch.mm(hidden[rows], weight.T, out=room[: len(labels[rows])]).float()
+            chunk_loss, dz = _chunk(logits, bias, labels[rows], scale, softcap, any(ctx.needs_input_grad))
             loss += chunk_loss
             if dz is None:
                 continue
             if grad_bias is not None:
                 grad_bias += dz.sum(0)
-            dz = dz.mul_(scale).to(weight.dtype)
+            dz = dz if scale == 1.0 else dz.mul_(scale)
+            dz = dz if dz.dtype == weight.dtype else room[: len(dz)].copy_(dz)
             if grad_hidden is not None:
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -86,16 +89,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: Tensor,
-    weight: Tensor,
+    logits: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     scale: float,
     softcap: float | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk and, if asked for, dloss/d(scale * H W^T + b), both fp32."""
-    logits = (hidden @ weight.T).float()
+    """Loss of one chunk and, if asked for, dloss/d(scale * H W^T + b), both fp32; `logits` (fp32 H W^T) is used up."""
     if scale != 1.0:
         logits *= scale
     if bias is not None:

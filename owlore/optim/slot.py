@@ -14,7 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.adamw import AdamW, direction, update_moments
+from owlore.kernels.adamw import AdamW, turn_into_change
 from owlore.kernels.projector import (
     basis_shape,
     find_basis,
@@ -201,7 +201,7 @@ class Slot:
     def norm_squared(self) -> Tensor | None:
         """Squared norm of the gathered gradient (in the projected space where that is all that is used), fp32."""
         part = self.whole if self.keeps_whole and self.whole is not None else self.gathered
-        return None if part is None else part.square().sum()
+        return None if part is None else torch.linalg.vector_norm(part).square()
 
     @torch.no_grad()
     def update(self, lr: float, clip_factor: Tensor | float, step: int) -> None:
@@ -212,10 +212,7 @@ class Slot:
         gradient, self.gathered = self.gathered.mul_(clip_factor), None
         self.updates += 1
         mean, square = self.moments.read()
-        update_moments(gradient, mean, square, adam)
-        if not self.keeps_whole:
-            del gradient
-        change = direction(mean, square, self.updates, adam)
+        change = turn_into_change(gradient.clone() if self.keeps_whole else gradient, mean, square, self.updates, adam)
         self.moments.write(mean, square)
         del mean, square
         if self.projected:

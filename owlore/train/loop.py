@@ -22,6 +22,7 @@ from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
 from owlore.strategies import Record, Strategy
 from owlore.train import checkpoint
+from owlore.train.compiled import Compiled
 from owlore.train.distributed import ALONE, Ranks
 from owlore.train.evaluate import held_out_loss
 from owlore.train.interrupt import Interruptible
@@ -73,6 +74,7 @@ class Trainer:
     optimizer: RotatingOptimizer
     loss: CausalLoss
     recompute: Recompute
+    compiled: Compiled
     pace: Pace
     data: Encoded
     arrangement: Arrangement

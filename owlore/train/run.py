@@ -28,8 +28,10 @@ from owlore.kernels.cross_entropy import IGNORED
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Start, Strategy
 from owlore.train.card import model_card
+from owlore.train.compiled import Compiled
 from owlore.train.distributed import ALONE, Ranks, join
 from owlore.train.export import export, export_adapter
+from owlore.train.heap import trimmed_heap
 from owlore.train.loading import Loaded, load, pick_device
 from owlore.train.loop import Pace, Tally, Trainer, collated
 from owlore.train.loss import CausalLoss
@@ -198,6 +200,8 @@ def assemble(
                 "frozen blocks stream in one process only"
             )
         streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
+    if streaming is not None and config.compile:
+        raise UsageError("got --compile with streamed blocks, expected one of them; leave --compile out")
     loss = CausalLoss(loaded.model)
     if streaming is not None:
         streaming.connect(loss, optimizer)
@@ -221,6 +225,7 @@ def assemble(
         strategy=strategy,
         optimizer=optimizer,
         loss=loss,
+        compiled=Compiled(units.modules, enabled=config.compile, device=device),
         recompute=Recompute(units.modules, enabled=streaming is None and recomputes(config, units)),
         streaming=streaming,
         pace=_pace(config, strategy_class, arrangement),
@@ -270,6 +275,7 @@ def _train(
                 config.log_to if leads else (), place.directory, config.to_dict(), step=first_step
             ) as trackers,
             progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
+            trimmed_heap(trainer.units.modules, trainer.device),
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
@@ -280,6 +286,7 @@ def _train(
         raise
     finally:
         trainer.recompute.remove()
+        trainer.compiled.remove()
     loaded.model.eval()
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
     run = Run(

@@ -5,7 +5,8 @@ import pytest
 import torch
 from makers import generator
 
-from owlore.kernels.adamw import AdamW, direction, update_moments
+from owlore.kernels import adamw
+from owlore.kernels.adamw import AdamW, direction, turn_into_change, update_moments
 
 
 def trajectory(weight, gradients, lr, constants):
@@ -44,3 +45,18 @@ def test_direction_leaves_the_moments_alone():
     before = mean.clone(), square.clone()
     direction(mean, square, 3, AdamW())
     assert torch.equal(mean, before[0]) and torch.equal(square, before[1])
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (10, 7), (3, 40)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_update_in_place_by_a_few_rows_is_that_of_the_whole_bit_for_bit(monkeypatch, shape, transposed):
+    monkeypatch.setattr(adamw, "CHUNK_ELEMENTS", 8)
+    gradient = torch.randn(shape, generator=generator(0))
+    gradient = gradient.T.contiguous().T if transposed and gradient.ndim == 2 else gradient
+    mean, square = torch.randn(shape, generator=generator(1)), torch.rand(shape, generator=generator(2))
+    moments = mean.clone(), square.clone()
+    update_moments(gradient, *moments, AdamW())
+    expected = direction(*moments, 4, AdamW())
+    change = turn_into_change(gradient, mean, square, 4, AdamW())
+    assert change is gradient
+    assert torch.equal(change, expected) and torch.equal(mean, moments[0]) and torch.equal(square, moments[1])

@@ -41,6 +41,28 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(tmp_path, ran
         assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm().clamp_min(1.0), name
 
 
+class LiveTensors(TorchDispatchMode):
+    """Walks what lives while backward runs: storages as large as one of the matrices, the weights themselves aside."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        self.sizes = {m.untyped_storage().nbytes() for m in matrices}
+        self.own = {m.untyped_storage()._cdata for m in matrices}
+        self.alive, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if storage.nbytes() in self.sizes and key not in self.own and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.most = max(self.most, len(self.alive))
+                    weakref.finalize(storage, self.alive.pop, key, None)
+        return out
+
+
 class Walked:
     """The blocks that backward really reaches: each marks itself when a gradient arrives at its feed-forward output."""
 
@@ -96,6 +118,25 @@ def test_gradients_are_the_same_with_and_without_checkpointing(active):
         assert all("forward" not in vars(block) for block in units.modules)
         results.append({n: p.grad for n, p in units.parameters(active, ()).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_recomputation_keeps_one_buffer_and_no_hidden_state_beside_it():
+    model = tiny_llama(blocks=8, width=32)
+    freeze(model)
+    units = find_units(model)
+    for parameter in units.parameters((2, 6), ()).values():
+        parameter.requires_grad_(True)
+    recompute = Recompute(units.modules, enabled=True)
+    recompute.lowest = 2
+    ids = torch.randint(4, 60, (3, 13), generator=torch.Generator().manual_seed(0))
+    loss = CausalLoss(model)
+    hidden = torch.empty(3, 13, 32), torch.empty(6, 3, 13, 32)
+    with LiveTensors(hidden) as watch:
+        out = loss(ids, ids)
+        # The input of the last norm, and the buffer of six blocks.
+        assert sorted(watch.alive.values()) == [tensor.nbytes for tensor in hidden]
+        out.backward()
+    assert not watch.alive
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -312,28 +353,6 @@ def test_an_in_memory_model_is_trained_in_place(tmp_path):
     assert changed and all(n.startswith(f"model.layers.{drawn}.") for n in changed)
 
 
-class LiveGradients(TorchDispatchMode):
-    """Walks what lives while backward runs: storages as large as one of the matrices, the weights themselves aside."""
-
-    def __init__(self, matrices):
-        super().__init__()
-        self.sizes = {m.untyped_storage().nbytes() for m in matrices}
-        self.own = {m.untyped_storage()._cdata for m in matrices}
-        self.alive, self.most = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if storage.nbytes() in self.sizes and key not in self.own and key not in self.alive:
-                    self.alive[key] = storage.nbytes()
-                    self.most = max(self.most, len(self.alive))
-                    weakref.finalize(storage, self.alive.pop, key, None)
-        return out
-
-
 @pytest.mark.parametrize("accum", [1, 3])
 def test_only_one_full_gradient_is_alive_during_backward(accum):
     """Outside a step that looks for new bases with accumulation, where the sums have to wait for the last batch."""
@@ -351,7 +370,7 @@ def test_only_one_full_gradient_is_alive_during_backward(accum):
             optimizer.micro_batch(step, last=micro == accum - 1)
             value = loss(ids, ids)
             gc.collect()
-            with LiveGradients(matrices) as live:
+            with LiveTensors(matrices) as live:
                 value.backward()
             most.append((live.most, len(live.alive)))
         optimizer.update(1e-3, 1.0)

@@ -1,0 +1,127 @@
+"""The arms of this project: the engine's own pieces in the order of its loop."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from measure import Clock, even_pairs, steep_pairs, token_batches
+
+ARMS = {
+    "full": "AdamW on everything, --method full",
+    "owlore-2": "two blocks, uniform, rank 128, embeddings frozen",
+    "owlore-2+ckpt": "the same with --checkpointing on",
+    "owlore-2 steep": "two blocks, table as steep as LLaMA-2's",
+    "owlore-1": "one block, rank 128, each block once",
+    "lisa-2": "--method lisa: two blocks, embeddings on",
+    "galore": "--method galore: all blocks, rank 128",
+    "full again": "the first arm once more: how steady the machine is",
+}
+PERIOD = 50  # steps of a real period, in which a basis is found once
+
+
+def imports() -> None:
+    """Modules whose code is not to be charged to the first step."""
+    import owlore.train.run  # noqa: F401
+
+
+def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str, Any]:
+    """Seconds and losses by step, the first step (warm-up) apart."""
+    import torch
+
+    from owlore.blocks import find_units, freeze
+    from owlore.kernels.adamw import AdamW
+    from owlore.optim import RotatingOptimizer, Rule, slot
+    from owlore.train.heap import trimmed_heap
+    from owlore.train.loss import CausalLoss
+    from owlore.train.recompute import Recompute
+
+    freeze(model)
+    units = find_units(model)
+    name = arm.partition("+")[0].partition(" ")[0]
+    groups = tuple(units.groups) if name in ("full", "lisa-2", "galore") else ()
+    rank = 128 if name.startswith("owlore") or name == "galore" else None
+    optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0)
+    loss, recompute = CausalLoss(model), Recompute(units.modules, enabled=arm.endswith("+ckpt"))
+    searching = Stopwatch()
+    slot.find_basis = searching.around(slot.find_basis)
+    clock, losses, searches = Clock(), [], []
+    draws = draws_of(arm, units.num_blocks, steps)
+    with trimmed_heap(units.modules, torch.device("cpu")):
+        for step, ids in zip(range(-1, len(draws)), token_batches(args), strict=False):
+            clock.start()
+            searching.seconds = 0.0
+            draw = draws[max(0, step)]
+            if step <= 0 or draw != draws[step - 1]:
+                rules = {
+                    n: Rule(adam=AdamW(), rank=rank if p.ndim > 1 and n not in _outside(units) else None)
+                    for n, p in units.parameters(draw, groups).items()
+                }
+                optimizer.switch(rules, step + 1)
+                recompute.lowest = 0 if groups else draw[0]
+            optimizer.micro_batch(step + 1, last=True)
+            mean = loss(ids, ids) / (ids.numel() - len(ids))
+            mean.backward()
+            optimizer.update(args.lr, 1.0)
+            clock.stop(without=searching.seconds * (1 - 1 / PERIOD))
+            searches.append(searching.seconds)
+            losses.append(float(mean.detach()))
+    return clock.after_warm_up() | {
+        "search_seconds": searches[1:], "losses": losses[1:], "state_bytes": optimizer.held().total,
+        "mean_depth": sum(units.num_blocks - min(d) for d in draws) / len(draws), "draws": draws,
+    }  # fmt: skip
+
+
+def draws_of(arm: str, blocks: int, steps: int) -> list[tuple[int, ...]]:
+    if arm.endswith("steep"):
+        return steep_pairs(blocks)
+    if "-2" in arm:
+        return even_pairs(blocks)
+    if "-1" in arm:
+        return [(i,) for i in range(blocks)]
+    return [tuple(range(blocks))] * steps
+
+
+def _outside(units: Any) -> set[str]:
+    return {name for group in units.groups.values() for name, _ in group}
+
+
+class Stopwatch:
+    """Adds up the time spent in a function."""
+
+    seconds = 0.0
+
+    def around(self, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
+
+
+def check(args: argparse.Namespace, model: Any) -> None:
+    """One step of our full fine-tuning has to give the loss and the gradient norm of transformers' own model."""
+    import torch
+
+    from owlore.blocks import find_units, freeze
+    from owlore.optim import RotatingOptimizer, Rule
+    from owlore.train.loss import CausalLoss
+
+    ids = token_batches(args)[0][:1, :64]
+    own = model(input_ids=ids, labels=ids).loss
+    own.backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    freeze(model)
+    units = find_units(model)
+    parameters = units.parameters(range(units.num_blocks), units.groups)
+    optimizer = RotatingOptimizer(parameters, seed=0)
+    optimizer.switch(dict.fromkeys(parameters, Rule()), 0)
+    loss = CausalLoss(model)(ids, ids) / (ids.shape[1] - 1)
+    loss.backward()
+    ours = optimizer.gradient_norm()
+    assert abs(float(loss.detach()) - float(own.detach())) <= 1e-5 * float(own.detach()), (loss, own)
+    assert abs(float(ours) - float(norm)) <= 1e-4 * float(norm), (ours, norm)
