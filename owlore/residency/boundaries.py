@@ -61,10 +61,9 @@ class Boundaries:
         self._fetch(key)
         for later in self._order[:AHEAD]:
             self._fetch(later)
-        ticket = self._coming.pop(key, None)
         away = self._away.pop(key, None)
-        if ticket is not None:
-            self.port.wait(ticket)
+        if key in self._coming:
+            self.port.wait(self._coming.pop(key))
         elif away is not None:  # it never left, but its copy may still be read from it when the caller lets go
             self._leaving.remove(key)
             self.port.wait(away.ticket)

@@ -43,8 +43,7 @@ def storages(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("case", HOMES)
-@pytest.mark.parametrize("drawn", [(0, 12), (5, 6, 11)])
+@pytest.mark.parametrize(("case", "drawn"), [*((case, (5, 6, 11)) for case in HOMES), ("host nf4", (0, 12))])
 def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_slots_and_drawn(case, drawn):
     homes = HOMES[case]
     streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), homes)
@@ -107,8 +106,7 @@ def hyper(blocks, drawn, **settings):
                     "refresh": None, "scale": 1.0, "weight_decay": 0.0, **settings})  # fmt: skip
 
 
-@pytest.mark.parametrize("accum", [1, 4])
-@pytest.mark.parametrize("case", HOMES)
+@pytest.mark.parametrize(("case", "accum"), [("host", 1), ("device nf4", 1), *((case, 3) for case in HOMES)])
 def test_the_peak_is_planned_within_fifteen_percent(case, accum):
     homes, drawn = HOMES[case], (1, 6)
     # Blocks large beside one tensor's alignment, and a head small beside them.
@@ -230,7 +228,7 @@ def test_fit_leaves_bits_alone_where_it_can_and_quantises_last(tmp_path):
     least = fit(1)
     assert not least.fits and least.level == 2
     smallest, levels = least.plan.bytes["total"], [0]
-    for share in (0.8, 0.4, 0.0):
+    for share in (0.6, 0.0):
         limit = int(smallest + share * (plain - smallest))
         found = fit(limit)
         assert found.fits and found.plan.bytes["total"] <= limit
