@@ -12,7 +12,7 @@ from owlore.kernels.mpo import GAUGES
 
 INITS = {
     "mpo": "the truncated matrix product operator of the pre-trained weight",
-    "random": "Gaussian cores whose product has the weight's norm: the control",
+    "random": "Gaussian cores whose product has that operator's norm: the control",
 }
 RESIDUALS = {
     "implicit": "W0 + MPO(c) - MPO(c0): the base stays untouched and the first output is the base's, bit for bit",

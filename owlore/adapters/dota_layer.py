@@ -259,10 +259,10 @@ def first_cores(weight: Tensor, shape: MpoShape, config: DotaConfig, name: str) 
     Alternation (LoftQ, arXiv 2310.08659, algorithm 1): quantise what the cores leave, refit the cores to what the
     quantised residual leaves; the best round is kept, so the error never grows.
     """
-    if config.init == "random":
-        norm = float(torch.linalg.vector_norm(weight.double()))
-        return random_cores(shape, norm, generator_for(config.seed, "dota-random", name))
     cores = decompose(weight, shape, config.gauge)
+    if config.init == "random":  # of the operator's own norm, so that only its directions differ
+        norm = float(torch.linalg.vector_norm(rebuild(cores, shape)))
+        return random_cores(shape, norm, generator_for(config.seed, "dota-random", name))
     if not config.alternations:
         return cores
     whole = weight.double()
