@@ -319,6 +319,7 @@ def make_plan(
             activations=_activations(shape, low, len(worst), batch, tokens, recompute),
             block=int(batch * shape.footprint.trained(tokens)),
             logits=_logits(shape, batch * tokens),
+            head=_head_gradient(units, parameters),
             recompute=recompute,
             accumulates=accum > 1,
         )
@@ -408,6 +409,7 @@ class _Moments:
     activations: int
     block: int
     logits: int
+    head: int  # gradient of a trained head: made with the loss, before any activation goes
     recompute: bool
     accumulates: bool
 
@@ -425,7 +427,7 @@ class _Moments:
         if self.accumulates:
             return self.gradients + self.activations + max(self.logits, self.in_backward)
         kept = max(self.activations, self.gradients) if self.recompute else self.activations + self.arriving
-        return max(self.activations + self.logits, kept + self.in_backward)
+        return max(self.activations + self.logits + self.head, kept + self.in_backward)
 
 
 def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], accum: int) -> int:
@@ -468,6 +470,13 @@ def _logits(shape: Shape, tokens: int) -> int:
     size = torch.empty((), dtype=shape.dtype).element_size()
     rows = min(chunk_rows(shape.vocabulary), tokens)
     return rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
+
+
+def _head_gradient(units: Units, trained: Mapping[str, nn.Parameter]) -> int:
+    """Bytes of the head's gradient while the loss is computed, summed in fp32; in 16 bits a chunk's part beside it."""
+    sizes = [p.numel() * (4 if p.element_size() == 4 else 4 + p.element_size())
+             for name, p in units.groups["head"] if name in trained]  # fmt: skip
+    return sum(sizes)
 
 
 def _draws(strategy: Strategy, hyper: Hyper, blocks: int) -> list[tuple[int, ...]]:

@@ -6,14 +6,14 @@ import argparse
 import time
 from typing import Any
 
-from measure import Clock, even_pairs, steep_pairs, token_batches
+from measure import Clock, even_pairs, every_third, steep_pairs, token_batches
 
 ARMS = {
     "full": "AdamW on everything, --method full",
     "owlore-2": "two blocks, uniform, rank 128, embeddings frozen",
     "owlore-2+ckpt": "the same with --checkpointing on",
     "owlore-2 steep": "two blocks, table as steep as LLaMA-2's",
-    "owlore-1": "one block, rank 128, each block once",
+    "owlore-1": "one block, rank 128, every third block once",
     "lisa-2": "--method lisa: two blocks, embeddings on",
     "galore": "--method galore: all blocks, rank 128",
     "full again": "the first arm once more: how steady the machine is",
@@ -79,7 +79,7 @@ def draws_of(arm: str, blocks: int, steps: int) -> list[tuple[int, ...]]:
     if "-2" in arm:
         return even_pairs(blocks)
     if "-1" in arm:
-        return [(i,) for i in range(blocks)]
+        return [(block,) for block in every_third(blocks)]
     return [tuple(range(blocks))] * steps
 
 
