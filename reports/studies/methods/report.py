@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import draw
-from analyse import Arm, Difference, difference, rank, read_results
+from analyse import Arm, Difference, choose, chosen, difference, rank, read_results
 from study import Study, read_study
 
 
@@ -29,20 +29,21 @@ def write(study: Study) -> None:
     """README.md, table.csv and plots/ of the study."""
     results = read_results(study.directory / "results")
     scan = json.loads((study.directory / "tables" / "scan.json").read_text())
+    if not any(result["status"] == "finished" for result in results):
+        raise SystemExit(f"{study.path}: no run has finished yet")
     arms, left_out = rank(results, study.learning_rates, study.tuning_seed)
-    if not arms:
-        raise SystemExit(f"{study.path}: no arm is complete yet ({len(results)} of {study.num_cells} cells)")
+    swept = choose(results, study.learning_rates, study.tuning_seed)
     by_name = {arm.name: arm for arm in arms}
     reference = by_name.get(study.spec["reference"])
     rows = [row(arm, reference, study) for arm in arms]
     with (study.directory / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["arm"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    pictures = draw.all_plots(study, arms, study.directory / "plots")
+    pictures = draw.all_plots(study, arms, study.directory / "plots") if arms else []
     page = "\n".join([
         *head(study, results, scan), *table(rows), "", *outside(left_out, study, results),
-        *answers(study, by_name, scan), *sweep(arms), *shown(pictures), *limits(study),
+        *answers(study, by_name, scan), *sweep(study, swept), *shown(pictures), *limits(study),
     ])  # fmt: skip
     (study.directory / "README.md").write_text(page + "\n")
     print(f"{study.directory}/README.md: {len(arms)} arms ranked, {len(left_out)} left out")
@@ -115,6 +116,8 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["No arm has all its runs yet; the matrix is still being run."]
     lines = [
         "| arm | lr | test loss | difference | exact | trained | state MB | resident MB | CPU s | of it scan |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -197,19 +200,23 @@ def shares(scan: dict[str, Any], name: str) -> str:
     return " ".join(f"{share:.2f}" for share in scan["tables"][name]["inclusion"])
 
 
-def sweep(arms: Sequence[Arm]) -> list[str]:
-    """Validation loss at every learning rate, so that a badly tuned arm can be seen."""
-    rates = sorted(arms[0].validation)
+def sweep(study: Study, losses: dict[str, dict[float, float]]) -> list[str]:
+    """Validation loss of every arm at every learning rate, so that a badly tuned arm can be seen."""
+    rates = sorted(study.learning_rates)
     lines = ["## The sweep", "", "Validation loss at each learning rate, tuning seed.", "",
              "| arm | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "| --- |" + " --- |" * len(rates)]  # fmt: skip
-    for arm in arms:
-        cells = [f"**{arm.validation[lr]:.4f}**" if lr == arm.lr else f"{arm.validation[lr]:.4f}" for lr in rates]
-        lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
+    for name in study.arms:
+        known = losses.get(name, {})
+        best = chosen(known, rates) if known else None
+        cells = [
+            "" if lr not in known else f"**{known[lr]:.4f}**" if lr == best else f"{known[lr]:.4f}" for lr in rates
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def shown(pictures: Sequence[tuple[str, str]]) -> list[str]:
-    lines = ["## Pictures", ""]
+    lines = ["## Pictures", ""] if pictures else []
     for name, caption in pictures:
         lines += [caption, "", f"![{caption}](plots/{name})", ""]
     return lines
