@@ -174,7 +174,10 @@ def paragraph(arms: dict[str, Arm], scan: dict[str, Any]) -> list[str]:
     cost = scan["tables"]["lod"]["scan_cpu_seconds"]
     per_run = uniform.mean("seconds", "call_cpu")
     alpha_cost = scan["tables"]["alpha-heavy"]["scan_cpu_seconds"]
+    tables = sorted((lod, uniform, decrease, heavy, light), key=lambda arm: arm.mean("test_loss"))
+    order = ", ".join(f"{arm.name.removeprefix('owlore-')} {arm.mean('test_loss'):.4f}" for arm in tables)
     return [
+        f"The five tables from best to worst by mean test loss: {order}. "
         f"Does the LOD table beat uniform draws? {said(difference(lod, uniform))} "
         f"Does it beat draws that fall with depth? {said(difference(lod, decrease))} Does alpha help? "
         f"Heavy tails first against uniform: {said(difference(heavy, uniform))} "
