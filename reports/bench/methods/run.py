@@ -1,6 +1,6 @@
 """All methods on one model with equal data and steps: CPU seconds a step, peak bytes, trainable share, loss.
 
-python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 8] [--threads 1] [--fresh]
+python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 6] [--threads 1] [--fresh]
 
 Each method runs in a process of its own and leaves results/METHOD.json; what is there is not run again, so the bench
 can be made in pieces. At the end the table of all that is there is printed, and written to results/table.txt.
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ALL = ("full", "galore", "owlore", "lisa", "lisa-d", "grass", "badam", "lora", "dora", "smt", "dota", "qdota")
 EQUAL = {"batch": 2, "seq_len": 256, "packing": True, "dtype": "float32", "seed": 0, "schedule": "constant"}
-PERIODS = {"every": 2}  # for the methods that draw: four draws in eight steps
+PERIODS = {"every": 2}  # for the methods that draw: three draws in six steps
 OWN: dict[str, dict[str, Any]] = {
     "full": {"lr": 5e-5},
     "galore": {"refresh": 200},
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("rows", type=Path)
     parser.add_argument("--methods", default=",".join(ALL))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", type=Path, help="layer table for owlore; uniform without")
     parser.add_argument("--fresh", action="store_true", help="run again what is there")
@@ -106,7 +106,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     with tempfile.TemporaryDirectory() as folder:
         run = owlore.train(loaded.model, rows, tokenizer=loaded.tokenizer, method=method, steps=args.steps,
-                           eval_data=0.01, out=Path(folder) / "run", **EQUAL, **changes)  # fmt: skip
+                           eval_data=0.005, out=Path(folder) / "run", **EQUAL, **changes)  # fmt: skip
     record = run.record
     train = [row for row in run.rows if row["split"] == "train"]
     seconds = [after - before for before, after in zip(marks[1::2], marks[2::2], strict=True)]
