@@ -8,6 +8,7 @@ zero where attention keeps no scores), and two lengths give both.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -20,19 +21,23 @@ from owlore.blocks import find_units, freeze
 from owlore.train.loading import attention
 
 Prepare = Callable[[nn.Module], Collection[str] | None]
-PROBES = (32, 64)  # tokens
+PROBES = (32, 64, 96)  # tokens, evenly spaced
 TOY_VOCABULARY = 64
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one sequence of T tokens: linear * T + quadratic * T^2."""
+    """Bytes of one sequence of T tokens: linear * T + quadratic * T^2; `fixed` comes once, whatever the sequences.
+
+    (An adapter may save what is as large as a weight, as DoRA does with the sum of both.)
+    """
 
     linear: float
     quadratic: float = 0.0
+    fixed: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.linear + other.linear, self.quadratic + other.quadratic)
+        return Cost(self.linear + other.linear, self.quadratic + other.quadratic, self.fixed + other.fixed)
 
     def __call__(self, tokens: int) -> float:
         return self.linear * tokens + self.quadratic * tokens**2
@@ -62,12 +67,13 @@ def measure_footprint(
     """
     model = _toy(config, dtype, attn)
     names = None if prepare is None else prepare(model)
-    counted = {
-        blocks: [_saved(model, blocks, tokens, names, packed) for tokens in PROBES] for blocks in ((1,), (0,), ())
-    }
+    probed = ((1,), (0,), ()) if names is None else ((1,), (0,), (), (0, 1))
+    counted = {blocks: [_saved(model, blocks, tokens, names, packed) for tokens in PROBES] for blocks in probed}
+    # An adapter lies in nearly all blocks: what counts is a trained block that a gradient passes through.
+    with_it, without = (counted[1,], counted[()]) if names is None else (counted[0, 1], counted[1,])
     hidden = model.config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()
     return Footprint(
-        trained=_cost([top - alone for top, alone in zip(counted[1,], counted[()], strict=True)]),
+        trained=_cost([more - less for more, less in zip(with_it, without, strict=True)]),
         frozen=_cost([both - top for both, top in zip(counted[0,], counted[1,], strict=True)]),
         boundary=Cost(float(hidden)),
         outside=_cost(counted[()]) + Cost(0.0, float(packed)),  # the mask itself, a byte a pair of tokens
@@ -75,10 +81,12 @@ def measure_footprint(
 
 
 def _cost(counted: list[int]) -> Cost:
-    """The a and b of a T + b T^2 through two points."""
-    (s, t), (x, y) = PROBES, counted
-    quadratic = max(0.0, (y / t - x / s) / (t - s))
-    return Cost(y / t - quadratic * t, quadratic)
+    """a, b and c of c + a T + b T^2 through the points of `PROBES`."""
+    (s, t, _), (x, y, z) = PROBES, counted
+    step = t - s
+    quadratic = max(0.0, (z - 2 * y + x) / (2 * step**2))
+    linear = (y - x) / step - quadratic * (s + t)
+    return Cost(linear, quadratic, max(0.0, x - linear * s - quadratic * s**2))
 
 
 def _toy(config: Any, dtype: torch.dtype, attn: str) -> Any:
@@ -122,9 +130,9 @@ def _start_here(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def saved_bytes(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward of the decoder, parameters not counted."""
+    """Bytes of the distinct storages that autograd saves in one forward of the decoder, beside the model's own."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {held.untyped_storage().data_ptr() for held in itertools.chain(model.parameters(), model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ def make_plan(
             gradients=gradient_bytes(parameters, rules, accum),
             arriving=arriving_bytes(parameters, rules),
             activations=_activations(shape, low, len(worst), batch, tokens, recompute),
-            block=int(batch * shape.footprint.trained(tokens)),
+            block=int(batch * shape.footprint.trained(tokens) + shape.footprint.trained.fixed),
             logits=_logits(shape, batch * tokens),
             head=_head_gradient(units, parameters),
             recompute=recompute,
@@ -458,10 +458,11 @@ def _activations(shape: Shape, low: int, active: int, batch: int, tokens: int, r
     """Saved for backward when the forward is done."""
     footprint, blocks = shape.footprint, shape.units.num_blocks - low
     if recompute:
-        kept = blocks * footprint.boundary(tokens)
+        kept, fixed = blocks * footprint.boundary(tokens), 0.0
     else:
         kept = active * footprint.trained(tokens) + max(0, blocks - active) * footprint.frozen(tokens)
-    return int(batch * (kept + footprint.outside(tokens)))
+        fixed = active * footprint.trained.fixed + max(0, blocks - active) * footprint.frozen.fixed
+    return int(batch * (kept + footprint.outside(tokens)) + fixed)
 
 
 def _logits(shape: Shape, tokens: int) -> int:

@@ -152,3 +152,32 @@ def test_the_best_evaluation_comes_back(tmp_path):
     saved = load(run.directory / f"checkpoints/step-{best['step']:06d}").weights
     named = dict(run.model.get_base_model().named_parameters())
     assert saved and all(torch.equal(named[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "dota", "qdota"])
+def test_planned_activations_are_what_autograd_keeps(method):
+    """Counted on five blocks at a length that was not probed; DoRA keeps sums as large as weights, whatever the length.
+
+    The lowest block needs no gradient of its input, so the plan is a little high.
+    """
+    from makers import tiny_llama
+
+    from owlore.blocks import freeze
+    from owlore.strategies import Start
+    from owlore.train.footprint import measure_footprint, saved_bytes
+
+    own = {key: one.default for key, one in STRATEGIES[method].own.items()}
+
+    def prepared(model):
+        return STRATEGIES[method].prepare(model, Start(own=own, seed=0)).trained
+
+    model = tiny_llama(blocks=5, width=64, seed=1)
+    footprint = measure_footprint(model.config, dtype=torch.float32, prepare=prepared)
+    names = prepared(model)
+    freeze(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    for tokens in (16, 80):
+        planned = 5 * (footprint.trained(tokens) + footprint.trained.fixed) + footprint.outside(tokens)
+        counted = saved_bytes(model.train(), torch.zeros(1, tokens, dtype=torch.long))
+        assert counted <= planned <= 1.05 * counted
