@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-GROWTH = 128 << 20  # bytes of resident memory gained before the heap is looked through
+GROWTH = 128 << 20  # bytes of free memory that may stay resident
 
 _STATM = Path("/proc/self/statm")
 
@@ -39,21 +39,20 @@ def _trimmer() -> Callable[[int], int] | None:
 @contextmanager
 def trimmed_heap(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """While this lasts, forward and backward through `blocks` on the CPU give free memory back whenever the resident
-    set has grown by GROWTH. Without glibc, or on another device, nothing happens."""
+    set exceeds what was found to be needed at most by GROWTH; below that the heap keeps it, as pages that are given
+    back cost a fault when the next step wants them. Without glibc, or on another device, nothing happens."""
     trim = _trimmer()
     if trim is None or device.type != "cpu":
         yield
         return
     trim(0)
-    low = _resident()
+    ceiling = _resident() + GROWTH
 
     def look(*_: Any) -> None:
-        nonlocal low
-        held = _resident()
-        if held > low + GROWTH:
+        nonlocal ceiling
+        if _resident() > ceiling:
             trim(0)
-            low = _resident()
-        low = min(low, held)
+            ceiling = max(ceiling, _resident() + GROWTH)
 
     def look_now_and_in_backward(module: nn.Module, inputs: Any, output: Any) -> None:
         look()
