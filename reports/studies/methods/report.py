@@ -79,7 +79,9 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
     settings, rows = study.spec["settings"], scan["rows"]
     path = f"reports/studies/methods/{study.path.name}"
     versions = next(r["versions"] for r in results if r["status"] == "finished")
-    commits = sorted({r["commit"] for r in results if r.get("commit")})
+    swept, reported = (
+        {r["commit"] for r in results if (r["seed"] == study.tuning_seed) == tuning} for tuning in (1, 0)
+    )
     return [
         f"# {study.spec.get('title', study.path.stem)}",
         "",
@@ -99,7 +101,8 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
         f"K {settings.get('every', '-')}, rank {settings.get('rank', '-')} where it samples or projects. "
         f"{len(results)} of {study.num_cells} runs are in. "
         f"2-core AMD EPYC shared with other work, one thread a run; torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; commits {', '.join(commits)}.",
+        f"{versions['transformers']}; "
+        f"commits of the sweep {', '.join(sorted(swept))}; of the reported runs {', '.join(sorted(reported))}.",
         "",
         "## Result",
         "",
