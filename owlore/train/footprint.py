@@ -2,7 +2,9 @@
 
 A copy of the architecture with two blocks and a tiny vocabulary is built with random weights, two short sequences are
 sent through it, and the storages that autograd saves are counted. A sequence of T tokens costs a T + b T^2 bytes (b is
-zero where attention keeps no scores), and two lengths give both.
+zero where attention keeps no scores), and two lengths give both. What is saved does not depend on what the large
+products give, so they are left out (`Unmultiplied`): the blocks of a 70B model are counted in a second, and their
+weights, which nobody writes or reads, take no memory.
 """
 
 from __future__ import annotations
@@ -10,15 +12,20 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from htsr.console import quiet_libraries
 from owlore.blocks import find_units, freeze
 from owlore.train.loading import attention
+
+MULTIPLY = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2)}  # operator -> places of its two factors
+INITIALISE = (torch.ops.aten.normal_, torch.ops.aten.uniform_)
 
 Prepare = Callable[[nn.Module], Collection[str] | None]
 PROBES = (32, 64, 96)  # tokens, evenly spaced
@@ -57,18 +64,37 @@ class Footprint:
     outside: Cost
 
 
+class Unmultiplied(TorchDispatchMode):
+    """Products of two matrices are zeros of the right shape, and nothing is drawn at random; all else is as always.
+
+    Autograd works above this and records what it would record.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = func.overloadpacket
+        if operator in INITIALISE:
+            return args[0]
+        if operator in MULTIPLY:
+            left, right = (args[place] for place in MULTIPLY[operator])
+            return left.new_zeros(left.shape[0], right.shape[1])
+        return func(*args, **(kwargs or {}))
+
+
 def measure_footprint(
     config: Any, *, dtype: torch.dtype, attn: str = "sdpa", prepare: Prepare | None = None, packed: bool = False
 ) -> Footprint:
-    """Count on a two-block model of this configuration; needs the memory of two blocks, no weights and no network.
+    """Count on a two-block model of this configuration, without weights and network.
 
-    prepare: puts an adapter into a model and returns the names of what is then trained; None trains all of a block.
+    prepare: puts an adapter into a model and returns the names of what is then trained; None trains all of a block. An
+    adapter may look at the weights, so those of two blocks are made for it.
     packed: sequences hold several rows, kept apart by a mask that each block's attention may save in a form of its own.
     """
-    model = _toy(config, dtype, attn)
+    with nullcontext() if prepare is not None else Unmultiplied():
+        model = _toy(config, dtype, attn)
     names = None if prepare is None else prepare(model)
     probed = ((1,), (0,), ()) if names is None else ((1,), (0,), (), (0, 1))
-    counted = {blocks: [_saved(model, blocks, tokens, names, packed) for tokens in PROBES] for blocks in probed}
+    with Unmultiplied():
+        counted = {blocks: [_saved(model, blocks, tokens, names, packed) for tokens in PROBES] for blocks in probed}
     # An adapter lies in nearly all blocks: what counts is a trained block that a gradient passes through.
     with_it, without = (counted[1,], counted[()]) if names is None else (counted[0, 1], counted[1,])
     hidden = model.config.get_text_config().hidden_size * torch.empty((), dtype=dtype).element_size()

@@ -267,7 +267,8 @@ def shape_of(
         attached = strategy.prepare(toy, start)
         return None if attached is None else attached.trained
 
-    footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=names, packed=packed)
+    prepare = names if strategy.adapts else None
+    footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=prepare, packed=packed)
     attached = strategy.prepare(model, start)
     return Shape(
         units=find_units(model),

@@ -2,7 +2,10 @@
 
 import json
 import re
+import time
 import weakref
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +126,33 @@ def test_activations_of_a_family_are_counted_within_five_percent(family, packed)
         kinds = [footprint.trained if i in drawn else footprint.frozen for i in range(min(drawn), 3)]
         planned = 3 * (footprint.outside(100) + sum(kind(100) for kind in kinds))
         assert planned == pytest.approx(saved_bytes(model, ids, positions), rel=0.05)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_products_out_changes_no_count(family, packed, attn, monkeypatch):
+    config = tiny_models()[family]().config
+    given = {"dtype": torch.bfloat16, "packed": packed, "attn": attn}
+    found = measure_footprint(config, **given)
+    monkeypatch.setattr("owlore.train.footprint.Unmultiplied", nullcontext)
+    assert found == measure_footprint(config, **given)
+
+
+def test_the_blocks_of_a_seventy_billion_model_are_counted_in_seconds_and_without_their_memory():
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8)
+    before, started = resident_pages(), time.process_time()
+    footprint = measure_footprint(config, dtype=torch.bfloat16)
+    assert time.process_time() - started < 20
+    assert (resident_pages() - before) * 4096 < 500e6  # of 3.4 GB of weights in two blocks
+    # A frozen block saves at least its norms' inputs, the rotated heads and the three of the gated product.
+    assert footprint.frozen.linear > 2 * (3 * 28672 + 4 * 8192) and footprint.trained.linear > footprint.frozen.linear
+
+
+def resident_pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
 
 
 def test_depth_and_shares_follow_the_table():
