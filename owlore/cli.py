@@ -123,12 +123,19 @@ def render_fit(fit: dict[str, Any]) -> str:
     return f"nothing fits {size_text(fit['limit'])}; the least is with  {changes}"
 
 
+HOST = {
+    "locked": "of host memory are page-locked",
+    "overlay": "when every block was trained: in host memory or, where that is short, on the disk",
+}
+
+
 def render_plan(made: dict[str, Any]) -> str:
     """Bytes by kind, the two shares and what a step takes, in a few lines."""
     depth, share, step = made["backward_depth"], made["trainable"], made["step"]
     lines = [f"{kind:<12} {size_text(size):>12}" for kind, size in made["bytes"].items()]
     lines[-1] += "   at the peak; the kinds do not all peak at one moment"
-    host = [f"{kind:<12} {size_text(size):>12}   in host memory" for kind, size in made.get("host", {}).items() if size]
+    host = [f"{kind:<12} {size_text(size):>12}   {HOST.get(kind, 'in host memory')}"
+            for kind, size in made.get("host", {}).items() if size]  # fmt: skip
     return "\n".join(
         [
             *lines,
@@ -217,6 +224,9 @@ def render_run(directory: Path, record: dict[str, Any]) -> str:
     """The end of a run in a few lines."""
     before, after = record.get("eval_loss_first"), record.get("eval_loss_last")
     change = "not measured (give --eval-data)" if before is None else f"{before:.4f} -> {after:.4f} nats a token"
+    if (quantised := record.get("eval_loss_last_frozen")) is not None:  # the first one is of quantised blocks too
+        form = record["residency"]["frozen"]
+        change = f"{before:.4f} -> {quantised:.4f} nats a token, frozen blocks in {form}; {after:.4f} as exported"
     lines = {
         "held-out loss": change,
         "peak memory": size_text(record["peak_bytes"]),

@@ -249,12 +249,13 @@ _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**
 def bytes_of(value: str, name: str) -> int:
     """Bytes of a size such as 8GB (1e9) or 7.5GiB (2^30).
 
-    Raises: UsageError for anything else.
+    Raises: UsageError for anything else, and for less than a megabyte: an 8 without its unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
-    if not found or found[2].upper() not in _UNITS or not float(found[1]):
+    unit = None if not found else _UNITS.get(found[2].upper())
+    if not found or unit is None or float(found[1]) * unit < 1e6:
         raise UsageError(f"{name} got {value!r}, expected a size such as 8GB or 7.5GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(float(found[1]) * unit)
 
 
 def near(word: str, known: Iterable[str]) -> str:

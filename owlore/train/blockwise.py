@@ -86,7 +86,8 @@ class BlockMajor:
                 for index, batch in batches.items()
             ]
             self._forward(rows, keep=True)
-            losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]
+            with self.residency.port.span("loss"):
+                losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]
             if any(row.gradient is not None for row in rows):
                 self._backward(rows, step)
             return torch.stack(losses)
@@ -194,6 +195,7 @@ class BlockMajor:
             if row.entry is not None and row.gradient is not None:
                 self.optimizer.micro_batch(step, last=index == last)
                 waiting = [(p, g) for p, g in zip(self.held, row.waiting, strict=False) if g is not None]
+                row.waiting = []
                 roots, gradients = zip((row.entry, row.gradient), *waiting, strict=True)
                 torch.autograd.backward(roots, gradients)
 

@@ -7,7 +7,7 @@ an assumed or measured bus; a copy is hidden behind the visit before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -148,7 +148,7 @@ def walk_moments(
     by_block: dict[int | None, list[tuple[Rule, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
         by_block.setdefault(home.get(name), []).append((rules[name], parameter))
-    gathered = sum(gathered_bytes(*pair) for pair in by_block.get(None, ()))
+    ends = _Ends(model.units, rules, parameters, load.accum)
 
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
@@ -157,7 +157,8 @@ def walk_moments(
 
     passing = load.accum * load.boundary  # hidden states on the way up, their gradients on the way down
     top = kept(blocks - 1) + passing + load.boundary + load.outside
-    moments = [(gathered, top, load.logits)]
+    moments = [(ends.at_loss, top, load.logits), (ends.at_top, top, 0)]
+    gathered = ends.after_top
     for block in reversed(range(low, blocks)):
         inside = by_block.get(block, [])
         whole = sum(_arriving(*pair, together=load.accum > 1) for pair in inside)
@@ -166,12 +167,58 @@ def walk_moments(
         work = load.block if inside else load.frozen_block
         held = kept(block) + passing + load.boundary + work + load.block // 3 + (0 if block in drawn else dense)
         moments.append((gathered + (whole if load.accum > 1 else single), held, 0))
+    moments.append((gathered + ends.at_bottom, passing, 0))
     return Moments(
         gradients=max(g for g, _, _ in moments),
         activations=max(a for _, a, _ in moments),
         logits=load.logits,
         peak=max(sum(moment) for moment in moments),
     )
+
+
+class _Ends:
+    """Gradients of what is trained outside the blocks, by the moments at which they come.
+
+    The head's and the last norm's come with each micro-batch's loss, those of the embeddings when the walk is down.
+    Where both ends share a weight, every micro-batch's part from the loss waits for the other one (`held`).
+    """
+
+    def __init__(
+        self, units: Units, rules: Mapping[str, Rule], parameters: Mapping[str, nn.Parameter], accum: int
+    ) -> None:
+        inputs, heads = (
+            {name for name, _ in units.groups[group]} & parameters.keys() for group in ("embeddings", "head")
+        )
+        outside = parameters.keys() - units.block_of().keys()
+        shared = bool(inputs & heads)
+        early, late = (set(), outside) if shared else (outside - inputs, inputs)
+
+        def total(names: Iterable[str], size: Callable[[Rule, nn.Parameter], int]) -> int:
+            return sum(size(rules[name], parameters[name]) for name in names)
+
+        def most(names: Iterable[str], size: Callable[[Rule, nn.Parameter], int]) -> int:
+            return max((size(rules[name], parameters[name]) for name in names), default=0)
+
+        held = total(outside if shared else (), lambda rule, p: p.numel() * p.element_size())
+        sums = total(early, _sum) if accum > 1 else 0
+        made = total(heads, lambda rule, p: 4 * p.numel())  # the head's, added up in fp32 while the loss is computed
+        self.after_top = total(early, gathered_bytes) + accum * held
+        earlier = self.after_top - held + sums if accum > 1 else 0
+        own = total(heads, lambda rule, p: p.numel() * (p.element_size() % 4))  # a part of it, in the head's own dtype
+        self.at_loss = earlier + made + own
+        self.at_top = (earlier if shared else self.after_top + sums) + max(most(early, _single), made + held)
+        # Of a shared weight the part from the bottom, that from the top (it is held) and their sum are there together.
+        twice = most(late, lambda rule, p: p.numel() * p.element_size()) if shared else 0
+        late_sums = total(late, _sum) if accum > 1 else 0
+        self.at_bottom = total(late, gathered_bytes) + late_sums + most(late, _single) + twice
+
+
+def _sum(rule: Rule, parameter: nn.Parameter) -> int:
+    return _arriving(rule, parameter, together=True)
+
+
+def _single(rule: Rule, parameter: nn.Parameter) -> int:
+    return _arriving(rule, parameter, together=False)
 
 
 def gathered_bytes(rule: Rule, parameter: nn.Parameter) -> int:
