@@ -52,10 +52,13 @@ class SafetensorsSource(Source):
     def __init__(self, path: Path, id_: str, revision: str | None = None) -> None:
         self.id, self.revision, self.path = id_, revision, path
         self._root = path if path.is_dir() else path.parent
-        files = directory_files(path) if path.is_dir() else [inside(self._root, path)]
+        files = named_files(path) if path.is_dir() else {path.name: inside(self._root, path)}
         self._entries: dict[str, Entry] = {}
-        for file in files:
-            for entry in read_header(file):
+        # The entries of each file by the file's own name (the Hub cache's have others), in the order of their bytes.
+        self.files: dict[str, tuple[Entry, ...]] = {}
+        for plain, file in files.items():
+            self.files[plain] = tuple(sorted(read_header(file), key=lambda entry: entry.offset))
+            for entry in self.files[plain]:
                 if entry.info.name in self._entries:
                     _refuse(file, f"tensor {entry.info.name!r} is in another file too", "each tensor once")
                 self._entries[entry.info.name] = entry
@@ -113,19 +116,20 @@ class SafetensorsSource(Source):
                 yield piece
 
 
-def directory_files(directory: Path) -> list[Path]:
-    """The weight files of a directory: model.safetensors, else the index's shards, else every *.safetensors."""
+def named_files(directory: Path) -> dict[str, Path]:
+    """The weight files of a directory by name: model.safetensors, else the index's shards, else every *.safetensors."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists() or single.is_symlink():
-        return [inside(directory, single)]
+        return {single.name: inside(directory, single)}
     if index.exists() or index.is_symlink():
-        return [inside(directory, directory / name) for name in sorted(set(read_index(directory, index).values()))]
+        names = sorted(set(read_index(directory, index).values()))
+        return {name: inside(directory, directory / name) for name in names}
     files = sorted(directory.glob("*.safetensors"))
     if [f.name for f in files] == ["adapter_model.safetensors"]:
         _refuse(files[0], "the low-rank factors of an adapter", "its adapter_config.json beside them, or full weights")
     if not files:
         raise BadInput(f"{directory.name}: got a directory without model.safetensors or its index, expected weights")
-    return [inside(directory, file) for file in files]
+    return {file.name: inside(directory, file) for file in files}
 
 
 def check_index(directory: Path, found: dict[str, Path]) -> None:

@@ -161,7 +161,7 @@ def bare_model(config: Any) -> nn.Module:
     config.use_cache = False
     config._experts_implementation = "eager"  # experts one by one, so that what enters each can be measured
     try:
-        with _EmptyOnMeta():
+        with EmptyOnMeta():
             model: nn.Module = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CannotStreamError(f"transformers cannot build it from its configuration alone ({error})") from error
@@ -175,7 +175,7 @@ def empty(module: nn.Module) -> None:
             _set(module, local, parameter.data.to("meta"))
 
 
-class _EmptyOnMeta(TorchFunctionMode):
+class EmptyOnMeta(TorchFunctionMode):
     """torch.empty on the meta device; constants such as rotary frequencies and masks are computed as always."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -41,7 +41,7 @@ class Binding:
         self.local = dict(zip(names, self.parameters, strict=True))
         self.own = False  # parameters have exact values for as long as the block is drawn
         self._borrowed = False  # and they lie in the store
-        self._nowhere = {name: _nowhere(p, device) for name, p in self.parameters.items()}
+        self._nowhere = {name: nowhere(p, device) for name, p in self.parameters.items()}
         forms = {weight.name: weight for weight in layout.weights if not weight.form.exact}
         self._packed = {name: PackedWeight(weight, block) for name, weight in forms.items()}
         self._patched = [m for name, m in module.named_modules() if self._patch(name, m)]
@@ -116,5 +116,6 @@ class Binding:
         self._patched = []
 
 
-def _nowhere(parameter: Tensor, device: torch.device) -> Tensor:
+def nowhere(parameter: Tensor, device: torch.device) -> Tensor:
+    """A tensor of that shape and dtype which holds one value, NaN."""
     return torch.full((), float("nan"), dtype=parameter.dtype, device=device).expand(parameter.shape)

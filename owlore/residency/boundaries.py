@@ -48,6 +48,7 @@ class Boundaries:
         if not self.offload:
             return
         host = self._host(key, hidden)
+        self.port.about = key[0]
         self._away[key] = _Away(host, hidden.to("meta"), self.port.unload(host, hidden))
         self._leaving.append(key)
         if len(self._leaving) > AHEAD:
@@ -61,6 +62,7 @@ class Boundaries:
         self._fetch(key)
         for later in self._order[:AHEAD]:
             self._fetch(later)
+        self.port.about = key[0]
         away = self._away.pop(key, None)
         if key in self._coming:
             self.port.wait(self._coming.pop(key))
@@ -74,6 +76,7 @@ class Boundaries:
             return
         away = self._away[key]
         into = torch.empty_like(away.like, device=self.port.device)
+        self.port.about = key[0]
         self._coming[key] = self.port.fetch(into, away.host)
         self._here[key] = into
 

@@ -1,16 +1,16 @@
-"""From a model in memory to streamed blocks: layouts, store, masters, one block after another."""
+"""From a model in memory or in files to streamed blocks: layouts, store, masters, one block after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from owlore.residency.binding import layout_of
 from owlore.residency.formats import Format
-from owlore.residency.masters import FileMasters, Masters, Overlay, Read
+from owlore.residency.masters import FileMasters, Masters, Overlay, Read, Unread
 from owlore.residency.pinned import Pin
 from owlore.residency.ports import Port
 from owlore.residency.run import Residency, StoreMasters
@@ -63,6 +63,20 @@ def move_in(residency: Residency, *, find: Find, read: Read, overlay: Overlay) -
     if not residency.store.exact:
         residency.masters = FileMasters(read, places, overlay)
     return kept
+
+
+def read_in(residency: Residency, *, origins: Mapping[str, str], read: Read, overlay: Overlay) -> None:
+    """Fill the store straight from a checkpoint, a tensor at a time, for modules that hold no weights.
+
+    origins: a parameter's name -> its name in the checkpoint, where the exact weights of a lossy format stay.
+    """
+    places = []
+    for block, binding in enumerate(residency.bindings):
+        place = {local: (origins[name], binding.parameters[local].dtype) for name, local in binding.local.items()}
+        places.append(place)
+        residency.occupy(block, Unread(place, read))
+    if not residency.store.exact:
+        residency.masters = FileMasters(read, places, overlay)
 
 
 def _places(

@@ -71,9 +71,14 @@ class Layout:
             found[piece.weight][piece.field] = flat.view(piece.shape)
         return found
 
-    def fill(self, blob: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Pack exact tensors into the blob; they may lie on another device."""
+    def fill(self, blob: Tensor, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Pack exact tensors into the blob, one after another; they may lie anywhere.
+
+        A lossy form is made on `device`, always the same one, so that the same weights always give the same codes.
+        """
         views = self.views(blob)
         for weight in self.weights:
-            for field, value in weight.form.pack(tensors[weight.name]).items():
+            tensor = tensors[weight.name]
+            packed = weight.form.pack(tensor if weight.form.exact else tensor.to(device))
+            for field, value in packed.items():
                 views[weight.name][field].copy_(value)

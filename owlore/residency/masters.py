@@ -6,10 +6,12 @@ in a file a block, and is read from there ever after; so nothing is ever made fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
+from weakref import finalize
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,10 +32,15 @@ class Masters(Protocol):
 
 
 class Overlay:
-    """Exact weights of what was trained: in memory, or one safetensors file a block below `directory`."""
+    """Exact weights of what was trained: in memory, or one safetensors file a block below `directory`.
+
+    The directory goes when nobody needs the overlay any more.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
+        if directory is not None:
+            finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._held: dict[int, Exact] = {}
         self._filed: set[int] = set()
 
@@ -59,6 +66,26 @@ class Overlay:
     def _path(self, block: int) -> Path:
         assert self.directory is not None
         return self.directory / f"block-{block}.safetensors"
+
+
+class Unread(Mapping[str, Tensor]):
+    """A block's exact weights that are read from the checkpoint one at a time, each whenever it is asked for.
+
+    place: name inside the block -> (name in the checkpoint, dtype that the model trains in).
+    """
+
+    def __init__(self, place: Mapping[str, tuple[str, torch.dtype]], read: Read) -> None:
+        self._place, self._read = place, read
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored, dtype = self._place[name]
+        return self._read(stored).to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
 
 
 class FileMasters:
@@ -91,7 +118,7 @@ class FileMasters:
                 self._coming[block] = self._thread.submit(self._from_file, block)
 
     def _from_file(self, block: int) -> Exact:
-        return {name: self._read(stored).to(dtype) for name, (stored, dtype) in self._places[block].items()}
+        return dict(Unread(self._places[block], self._read))
 
 
 def _on_host(tensor: Tensor) -> Tensor:

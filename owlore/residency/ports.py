@@ -1,13 +1,18 @@
 """What streaming asks of a device: buffers, copies that run beside the compute, and tickets to order them.
 
 `load` and `unload` are queued and done when their ticket is; `wait` makes the compute (never the host) wait for one,
-`mark` is a ticket of what the compute has been given so far. On a CPU a copy is done when it returns.
+`mark` is a ticket of what the compute has been given so far. On a CPU a copy is done when it returns. A port that is
+`timed` keeps the moments at which copies, waits and visits began and ended (`Span`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,11 +24,30 @@ from owlore.residency.staging import Staging
 Ticket = Any
 
 
-class Port(ABC):
-    """One device and its queues of copies. Counts what was loaded."""
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Something that took time. kind: copy (a block's weights), fetch and unload (a boundary), stall, or what the
+    caller of `Port.span` names. block: None where it is of none. Seconds, from the first moment that was kept."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    kind: str
+    block: int | None
+    start: float
+    end: float
+
+
+Moment = Any  # of a queue: seconds on a CPU, an event on CUDA
+
+
+class Port(ABC):
+    """One device and its queues of copies. Counts what was loaded.
+
+    about: the block that the next copies and waits are for, which spans are labelled with.
+    """
+
+    def __init__(self, device: torch.device, *, timed: bool = False) -> None:
+        self.device, self.timed = device, timed
+        self.about: int | None = None
+        self._kept: list[tuple[str, int | None, Moment, Moment]] = []
         self.loads = 0
         self.loaded_bytes = 0
         self.buffer_bytes = 0
@@ -66,22 +90,61 @@ class Port(ABC):
         """The last lease on a slot ended."""
         del slot
 
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def moment(self) -> Moment:
+        """Now, in the queue of the compute."""
+        return perf_counter()
+
+    def between(self, start: Moment, end: Moment) -> float:
+        """Seconds from one moment to another."""
+        return float(end - start)
+
+    @contextmanager
+    def span(self, kind: str, block: int | None = None) -> Iterator[None]:
+        """What the compute is given inside, in a port that is timed."""
+        start = self.moment() if self.timed else None
+        yield
+        if self.timed:
+            self._kept.append((kind, block, start, self.moment()))
+
+    def timeline(self) -> list[Span]:
+        """What was kept since the last call; on CUDA this waits for the device, so not inside a step."""
+        kept, self._kept = self._kept, []
+        if not kept:
+            return []
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        first = kept[0][2]
+        offsets = [(kind, block, self.between(first, a), self.between(first, b)) for kind, block, a, b in kept]
+        zero = min(start for _, _, start, _ in offsets)
+        return [Span(kind=kind, block=block, start=a - zero, end=b - zero) for kind, block, a, b in offsets]
+
     def seconds(self) -> dict[str, float]:
-        """Seconds that copies took and that the compute stood still for them, where the device can tell."""
-        return {}
+        """Seconds that copies to the device took and that the compute stood still for them since the last call; empty
+        in a port that is not timed."""
+        if not self.timed:
+            return {}
+        kinds = {"copy": ("copy", "fetch"), "stall": ("stall",)}
+        spans = self.timeline()
+        return {name: sum(s.end - s.start for s in spans if s.kind in counted) for name, counted in kinds.items()}
 
 
 class CpuPort(Port):
-    """Device and host are one memory: a copy is done when it is asked for."""
+    """Device and host are one memory: a copy is done when it is asked for, and the compute stands still meanwhile."""
 
     def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
-        into.copy_(blob.tensor)
+        self._copy("copy", into, blob.tensor)
 
     def fetch(self, into: Tensor, host: Tensor) -> Ticket:
-        into.copy_(host)
+        self._copy("fetch", into, host)
 
     def unload(self, into: Tensor, source: Tensor) -> Ticket:
-        into.copy_(source)
+        self._copy("unload", into, source)
+
+    def _copy(self, kind: str, into: Tensor, source: Tensor) -> None:
+        with self.span(kind, self.about):
+            into.copy_(source)
 
     def wait(self, ticket: Ticket) -> None:
         return None
@@ -91,73 +154,68 @@ class CpuPort(Port):
 
 
 class CudaPort(Port):
-    """Two copy streams beside the current one, one a direction; the order between them is kept by events alone.
-
-    timed: record events around copies and waits; `seconds` then reads them (that synchronises, so not inside a step).
-    """
+    """Two copy streams beside the current one, one a direction; the order between them is kept by events alone."""
 
     RING = 3  # pinned buffers through which blobs that could not be pinned travel
 
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
-        super().__init__(device)
+        super().__init__(device, timed=timed)
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._timed = timed
-        self._spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"copy": [], "stall": []}
         self._staging: Staging | None = None
 
     def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
+        copy = self._copier(self._in, "copy", into, after)
         if blob.pinned:
-            return self._copy_in(into, blob.tensor, after)
+            return copy(blob.tensor)
         if self._staging is None:
             self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(self.device))
-        return self._staging.submit(blob.tensor, lambda staged: self._copy_in(into, staged, after))
-
-    def _copy_in(self, into: Tensor, source: Tensor, after: Ticket) -> torch.cuda.Event:
-        if after is not None:
-            self._in.wait_event(after)
-        with torch.cuda.stream(self._in):
-            began = self._event(self._in) if self._timed else None
-            into.copy_(source, non_blocking=True)
-        done = self._event(self._in)
-        if began is not None:
-            self._spans["copy"].append((began, done))
-        return done
+        return self._staging.submit(blob.tensor, copy)
 
     def fetch(self, into: Tensor, host: Tensor) -> Ticket:
-        return self._copy_in(into, host, self.mark())
+        return self._copier(self._in, "fetch", into, self.mark())(host)
 
     def unload(self, into: Tensor, source: Tensor) -> Ticket:
-        self._out.wait_event(self.mark())
-        with torch.cuda.stream(self._out):
-            into.copy_(source, non_blocking=True)
-        return self._event(self._out)
+        return self._copier(self._out, "unload", into, self.mark())(source)
+
+    def _copier(
+        self, stream: torch.cuda.Stream, kind: str, into: Tensor, after: Ticket
+    ) -> Callable[[Tensor], torch.cuda.Event]:
+        """Copies what it is given on `stream`, after a ticket; perhaps later and on another thread."""
+        block = self.about
+
+        def copy(source: Tensor) -> torch.cuda.Event:
+            if after is not None:
+                stream.wait_event(after)
+            began = self._event(stream) if self.timed else None
+            with torch.cuda.stream(stream):
+                into.copy_(source, non_blocking=True)
+            done = self._event(stream)
+            if began is not None:
+                self._kept.append((kind, block, began, done))
+            return done
+
+        return copy
 
     def wait(self, ticket: Ticket) -> None:
         event = ticket.result() if isinstance(ticket, Future) else ticket
-        compute = torch.cuda.current_stream(self.device)
-        began = self._event(compute) if self._timed else None
-        compute.wait_event(event)
-        if began is not None:
-            self._spans["stall"].append((began, self._event(compute)))
+        with self.span("stall", self.about):
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def mark(self) -> Ticket:
         return self._event(torch.cuda.current_stream(self.device))
 
+    def moment(self) -> Moment:
+        return self.mark()
+
+    def between(self, start: Moment, end: Moment) -> float:
+        return float(start.elapsed_time(end)) / 1e3
+
     def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=self._timed)
+        event = torch.cuda.Event(enable_timing=self.timed)
         event.record(stream)
         return event
-
-    def seconds(self) -> dict[str, float]:
-        if not self._timed:
-            return {}
-        torch.cuda.synchronize(self.device)
-        found = {name: sum(a.elapsed_time(b) for a, b in spans) / 1e3 for name, spans in self._spans.items()}
-        for spans in self._spans.values():
-            spans.clear()
-        return found
 
 
 def open_port(device: torch.device, *, timed: bool = False) -> Port:
     """The port of a device."""
-    return CudaPort(device, timed=timed) if device.type == "cuda" else CpuPort(device)
+    return CudaPort(device, timed=timed) if device.type == "cuda" else CpuPort(device, timed=timed)

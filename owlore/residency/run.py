@@ -82,6 +82,11 @@ class Residency:
     @contextmanager
     def visit(self, block: int) -> Iterator[None]:
         """The block's weights are on the device inside: its own while it is drawn, else under a lease."""
+        with self._held(block), self.port.span("visit", block):
+            yield
+
+    @contextmanager
+    def _held(self, block: int) -> Iterator[None]:
         if block in self.live:
             yield
         elif self.exact_visits:

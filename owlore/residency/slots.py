@@ -32,13 +32,14 @@ class Slots:
         """Queue the block's bytes into a slot that nobody reads."""
         if self.leases[slot]:
             raise RuntimeError(f"slot {slot} holds block {self.owner[slot]} under a lease and was to be refilled")
-        self.owner[slot] = block
+        self.owner[slot] = self.port.about = block
         into = self.buffers[slot][: blob.tensor.numel()]
         self._ready[slot] = self.port.load(into, blob, self._free[slot])
 
     def lease(self, block: int) -> tuple[int, Tensor]:
         """(slot, its buffer) of a block that was loaded; the compute waits for the copy, the host does not."""
         slot = self.owner.index(block)
+        self.port.about = block
         if self._ready[slot] is not None:
             self.port.wait(self._ready[slot])
             self._ready[slot] = None

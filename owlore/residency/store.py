@@ -41,7 +41,7 @@ class Store:
         """Make the block's blob stand for these exact weights (by name inside the block)."""
         if block not in self.blobs:
             self.blobs[block] = self._allocate(block)
-        self.layouts[block].fill(self.blobs[block].tensor, tensors)
+        self.layouts[block].fill(self.blobs[block].tensor, tensors, self.device)
 
     def drop(self, block: int) -> None:
         """Free the block's blob; the next `fill` makes one again."""

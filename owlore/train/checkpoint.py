@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from htsr.errors import BadInput, NotFound
+from owlore.train.tensor_file import aligned, outline, pieces, write_tensors
 
 COMPLETE = "COMPLETE"
 SCHEMA = "owlore-checkpoint/1"
@@ -37,14 +38,25 @@ class Checkpoint:
 
 
 def save(
-    root: Path, step: int, *, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    root: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    exact: Callable[[str], Tensor] | None = None,
 ) -> Path:
-    """Write `root/step-NNNNNN` so that it is either complete or not there; an older one of that step is replaced."""
+    """Write `root/step-NNNNNN` so that it is either complete or not there; an older one of that step is replaced.
+
+    exact: gives a weight's value by name where those in `weights` only have its dtype and shape.
+    """
     final = path_of(root, step)
     partial = root / f".tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: _plain(t) for name, t in weights.items()}, partial / "weights.safetensors")
+    give = weights.__getitem__ if exact is None else exact
+    outlines = aligned({name: outline(tensor) for name, tensor in weights.items()})
+    write_tensors(partial / "weights.safetensors", outlines, lambda name: pieces(give(name)))
     save_file({name: _plain(t) for name, t in optimizer.items()}, partial / "optimizer.safetensors")
     document = {"schema": SCHEMA, "step": step, **state}
     (partial / "state.json").write_text(json.dumps(document, indent=1, allow_nan=False))

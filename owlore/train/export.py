@@ -45,10 +45,10 @@ def export(
             if name in loaded.stored and name in parameters and name not in trained and tensor.dtype != dtype:
                 exact = loaded.source.read(name)
             else:
-                exact = _in_dtype(tensor, dtype, name in trained, seed, name)
+                exact = in_dtype(tensor, dtype, name in trained, seed, name)
             seen[tensor.data_ptr()] = exact
         tensors[name] = seen[tensor.data_ptr()]
-    with quiet_libraries(), _config_dtype(model, loaded.stored_default):
+    with quiet_libraries(), config_dtype(model, loaded.stored_default):
         model.save_pretrained(directory, state_dict=tensors)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
@@ -62,7 +62,8 @@ def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
             loaded.tokenizer.save_pretrained(directory)
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
+def in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
+    """The tensor in the checkpoint's dtype; a trained one of fp32 is rounded stochastically where there is a seed."""
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
@@ -71,7 +72,7 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None
     return tensor.to(dtype)
 
 
-class _config_dtype:  # noqa: N801 - used as a context manager
+class config_dtype:  # noqa: N801 - used as a context manager
     """The exported config.json names the dtype of the export, not the one that was trained in."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:

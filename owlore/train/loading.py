@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from htsr.console import quiet_libraries, silence_stderr
 from htsr.errors import BadInput, UsageError
+from htsr.model.skeleton import CannotStreamError
 from htsr.model.source import Source, locate, open_source
 from owlore.attach import is_adapter
+from owlore.train.unread import open_unread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +28,7 @@ class Loaded:
     source: the checkpoint, from which tensors that were never trained can be read again. stored: dtype of each tensor
     in it by name (what an export goes back to); `stored_default` for names that it does not have. parameters: of the
     model as it was loaded, without what a method adds. reference: what names the same model to a later reader.
+    origins: where the blocks were left in their files, the tensor of every parameter by the parameter's name.
     """
 
     model: Any
@@ -38,6 +42,7 @@ class Loaded:
     stored_default: torch.dtype
     parameters: int
     reference: str
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,18 +61,29 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(model: Any, *, dtype: str, attn: str, device: torch.device, tokenizer: Any = None) -> Loaded:
+def load(
+    model: Any,
+    *,
+    dtype: str,
+    attn: str,
+    device: torch.device,
+    tokenizer: Any = None,
+    leave: Callable[[str], None] | None = None,
+) -> Loaded:
     """Load (or take over) a causal language model.
 
     model: Hugging Face id, directory, `.gguf` file, `demo`, or an `nn.Module`. dtype: `auto` is the checkpoint's; of a
-    GGUF file bfloat16 on CUDA and float32 on the CPU.
+    GGUF file bfloat16 on CUDA and float32 on the CPU. leave: do not read the blocks (on the CPU; `Loaded.origins` says
+    where they are); told why where that cannot be.
 
     Raises: NotFound, BadInput (cannot be used as a causal language model), UsageError (a module without a tokenizer).
     """
     source = open_source(model)
     if isinstance(model, nn.Module):
+        if leave is not None:
+            leave("note: the model is an object in memory, where it stays beside the store of its frozen blocks")
         return _adopt(model, source, dtype, device, tokenizer)
-    return _read(model, source, dtype, attn, device, tokenizer)
+    return _read(model, source, dtype, attn, device, tokenizer, leave)
 
 
 def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, tokenizer: Any) -> Loaded:
@@ -77,10 +93,20 @@ def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, t
     target = own if dtype == "auto" else DTYPES[dtype]
     stored = {name: p.dtype for name, p in model.named_parameters()}
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return _loaded(model.to(device=device, dtype=target), tokenizer, source, stored, own, name)
+    for parameter in model.parameters():  # buffers stay: rotary frequencies are fp32 in a model of 16-bit weights too
+        parameter.data = parameter.data.to(target)
+    return _loaded(model.to(device=device), tokenizer, source, stored, own, name)
 
 
-def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.device, tokenizer: Any) -> Loaded:
+def _read(
+    ref: str | Path,
+    source: Source,
+    dtype: str,
+    attn: str,
+    device: torch.device,
+    tokenizer: Any,
+    leave: Callable[[str], None] | None,
+) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = locate(ref)
@@ -98,7 +124,9 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
     try:
         # transformers draws a bar of its own while it dequantises, terminal or not.
         with quiet_libraries(), silence_stderr() if gguf else nullcontext():
-            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **attention(attn), **gguf)
+            model, origins = _without_blocks(ref, source, place, DTYPES.get(dtype), attn, leave)
+            if model is None:
+                model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **attention(attn), **gguf)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
@@ -106,7 +134,25 @@ def _read(ref: str | Path, source: Source, dtype: str, attn: str, device: torch.
         model = without_quantisation(model)
     known = {t.name: DTYPES[t.dtype] for t in source.tensors if t.dtype in DTYPES}
     default = model.dtype if gguf else DTYPES.get(str(source.config and source.config.get("dtype")), model.dtype)
-    return _loaded(model.to(device), tokenizer, source, {} if gguf else known, default, _reference(ref))
+    found = _loaded(model.to(device), tokenizer, source, {} if gguf else known, default, _reference(ref))
+    return replace(found, origins=origins)
+
+
+def _without_blocks(
+    ref: str | Path,
+    source: Source,
+    place: Path,
+    dtype: torch.dtype | None,
+    attn: str,
+    leave: Callable[[str], None] | None,
+) -> tuple[Any, dict[str, str]]:
+    """The model with its blocks left where they are, None where they are not to be or cannot be."""
+    if leave is not None:
+        try:
+            return open_unread(source, place, dtype=dtype, attn=attention(attn))
+        except CannotStreamError as why:
+            leave(f"note: {ref} is read into host memory as a whole: {why}")
+    return None, {}
 
 
 def _reference(ref: str | Path) -> str:

@@ -317,7 +317,8 @@ class Trainer:
         checkpoint.save(
             self.checkpoints,
             self.step,
-            weights=self._weights(sorted(names)),
+            weights={name: self.optimizer.parameters[name].data for name in names},
+            exact=None if self.streaming is None else self.streaming.value,
             optimizer=tensors,
             state={
                 "identity": self.identity,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +31,22 @@ if TYPE_CHECKING:
 class Run:
     """A finished run.
 
-    record is the content of run.json. model is the trained model, on its device, in evaluation mode. leads: whether
-    this process is the one that wrote the directory; the only one unless several train together.
+    record is the content of run.json. model is the trained model, on its device, in evaluation mode; one whose blocks
+    never lay in memory together is put together when it is first asked for (`give`). leads: whether this process is
+    the one that wrote the directory; the only one unless several train together.
     """
 
     directory: Path
-    model: Any
+    give: Callable[[], Any]
     tokenizer: Any
     table: LayerTable | None
     record: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
     leads: bool = True
+
+    @cached_property
+    def model(self) -> Any:
+        return self.give()
 
     @property
     def history(self) -> pd.DataFrame:

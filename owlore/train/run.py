@@ -31,6 +31,7 @@ from owlore.train.card import model_card
 from owlore.train.compiled import Compiled
 from owlore.train.distributed import ALONE, Ranks, join
 from owlore.train.export import export, export_adapter
+from owlore.train.export_files import export_files
 from owlore.train.heap import trimmed_heap
 from owlore.train.loading import Loaded, load, pick_device
 from owlore.train.loop import Pace, Tally, Trainer, collated
@@ -97,7 +98,8 @@ def train_from_config(
     place = find_place(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
     device = pick_device(ranks.pick(config.device))
     home = torch.device("cpu") if streams(config) else device
-    loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=home, tokenizer=tokenizer)
+    leave = say if streams(config) else None
+    loaded = load(model, dtype=_load_dtype(config), attn=config.attn, device=home, tokenizer=tokenizer, leave=leave)
     freeze(loaded.model)
     with ranks.lead_first():
         prepared = prepare(
@@ -200,8 +202,6 @@ def assemble(
                 "frozen blocks stream in one process only"
             )
         streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
-    if streaming is not None and config.compile:
-        raise UsageError("got --compile with streamed blocks, expected one of them; leave --compile out")
     loss = CausalLoss(loaded.model)
     if streaming is not None:
         streaming.connect(loss, optimizer)
@@ -291,7 +291,7 @@ def _train(
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
     run = Run(
         directory=place.directory,
-        model=loaded.model if trainer.attached is None else trainer.attached.wrapper,
+        give=lambda: _model_of(config, trainer, loaded),
         tokenizer=loaded.tokenizer,
         table=table,
         record=record,
@@ -301,16 +301,26 @@ def _train(
     if leads:
         _leave(strategy_class, trainer, loaded, run, config.seed)
     trainer.ranks.wait()
+    if not loaded.origins:
+        _ = run.model
+    return run
+
+
+def _model_of(config: TrainConfig, trainer: Trainer, loaded: Loaded) -> Any:
+    """The trained model in one piece."""
     streaming = trainer.streaming
     if streaming is not None:
         whole = config.residency == "device" and streaming.exact
         streaming.remove(trainer.device if whole else torch.device("cpu"))
-    return run
+    return loaded.model if trainer.attached is None else trainer.attached.wrapper
 
 
 def _leave(strategy_class: type[Strategy], trainer: Trainer, loaded: Loaded, run: Run, seed: int) -> None:
     """What a finished run leaves in its directory."""
-    if trainer.attached is None:
+    if trainer.streaming is not None and loaded.origins:
+        value = trainer.streaming.value
+        export_files(loaded, run.directory / "model", trained=trainer.trained, seed=seed, value=value)
+    elif trainer.attached is None:
         values = None if trainer.streaming is None else trainer.streaming.values
         export(loaded, run.directory / "model", trained=trainer.trained, seed=seed, values=values)
     else:
@@ -389,7 +399,9 @@ def _reporter(
         for tracker in trackers if row else ():
             tracker.log(row)
         if row.get("split") == "eval":
-            say(f"step {row['step']}: held-out loss {row['loss']:.4f}")
+            weights = row.get("weights", "exact")
+            read = "" if weights == "exact" else f" (frozen blocks in {weights})"
+            say(f"step {row['step']}: held-out loss {row['loss']:.4f}{read}")
         elif row:
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
             blocks = ",".join(map(str, row["active_blocks"]))

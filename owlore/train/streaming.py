@@ -22,7 +22,7 @@ from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
 from owlore.optim import RotatingOptimizer, Rule
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.build import empty_residency, move_in, resident_blocks
+from owlore.residency.build import empty_residency, move_in, read_in, resident_blocks
 from owlore.residency.chain import Chain
 from owlore.residency.formats import FORMATS
 from owlore.residency.host_embedding import HostEmbedding
@@ -34,6 +34,7 @@ from owlore.train.blockwise import BlockMajor
 from owlore.train.loading import Loaded
 from owlore.train.loss import CausalLoss
 from owlore.train.tables import Say
+from owlore.train.unread import candidates
 
 
 def streams(config: TrainConfig) -> bool:
@@ -45,6 +46,11 @@ def check_streaming(config: TrainConfig, *, adapts: bool = False) -> None:
     """Raises: UsageError for settings that do not go together."""
     if config.resident_share and config.residency != "host":
         raise UsageError("--resident-share was given without --residency host; on the device all blocks are resident")
+    if config.compile and streams(config):
+        raise UsageError(
+            "got --compile with --residency host, --frozen or --offload-activations, expected one of them; a streamed "
+            "block is not compiled, leave --compile out"
+        )
     if adapts and streams(config):
         raise UsageError(
             f"--residency host, --frozen and --offload-activations are for methods that train the model's own weights, "
@@ -111,6 +117,10 @@ class Streaming:
         inside = self.residency.values(name for name in wanted if name not in outside)
         return {name: outside[name].data if name in outside else inside[name] for name in wanted}
 
+    def value(self, name: str) -> Tensor:
+        """Exact value of one parameter."""
+        return self.values([name])[name]
+
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Set parameters to these values, wherever they live."""
         outside = self.units.parameters((), self.units.groups)
@@ -162,7 +172,8 @@ def open_streaming(
     port: Port | None = None,
     lock: Pin | None = None,
 ) -> Streaming:
-    """Take the blocks of a model that lies in host memory apart; everything else moves to the device.
+    """Take the blocks of a model in host memory, or those that were left in their files, apart; the rest moves to the
+    device.
 
     port, lock: how the device is reached and host memory locked, where that is not the device's usual way.
     """
@@ -178,9 +189,10 @@ def open_streaming(
         pin=lock,
         num_slots=2,
     )
-    overlay = Overlay(_overlay_directory(units, directory, say) if config.frozen != "bf16" else None)
-    kept = move_in(residency, find=_finder(units.model, loaded), read=loaded.source.read, overlay=overlay)
-    if kept:
+    overlay = Overlay(_overlay_directory(residency, units, directory, say) if config.frozen != "bf16" else None)
+    if loaded.origins:
+        read_in(residency, origins=loaded.origins, read=loaded.source.read, overlay=overlay)
+    elif kept := move_in(residency, find=_finder(units.model, loaded), read=loaded.source.read, overlay=overlay):
         say(
             f"note: the checkpoint does not hold {kept} of {units.num_blocks} blocks bit for bit as they are trained; "
             "their exact weights stay in memory"
@@ -205,13 +217,7 @@ def open_streaming(
 def _finder(model: nn.Module, loaded: Loaded) -> Any:
     """A parameter's name -> its name in the checkpoint, which may lack or add the base model's prefix."""
     stored = {tensor.name for tensor in loaded.source.tensors}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-    def find(name: str) -> str | None:
-        candidates = (name, prefix + name, name.removeprefix(prefix))
-        return next((candidate for candidate in candidates if candidate in stored), None)
-
-    return find
+    return lambda name: next((candidate for candidate in candidates(model, name) if candidate in stored), None)
 
 
 def _move_rest(config: TrainConfig, units: Units, device: torch.device) -> HostEmbedding | None:
@@ -241,12 +247,16 @@ def _embedding_to_leave(config: TrainConfig, units: Units) -> nn.Module | None:
     return table
 
 
-def _overlay_directory(units: Units, directory: Path, say: Say) -> Path | None:
-    """Where trained blocks are kept when memory may not hold all of them; None for memory."""
+def _overlay_directory(residency: Residency, units: Units, directory: Path, say: Say) -> Path | None:
+    """Where trained blocks are kept when memory may not hold all of them beside the store; None for memory."""
     whole = sum(p.numel() * p.element_size() for block in units.blocks for _, p in block)
-    if whole <= available_memory() / 2:
+    store = sum(residency.store.layouts[block].num_bytes for block in residency.store.streamed)
+    if store + whole <= available_memory() / 2:
         return None
-    say(f"note: trained blocks are kept in {directory / 'overlay'}; memory may not hold all {whole / 1e9:.1f} GB")
+    say(
+        f"note: trained blocks are kept in {directory / 'overlay'} while the run lasts; memory may not hold all "
+        f"{whole / 1e9:.1f} GB"
+    )
     return directory / "overlay"
 
 

@@ -82,8 +82,10 @@ def test_with_quantised_frozen_blocks_what_was_never_drawn_leaves_with_its_own_b
 @pytest.mark.parametrize("extra", [
     {"residency": "host"},
     {"residency": "host", "frozen": "nf4", "offload_activations": True, "resident_share": 0.2},
+    {"residency": "host", "frozen": "int8"},
     {"frozen": "int8"},
-], ids=["host", "host nf4 offload share", "int8"])  # fmt: skip
+    {"frozen": "nf4", "offload_activations": True},
+], ids=["host", "host nf4 offload share", "host int8", "int8", "nf4 offload"])  # fmt: skip
 def test_a_run_goes_on_bit_for_bit_from_the_middle_of_a_period(tmp_path, extra):
     model = save_tiny(tmp_path / "model", tiny_llama(blocks=5, dtype=torch.bfloat16, attention_dropout=0.1))
     settings = {**SETTINGS, "steps": 11, "schedule": "constant", **extra}
@@ -130,6 +132,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path):
         {"residency": "disk"},
         {"frozen": "fp8"},
         {"method": "lora", "frozen": "nf4"},
+        {"residency": "host", "compile": True},
     ):
         given = {key: value for key, value in SETTINGS.items() if key in ("steps", "batch")} | wrong
         with pytest.raises(UsageError):

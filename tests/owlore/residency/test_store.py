@@ -31,7 +31,7 @@ def test_a_blob_gives_back_what_its_format_makes_of_the_weights(form, dtype):
     module = block(dtype=dtype)
     layout = layout_of(module, FORMATS[form])
     blob = torch.empty(layout.num_bytes, dtype=torch.uint8)
-    layout.fill(blob, dict(module.named_parameters()))
+    layout.fill(blob, dict(module.named_parameters()), CPU)
     matrices = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
     for weight in layout.weights:
         W = dict(module.named_parameters())[weight.name].detach()

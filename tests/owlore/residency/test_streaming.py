@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import time
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 from owlore.kernels import int8, nf4
 from owlore.residency.plan import loads_of_step, step_visits
+from owlore.residency.ports import CpuPort
 from owlore.residency.run import Residency
 
 LANDINGS = ("eager", "late", "random")
@@ -140,6 +143,31 @@ def test_half_a_turn_is_saved_where_the_reference_says():
 def test_backward_visits_stop_at_the_lowest_block():
     assert [v.block for v in step_visits(4, 2)] == [0, 1, 2, 3, 3, 2]
     assert [v.block for v in step_visits(3, 3)] == [0, 1, 2]
+
+
+def test_a_timed_port_keeps_every_visit_copy_and_boundary_of_a_step():
+    streamed = Streamed(deep_llama(6), offload=True)
+    port = CpuPort(torch.device("cpu"), timed=True)
+    streamed.port = streamed.residency.port = streamed.residency.slots.port = streamed.boundaries.port = port
+    streamed.draw((2,))
+    streamed.take_step(batches(2))
+    port.timeline()
+    began = time.perf_counter()
+    streamed.take_step(batches(2))
+    seconds = time.perf_counter() - began
+    spans = port.timeline()
+    assert port.timeline() == [] and min(span.start for span in spans) == 0
+    assert all(0 <= span.start <= span.end <= seconds for span in spans)
+    visits = sorted((span for span in spans if span.kind == "visit"), key=lambda span: span.start)
+    assert [span.block for span in visits] == [visit.block for visit in step_visits(6, 2)]
+    kinds = Counter(span.kind for span in spans)
+    assert kinds["copy"] == loads_of_step(6, 2, {0, 1, 3, 4, 5}, 2).total and kinds["loss"] == 1
+    # Of two micro-batches four boundaries each leave; the last two and those never fetched stay.
+    assert kinds["unload"] == 8 and kinds["fetch"] == 6
+    steps = sorted((span for span in spans if span.kind in ("visit", "copy")), key=lambda span: span.start)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(steps))  # on a CPU nothing overlaps
+    streamed.take_step(batches(2))
+    assert 0 < port.seconds()["copy"] < 60 and port.seconds() == {"copy": 0, "stall": 0}
 
 
 class Box:
