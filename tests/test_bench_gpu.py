@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "reports/bench/gpu"
-MODULES = ("bench", "rows", "shapes", "ours", "peers", "measure")
+MODULES = ("bench", "rows", "shapes", "ours", "peers", "measure", "timeline")
 
 
 @pytest.fixture
@@ -32,11 +32,24 @@ def test_the_command_runs_on_the_cpu_in_parts_and_compares_gradients_first(bench
     assert measured["block_bytes"]["resident"] == 0 and measured["block_bytes"]["drawn"] > 0
     # Draws change in between, so that loads are those of several sets; none may be above a load a visit.
     assert 0 < measured["loads"] <= 2 * 12
-    assert measured["planned_bytes"]["total"] > 0
+    assert measured["planned_bytes"]["total"] > 0 and "timeline" not in measured
+    pictures = sorted(path.name for path in (tmp_path / "timelines").iterdir())
+    assert pictures == ["small-host+nf4+offload.png", "small-host+nf4.png"]
     assert "| small host+nf4 |" in (tmp_path / "table.md").read_text()
     before = (tmp_path / "results.json").read_bytes()
     assert bench.main(arguments) == 0  # nothing is done twice
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_copy_has_the_direction_of_the_visit_it_is_for(bench):
+    directed = importlib.import_module("timeline").directed
+    spans = [["copy", 0, 0, 1], ["visit", 0, 1, 2], ["copy", 1, 1, 2], ["visit", 1, 2, 3], ["unload", 1, 2, 3],
+             ["loss", None, 3, 4], ["visit", 1, 4, 5], ["copy", 0, 4, 5], ["stall", 0, 5, 6], ["visit", 0, 6, 7],
+             ["copy", 1, 6, 7]]  # fmt: skip
+    assert [direction for _, direction, *_ in directed(spans)] == [
+        "forward", "forward", "forward", "forward", "forward", "", "backward", "backward", "backward", "backward",
+        "forward",
+    ]  # fmt: skip
 
 
 def test_nothing_is_measured_when_gradients_disagree(bench, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ python reports/bench/gpu/bench.py [--out DIR] [--minutes 9] [--rows TEXT] [--pla
 Rows that DIR/results.json has are not done again, and a part begins no row that its minutes may not hold: run the same
 command until it says that all rows are done. Correctness comes first: the row `agree` compares losses and gradients
 between residencies, and nothing else is measured before it holds. `--plan` prints what is planned and measures nothing.
+Of each streamed row DIR/timelines/ shows a step: visits, copies and stalls by block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import Row, gpu_rows, small_rows
+from timeline import draw_timeline
 
 HERE = Path(__file__).parent
 RESERVE = 30  # seconds that a part keeps for writing down and leaving
@@ -68,8 +71,10 @@ def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
         if result is None and began > deadline - 60 * args.minutes + RESERVE + 60:
             print(f"{row.name}: not in what was left of this part; run the same command again")
             return 0
-        done[row.name] = {"row": asdict(row), **(result or {"skipped": f"took more than {args.minutes:g} minutes"})}
         args.out.mkdir(parents=True, exist_ok=True)
+        if spans := (result or {}).pop("timeline", None):
+            draw_timeline(spans, row.name, machine(device)["device"], args.out / "timelines" / f"{slug(row.name)}.png")
+        done[row.name] = {"row": asdict(row), **(result or {"skipped": f"took more than {args.minutes:g} minutes"})}
         file.write_text(json.dumps({"machine": machine(device), "rows": done}, indent=1) + "\n")
         print(f"{row.name}: {done[row.name].get('skipped') or done[row.name].get('failed') or 'done'}", flush=True)
         if row.kind == "agree" and "failed" in done[row.name]:
@@ -138,6 +143,10 @@ def plan_table(rows: list[Row]) -> str:
             wanted = _number(row.wanted_gib, ".1f")
             lines.append(f"| {row.name} | {gib(plan.bytes['total'])} | {wanted} | {gib(host or None)} | {hidden} |")
     return "\n".join(lines)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
 
 
 def gib(size: float | None) -> str:

@@ -93,8 +93,8 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     seconds = _wait(device, started)
     tokens = row.batch * row.accum * row.tokens * steps
     operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
-    spent = {} if trainer.port is None else trainer.port.seconds()
     port = trainer.port
+    spent = {} if port is None else port.seconds()
     loaded = {} if port is None else {"loads": port.loads / steps, "bus_bytes": port.loaded_bytes / steps}
     held = None if trainer.residency is None else trainer.residency.device_bytes()
     return {
@@ -102,8 +102,17 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         "last_loss": float(losses[-1]), "tflops": operations / seconds / 1e12,
         "mfu_of_product": None if rates is None else operations / seconds / rates.flops,
         "bus_seconds": spent.get("copy", 0.0) / steps, "stall_seconds": spent.get("stall", 0.0) / steps, **loaded,
-        "block_bytes": held, "wanted_gib": row.wanted_gib,
+        "block_bytes": held, "wanted_gib": row.wanted_gib, "timeline": [] if port is None else one_step(trainer),
     } | _plan_of(plan)  # fmt: skip
+
+
+def one_step(trainer: Ours) -> list[list[Any]]:
+    """Spans of a step in which nothing is drawn: kind, block, start and end in seconds."""
+    while trainer.step % EVERY == 0:
+        trainer.advance()
+    trainer.port.timeline()
+    trainer.advance()
+    return [[span.kind, span.block, span.start, span.end] for span in trainer.port.timeline()]
 
 
 def _plan_of(plan: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ class Ours:
             [[name for name, _ in block] for block in self.units.blocks],
             form=FORMATS[homes.frozen],
             resident=resident_blocks(self.count, homes.resident_share if homes.residency == "host" else 1.0),
-            port=open_port(device, timed=device.type == "cuda"),
+            port=open_port(device, timed=True),
             pin=lock,
             masters=Generated(make) if lossy else None,
         )
@@ -133,7 +134,8 @@ class Ours:
         if self.step % EVERY == 0:
             self.switch()
         loss = self.gather(self.batches(self.step))
-        self.optimizer.update(1e-4, 1.0)
+        with nullcontext() if self.port is None else self.port.span("update"):
+            self.optimizer.update(1e-4, 1.0)
         self.step += 1
         return loss
 
