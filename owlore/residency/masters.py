@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Read = Callable[[str], Tensor]
-Exact = dict[str, Tensor]
+Exact = Mapping[str, Tensor]
 
 
 class Masters(Protocol):
-    """Exact weights of a block by name inside the block; tensors on the host that the caller does not change."""
+    """Exact weights of a block by name inside the block; tensors on the host that the caller does not change, read from
+    a file perhaps only when one is asked for."""
 
     def read(self, block: int) -> Exact: ...
 
@@ -103,7 +104,7 @@ class FileMasters:
         coming = self._coming.pop(block, None)
         if block in self.overlay:
             return self.overlay.get(block)
-        return coming.result() if coming is not None else self._from_file(block)
+        return coming.result() if coming is not None else self._unread(block)
 
     def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         self.overlay.put(block, tensors)
@@ -115,10 +116,10 @@ class FileMasters:
             self._coming.pop(block).cancel()
         for block in wanted:
             if block not in self._coming:
-                self._coming[block] = self._thread.submit(self._from_file, block)
+                self._coming[block] = self._thread.submit(dict, self._unread(block))
 
-    def _from_file(self, block: int) -> Exact:
-        return dict(Unread(self._places[block], self._read))
+    def _unread(self, block: int) -> Unread:
+        return Unread(self._places[block], self._read)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

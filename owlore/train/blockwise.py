@@ -39,7 +39,7 @@ class _Rows:
     inputs: dict[str, Tensor]
     hidden: Tensor
     arguments: tuple[Arguments, ...]
-    random: _Random
+    random: RandomNumbers
     entry: Tensor | None = None  # what entered the first block, with its graph, where the embeddings are trained
     before: dict[int, Tensor] = field(default_factory=dict)  # random state before each block that is recomputed
     gradient: Tensor | None = None
@@ -82,7 +82,7 @@ class BlockMajor:
         try:
             self._plan()
             rows = [
-                self._enter(batch, _Random(seed_for(seed, "dropout", step, index), device), grad=self.bottom)
+                self._enter(batch, RandomNumbers(seed_for(seed, "dropout", step, index), device), grad=self.bottom)
                 for index, batch in batches.items()
             ]
             self._forward(rows, keep=True)
@@ -110,7 +110,7 @@ class BlockMajor:
     @torch.no_grad()
     def _losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         device = self.residency.port.device
-        rows = [self._enter(batch, _Random(0, device), grad=False) for batch in batches]
+        rows = [self._enter(batch, RandomNumbers(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
         self._forward(rows, keep=False)
         losses = [self._leave(row, row.hidden) for row in rows]
@@ -125,7 +125,7 @@ class BlockMajor:
         visits = [visit.block for visit in step_visits(len(self.chain), self.lowest)]
         self.residency.walk([*visits, *visits])
 
-    def _enter(self, batch: MicroBatch, random: _Random, *, grad: bool) -> _Rows:
+    def _enter(self, batch: MicroBatch, random: RandomNumbers, *, grad: bool) -> _Rows:
         inputs = batch.on(self.residency.port.device)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         if self.embedding is not None:
@@ -200,7 +200,7 @@ class BlockMajor:
                 torch.autograd.backward(roots, gradients)
 
 
-class _Random:
+class RandomNumbers:
     """torch's global generator as one micro-batch sees it: entering takes its state, leaving puts the world's back."""
 
     def __init__(self, seed: int, device: torch.device) -> None:

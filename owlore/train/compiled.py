@@ -22,13 +22,20 @@ from htsr.errors import UsageError
 
 class Compiled:
     """Replaces the forward of every block by a compiled one; compiling happens at the first calls, and takes minutes
-    with C++ code. Without gradients (evaluation, generation) the blocks run as they are.
+    with C++ code. Without gradients (evaluation, generation) the blocks run as they are, unless `always`: where blocks
+    are streamed every step goes through them without gradients first.
 
     Raises: UsageError on a CPU without a C++ compiler.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], *, enabled: bool, device: torch.device, backend: Any = "inductor"
+        self,
+        blocks: Sequence[nn.Module],
+        *,
+        enabled: bool,
+        device: torch.device,
+        backend: Any = "inductor",
+        always: bool = False,
     ) -> None:
         self._blocks = tuple(blocks) if enabled else ()
         if enabled and backend == "inductor" and device.type == "cpu" and not cpp_compiler():
@@ -37,7 +44,7 @@ class Compiled:
         for block in self._blocks:
             kind = type(block)
             if kind not in functions:
-                functions[kind] = _compiled(kind.forward, backend)
+                functions[kind] = _compiled(kind.forward, backend, always)
             block.forward = partial(functions[kind], block)
 
     def remove(self) -> None:
@@ -47,11 +54,11 @@ class Compiled:
         self._blocks = ()
 
 
-def _compiled(forward: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+def _compiled(forward: Callable[..., Any], backend: Any, always: bool) -> Callable[..., Any]:
     compiled = torch.compile(forward, dynamic=True, backend=backend)
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else forward)(block, *args, **kwargs)
+        return (compiled if always or torch.is_grad_enabled() else forward)(block, *args, **kwargs)
 
     return run
 

@@ -194,6 +194,8 @@ def assemble(
         add_up=ranks.sum_into if ranks.size > 1 else None,
     )
     arrangement = arrange(config, prepared, ranks.size)
+    # Before the blocks are walked one by one: what is walked is then the compiled block.
+    compiled = Compiled(units.modules, enabled=config.compile, device=device, always=streams(config))
     streaming = None
     if streams(config):
         if ranks.size > 1:
@@ -204,7 +206,7 @@ def assemble(
         streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
     loss = CausalLoss(loaded.model)
     if streaming is not None:
-        streaming.connect(loss, optimizer)
+        streaming.connect(loss, optimizer, compiled=config.compile)
     if config.packing and not loss.keeps_rows_apart():
         raise BadInput(
             "--packing: this model lets packed rows see each other, or does not number them anew (tried on two rows); "
@@ -225,7 +227,7 @@ def assemble(
         strategy=strategy,
         optimizer=optimizer,
         loss=loss,
-        compiled=Compiled(units.modules, enabled=config.compile, device=device),
+        compiled=compiled,
         recompute=Recompute(units.modules, enabled=streaming is None and recomputes(config, units)),
         streaming=streaming,
         pace=_pace(config, strategy_class, arrangement),

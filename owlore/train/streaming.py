@@ -7,7 +7,7 @@ over the blocks; the loop asks it for gradients, losses and exact weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from owlore.residency.masters import Overlay
 from owlore.residency.pinned import Pin, pin, unlocked
 from owlore.residency.ports import Port, open_port
 from owlore.residency.run import Residency
-from owlore.train.blockwise import BlockMajor
+from owlore.train.blockwise import BlockMajor, RandomNumbers
 from owlore.train.loading import Loaded
 from owlore.train.loss import CausalLoss
 from owlore.train.tables import Say
@@ -46,10 +46,9 @@ def check_streaming(config: TrainConfig, *, adapts: bool = False) -> None:
     """Raises: UsageError for settings that do not go together."""
     if config.resident_share and config.residency != "host":
         raise UsageError("--resident-share was given without --residency host; on the device all blocks are resident")
-    if config.compile and streams(config):
+    if config.compile and config.frozen != "bf16":
         raise UsageError(
-            "got --compile with --residency host, --frozen or --offload-activations, expected one of them; a streamed "
-            "block is not compiled, leave --compile out"
+            f"got --compile with --frozen {config.frozen}, expected one of them: a quantised block is not compiled"
         )
     if adapts and streams(config):
         raise UsageError(
@@ -71,16 +70,30 @@ class Streaming:
     frozen: str
     _walk: BlockMajor | None = None
 
-    def connect(self, loss: CausalLoss, optimizer: RotatingOptimizer) -> None:
-        """Raises: BadInput for a model whose blocks are no chain."""
+    def connect(self, loss: CausalLoss, optimizer: RotatingOptimizer, *, compiled: bool = False) -> None:
+        """Raises: BadInput for a model whose blocks are no chain, UsageError for compiled blocks with dropout."""
         self._walk = BlockMajor(loss, optimizer, self.residency, self.chain, self.boundaries, self.embedding)
         ids = torch.arange(8, device=self.residency.port.device)[None]
         training = loss.model.training
         loss.model.eval()
         try:
             self.chain.check(lambda: loss.outputs(ids))
+            if compiled and self._draws_numbers(lambda: loss.outputs(ids), loss.model):
+                raise UsageError(
+                    "got --compile with streamed blocks that draw random numbers (dropout), expected blocks that draw "
+                    "none: compiled, the recomputation would draw others; leave --compile out"
+                )
         finally:
             loss.model.train(training)
+
+    @torch.no_grad()
+    def _draws_numbers(self, forward: Callable[[], Tensor], model: nn.Module) -> bool:
+        random = RandomNumbers(0, self.residency.port.device)
+        before = random.state
+        model.train()
+        with random:
+            forward()
+        return not torch.equal(before, random.state)
 
     @property
     def walk(self) -> BlockMajor:

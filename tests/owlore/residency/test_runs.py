@@ -132,7 +132,7 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path):
         {"residency": "disk"},
         {"frozen": "fp8"},
         {"method": "lora", "frozen": "nf4"},
-        {"residency": "host", "compile": True},
+        {"frozen": "nf4", "compile": True},
     ):
         given = {key: value for key, value in SETTINGS.items() if key in ("steps", "batch")} | wrong
         with pytest.raises(UsageError):

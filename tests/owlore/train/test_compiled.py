@@ -1,8 +1,11 @@
 """Per-block compilation: the same gradients, four graphs, and the blocks as they were afterwards."""
 
+import copy
+
 import pytest
 import torch
 from makers import tiny_llama
+from streaming import Resident, Streamed, batches, deep_llama, same_bits
 
 from owlore.blocks import find_units, freeze
 from owlore.train.compiled import Compiled, cpp_compiler
@@ -51,6 +54,53 @@ def test_blocks_share_four_graphs_over_all_draws_and_lengths(recomputed):
         assert len(seen) <= 4, (active, shape)
     # Below the lowest drawn block, that block, a frozen one above it and a drawn one above it: all were there.
     assert len(seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
+    """Up without gradients (frozen, drawn; one row, as the loss is probed with), down (frozen, drawn, the lowest):
+    whatever slot the weights are in."""
+    seen = []
+    torch.compiler.reset()
+
+    def counting(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    model = deep_llama(6)
+    resident = Resident(copy.deepcopy(model))
+    compiled = Compiled(find_units(model).modules, enabled=True, device=CPU, backend=counting, always=True)
+    streamed = Streamed(model)
+    for draw in ((2, 4), (1, 3), (0, 1), (5,)):
+        for side in (resident, streamed):
+            side.draw(draw)
+        for step in range(2):
+            losses = [side.take_step(batches(2, seed=step)) for side in (resident, streamed)]
+            assert torch.equal(*losses) and same_bits(resident, streamed)
+        assert len(seen) == 6
+    compiled.remove()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_streamed_blocks_with_dropout_are_not_compiled(monkeypatch, tmp_path):
+    from functools import partial
+
+    from makers import save_tiny
+
+    import owlore
+    from htsr.errors import UsageError
+
+    monkeypatch.setattr("owlore.train.run.Compiled", partial(Compiled, backend=lambda graph, inputs: graph.forward))
+    settings = {"table": "uniform", "steps": 2, "compile": True, "residency": "host", "rank": 4}
+    rows = [{"prompt": "a: ", "completion": "b"}]
+    model = save_tiny(tmp_path / "dropout", attention_dropout=0.1)
+    with pytest.raises(UsageError, match="random numbers"):
+        owlore.train(model, rows, out=tmp_path / "run", **settings)
+    model = save_tiny(tmp_path / "model")
+    runs = [owlore.train(model, rows, out=tmp_path / f"{compiled}", **{**settings, "compile": compiled})
+            for compiled in (True, False)]  # fmt: skip
+    assert runs[0].history["loss"].tolist() == runs[1].history["loss"].tolist()
+    assert "forward" not in vars(runs[0].model.model.layers[0])
 
 
 @pytest.mark.slow  # gcc needs minutes for the four graphs and their backwards
