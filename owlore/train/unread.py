@@ -60,7 +60,8 @@ def _empty_model(source: SafetensorsSource, place: Path, dtype: torch.dtype | No
             model = AutoModelForCausalLM.from_config(config, dtype=wanted, **attn)
         if (place / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(place)
-    if model._get_dtype_plan(wanted):
+    wide = getattr(model, "_keep_in_fp32_modules_strict", None) if wanted != torch.float32 else None
+    if wide or (wanted == torch.float16 and getattr(model, "_keep_in_fp32_modules", None)):
         raise CannotStreamError(f"some of its modules stay in float32 under {wanted}")
     return model
 

@@ -96,6 +96,20 @@ def test_an_export_has_the_shards_names_index_and_bits_and_trained_values_as_a_w
     assert all(torch.equal(state[name], tensor) for name, tensor in whole.model.state_dict().items())
 
 
+def test_files_of_the_hubs_cache_are_exported_under_the_names_of_their_links(tmp_path):
+    plain = sharded(tmp_path / "plain", tiny_llama(blocks=6))
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(plain.iterdir())):
+        shutil.copyfile(file, blobs / f"{number:040x}")
+        (snapshot / file.name).symlink_to(blobs / f"{number:040x}")
+    run = owlore.train(snapshot, ROWS, out=tmp_path / "run", residency="host", **{**SETTINGS, "steps": 1})
+    exported = run.directory / "model"
+    assert headers(exported) == headers(plain) and not any(path.is_symlink() for path in exported.iterdir())
+    assert (exported / "model.safetensors.index.json").is_file()
+
+
 def test_a_stored_copy_of_tied_weights_follows_what_is_trained(tmp_path):
     model = save_tiny(tmp_path / "model", tiny_llama(blocks=4, tied=True))
     stored = load_file(model / "model.safetensors")
