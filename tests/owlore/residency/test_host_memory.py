@@ -72,7 +72,12 @@ def watched(monkeypatch):
     for module in (export_files, checkpoint):
         monkeypatch.setattr(module, "pieces", writing)
     connect = Streaming.connect
-    monkeypatch.setattr(Streaming, "connect", lambda *given: (connect(*given), phase.__setitem__(0, "train"))[0])
+
+    def connected(self, *given, **named):
+        connect(self, *given, **named)
+        phase[0] = "train"
+
+    monkeypatch.setattr(Streaming, "connect", connected)
     monkeypatch.setattr("owlore.train.run.export_files", staged("export", export_files.export_files))
     monkeypatch.setattr("owlore.train.loop.checkpoint.save", staged("checkpoint", checkpoint.save))
     yield most
