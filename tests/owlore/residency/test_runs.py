@@ -1,5 +1,7 @@
 """Whole runs whose blocks are streamed or quantised: the same bits, exports, resumes, and bytes as planned."""
 
+import gc
+
 import pytest
 import torch
 from makers import byte_tokenizer, save_tiny, tiny_llama, tiny_models
@@ -97,6 +99,22 @@ def test_a_run_goes_on_bit_for_bit_from_the_middle_of_a_period(tmp_path, extra):
         assert same(*(load_file(r.directory / f"checkpoints/step-000011/{name}.safetensors") for r in (whole, longer)))
     rows = [run.history[ROW].query("step > 6").reset_index(drop=True) for run in (whole, longer)]
     assert len(rows[0]) == 6 and rows[0].to_json() == rows[1].to_json()
+
+
+def test_trained_blocks_may_lie_in_files_while_a_run_lasts(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path / "model", tiny_llama(blocks=5, dtype=torch.bfloat16))
+    settings = {**SETTINGS, "steps": 11, "schedule": "constant", "residency": "host", "frozen": "nf4"}
+    memory = owlore.train(model, ROWS, out=tmp_path / "memory", **settings)
+    assert memory.record["residency"]["host_bytes"]["overlay"] > 0
+    monkeypatch.setattr("owlore.train.streaming.available_memory", lambda: 0)
+    first = owlore.train(model, ROWS, out=tmp_path / "run", **{**settings, "steps": 6})
+    assert list((first.directory / "overlay").iterdir())
+    del first  # a model that nobody asks for is not put together, and its blocks need not be kept
+    gc.collect()
+    assert not (tmp_path / "run/overlay").exists()
+    disk = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
+    assert disk.record["residency"]["host_bytes"]["overlay"] == 0
+    assert same(exported(memory), exported(disk)) and same(memory.model.state_dict(), disk.model.state_dict())
 
 
 def test_a_resume_may_move_the_blocks_but_not_change_their_format(tmp_path):
