@@ -81,7 +81,9 @@ def load(
     source = open_source(model)
     if isinstance(model, nn.Module):
         if leave is not None:
-            leave("note: the model is an object in memory, where it stays beside the store of its frozen blocks")
+            leave(
+                "note: the model is an object in memory; its blocks move from there into the store, one after another"
+            )
         return _adopt(model, source, dtype, device, tokenizer)
     return _read(model, source, dtype, attn, device, tokenizer, leave)
 
