@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -121,15 +121,14 @@ class Cache:
             + np.asarray(eigenvalues, np.float64).tobytes()
         )
         file = self._file(key)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
             try:
-                with os.fdopen(handle, "wb") as out:
-                    out.write(hashlib.sha256(key.encode() + body).digest() + body)
-                Path(temporary).replace(file)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+                temporary.write_bytes(hashlib.sha256(key.encode() + body).digest() + body)
+                temporary.replace(file)
+            except OSError:
+                temporary.unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self._root / key[:2] / key[2:]

@@ -143,10 +143,11 @@ def scan(
 def ahead(source: Source, workers: int | None) -> Iterator[None]:
     """What the end of a scan needs, done beside its work where that has several workers: hashes, and pandas loaded.
 
-    A module's tensors are hashed at once: it is about to run.
+    A module's tensors are hashed at once: it is about to run. A lone worker hashes each tensor as it reads it.
     """
-    if source.module is not None or (default_workers() if workers is None else workers) < 2:
+    if source.module is not None:
         source.weights_sha256()
+    if source.module is not None or (default_workers() if workers is None else workers) < 2:
         yield
         return
     stop = threading.Event()

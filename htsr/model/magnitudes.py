@@ -44,26 +44,25 @@ def weight_lod(
 def _pool_shares(source: Source, pool: Sequence[LayerView], taus: Sequence[float]) -> dict[str, list[float]]:
     """One share a tau of matrices that have one mean, which are read twice where they are too large to be kept."""
     size = sum(view.rows * view.cols for view in pool)
-    kept = {view.tensor: list(_parts(source, view)) for view in pool} if size <= KEPT_ELEMENTS else None
+    kept = {view.tensor: list(_sizes(source, view)) for view in pool} if size <= KEPT_ELEMENTS else None
 
-    def parts(view: LayerView) -> Iterable[np.ndarray]:
-        return _parts(source, view) if kept is None else kept[view.tensor]
+    def sizes(view: LayerView) -> Iterable[np.ndarray]:
+        return _sizes(source, view) if kept is None else kept[view.tensor]
 
     whole = [view for view in pool if not view.part_of] or pool
-    total = sum(float(np.abs(part).sum(dtype=np.float64)) for view in whole for part in parts(view))
+    total = sum(float(part.sum(dtype=np.float64)) for view in whole for part in sizes(view))
     mean = total / sum(view.rows * view.cols for view in whole)
     limits = [tau * mean for tau in taus]
-    return {view.tensor: _percents_above(parts(view), view.rows * view.cols, limits) for view in pool}
+    return {view.tensor: _percents_above(sizes(view), view.rows * view.cols, limits) for view in pool}
 
 
-def _percents_above(parts: Iterable[np.ndarray], size: int, limits: Sequence[float]) -> list[float]:
+def _percents_above(sizes: Iterable[np.ndarray], count: int, limits: Sequence[float]) -> list[float]:
     if not np.isfinite(limits).all():
         return [np.nan] * len(limits)
     counts = np.zeros(len(limits))
-    for part in parts:
-        sizes = np.abs(part)
-        counts += [np.count_nonzero(sizes > _at_most(limit, part.dtype)) for limit in limits]
-    return [float(share) for share in 100.0 * counts / size]
+    for part in sizes:
+        counts += [np.count_nonzero(part > _at_most(limit, part.dtype)) for limit in limits]
+    return [float(share) for share in 100.0 * counts / count]
 
 
 def _at_most(limit: float, dtype: np.dtype) -> Any:
@@ -72,7 +71,8 @@ def _at_most(limit: float, dtype: np.dtype) -> Any:
     return np.nextafter(rounded, rounded.dtype.type(-np.inf)) if float(rounded) > limit else rounded
 
 
-def _parts(source: Source, view: LayerView) -> Iterator[np.ndarray]:
+def _sizes(source: Source, view: LayerView) -> Iterator[np.ndarray]:
+    """|W|, some rows at a time."""
     step = max(SLICE_ELEMENTS // view.cols, 1)
     for start in range(0, view.rows, step):
-        yield read_block(source, view, Block(axis=0, start=start, stop=min(start + step, view.rows)))
+        yield np.abs(read_block(source, view, Block(axis=0, start=start, stop=min(start + step, view.rows))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 64_000_000
 MAX_TENSORS = 500_000
 PIECE_BYTES = 1 << 20
+HELD_BYTES = 1 << 22  # a tensor up to this size is read once for its hash and its spectrum
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "BOOL": "bool",
@@ -53,6 +55,7 @@ class SafetensorsSource(Source):
         self.id, self.revision, self.path = id_, revision, path
         self._root = path if path.is_dir() else path.parent
         files = named_files(path) if path.is_dir() else {path.name: inside(self._root, path)}
+        self._held = threading.local()
         self._entries: dict[str, Entry] = {}
         # The entries of each file by the file's own name (the Hub cache's have others), in the order of their bytes.
         self.files: dict[str, tuple[Entry, ...]] = {}
@@ -85,7 +88,10 @@ class SafetensorsSource(Source):
         return values
 
     def _read_window(self, entry: Entry, rows: tuple[int, int], cols: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-        _, width = flat_shape(entry.info.shape)
+        height, width = flat_shape(entry.info.shape)
+        if getattr(self._held, "name", None) == entry.info.name:
+            whole = self._held.bytes.view(dtype).reshape(height, width)
+            return np.ascontiguousarray(whole[rows[0] : rows[1], cols[0] : cols[1]])
         out = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
         with entry.file.open("rb", buffering=0) as handle:
             if out.shape[1] == width:
@@ -108,12 +114,23 @@ class SafetensorsSource(Source):
 
     def raw(self, name: str) -> Iterator[memoryview]:
         entry = self._entries[name]
-        buffer = bytearray(PIECE_BYTES)
         with entry.file.open("rb", buffering=0) as handle:
+            if 0 < entry.num_bytes <= HELD_BYTES:
+                yield self._hold(handle, entry).data
+                return
+            buffer = bytearray(PIECE_BYTES)
             for position in range(0, entry.num_bytes, PIECE_BYTES):
                 piece = memoryview(buffer)[: min(PIECE_BYTES, entry.num_bytes - position)]
                 _read_into(handle, entry.offset + position, piece)
                 yield piece
+
+    def _hold(self, handle: BinaryIO, entry: Entry) -> np.ndarray:
+        """The bytes of a tensor, kept for the windows that this thread wants next: until it asks for another."""
+        self._held.name, out = None, np.empty(entry.num_bytes, np.uint8)
+        _read_into(handle, entry.offset, out)
+        out.flags.writeable = False
+        self._held.name, self._held.bytes = entry.info.name, out
+        return out
 
 
 def named_files(directory: Path) -> dict[str, Path]:
