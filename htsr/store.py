@@ -51,6 +51,8 @@ def check_target(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: got a file, expected a directory to write the scan to")
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{directory}: {existing} is a file, expected a directory; give another --out")
     if not os.access(existing, os.W_OK):
         raise UsageError(
             f"{directory}: {existing} cannot be written to, expected a directory of yours; give another --out"

@@ -202,6 +202,7 @@ def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: py
         (("scan", "MODEL", "--lod-scope", "blok"), 2, "did you mean block"),
         (("scan", "MODEL", "--precision", "fp61"), 2, "did you mean fp64"),
         (("scan", "MODEL", "--out", "EMPTY"), 2, "expected a directory"),
+        (("scan", "MODEL", "--out", "INSIDE A FILE"), 2, "empty.txt is a file"),
         (("scan", "MODEL", "--device", "tpu"), 2, "device"),
         (("scan",), 2, "MODEL"),
         (("scann", "demo"), 2, "did you mean scan"),
@@ -221,7 +222,8 @@ def test_wrong_input_ends_with_its_code_and_one_line(
     arguments: tuple[str, ...], code: int, says: str, htsr: Any, model: Path, scanned: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
-    places = {"MODEL": str(model), "SCAN": str(scanned), "EMPTY": str(tmp_path / "empty.txt")}
+    places = {"MODEL": str(model), "SCAN": str(scanned), "EMPTY": str(tmp_path / "empty.txt"),
+              "INSIDE A FILE": str(tmp_path / "empty.txt" / "scan")}  # fmt: skip
     done = htsr(*[places.get(a, a) for a in arguments], *(["--quiet"] if len(arguments) > 1 else []))
     assert done.code == code, done.err
     assert len(done.err.splitlines()) == 1
