@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,16 @@ def test_the_eight_tasks_agree_on_stories260k(stories: Path, shared: Path) -> No
 
 @pytest.mark.slow
 def test_the_eight_tasks_agree_on_smollm2(shared: Path) -> None:
+    model, tokenizer = load(smollm2(shared))
+    found = compare(model, tokenizer, shared / "data", list(PROMPTS), 8, 0)
+    assert all(result["n"] == 8 for result in found["tasks"].values())
+
+
+def smollm2(shared: Path) -> Path:
     place = shared.resolve().parent / "models" / "smollm2"
     if not place.is_dir():
         pytest.skip("no models/smollm2: make it with reports/studies/first-road/fetch_smollm2.py")
-    model, tokenizer = load(place)
-    found = compare(model, tokenizer, shared / "data", list(PROMPTS), 8, 0)
-    assert all(result["n"] == 8 for result in found["tasks"].values())
+    return place
 
 
 def load(place: Path) -> tuple[Any, Any]:
@@ -96,24 +101,39 @@ def load(place: Path) -> tuple[Any, Any]:
 
 
 def test_perplexity_agrees_with_a_plain_scorer(small: tuple[Any, Any], data: Path) -> None:
+    pages = compare_perplexity(*small, data, None)
+    assert [page.split("=")[1].strip() for page in pages] == ["The sea", "A hat"]
+
+
+def test_perplexity_agrees_on_stories260k(stories: Path, shared: Path) -> None:
+    assert len(compare_perplexity(*load(stories), shared / "data", 1)) == 1
+
+
+@pytest.mark.slow
+def test_perplexity_agrees_on_smollm2(shared: Path) -> None:
+    assert len(compare_perplexity(*load(smollm2(shared)), shared / "data", 2)) == 2
+
+
+def compare_perplexity(model: Any, tokenizer: Any, data: Path, limit: int | None) -> list[str]:
+    """The articles that were measured."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     from owlore.evaluation.sources import articles
 
-    model, tokenizer = small
-    pages = articles((data / "text" / "wikitext-2" / "test.txt").read_text())
-    assert [page.split("=")[1].strip() for page in pages] == ["The sea", "A hat"]
-    result = evaluate(model, tokenizer, ["wikitext"], data_dir=data)["tasks"]["wikitext"]
+    pages = articles((data / "text" / "wikitext-2" / "test.txt").read_text())[:limit]
+    result = evaluate(model, tokenizer, ["wikitext"], data_dir=data, limit=limit)["tasks"]["wikitext"]
     total = words = size = tokens = 0.0
     for page in pages:
-        ids = tokenizer(wikitext_detokenizer({"page": page}))["input_ids"]
-        total += rolled(model, ids, tokenizer.bos_token_id, result["window"])
-        words += len(page.split()) + 2  # the harness splits at white space, the empty words at both ends included
+        ids = tokenizer(wikitext_detokenizer({"page": page}))["input_ids"]  # a first <s> counts, as in the harness
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        total += rolled(model, ids, first, result["window"])
+        words += len(re.split(r"\s+", page))  # as the harness counts, empty words at both ends included
         size += len(page.encode())
         tokens += len(ids)
     assert result["word_perplexity"] == pytest.approx(2.718281828459045 ** (-total / words), rel=1e-5)
     assert result["byte_perplexity"] == pytest.approx(2.718281828459045 ** (-total / size), rel=1e-5)
     assert result["perplexity"] == pytest.approx(2.718281828459045 ** (-total / tokens), rel=1e-5)
+    return pages
 
 
 def test_windows_of_a_long_text_predict_each_token_once(small: tuple[Any, Any]) -> None:
