@@ -35,7 +35,7 @@ def main() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
+@click.option("-o", "--out", metavar="DIR", show_default="reports/scans/<model>", help="Where the files are written.")
 @click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where the text runs; cuda: spectra too.")
 @click.option("--precision", type=console.Choice(PRECISIONS), default="auto", help="Of the spectra; auto: fp64's fit.")
 @click.option("--engine", type=console.Choice(ENGINES), default="native", help="Whose code computes the spectra.")
@@ -103,7 +103,7 @@ def table(scan_dir: str, output: str | None, quiet: bool, **options: Any) -> Non
 @click.argument("scan_b")
 @click.option("--models", nargs=2, metavar="A B", help="The scanned models: adds the overlap of singular vectors.")
 @click.option("--rank", type=int, default=10, help="Leading singular vectors that are compared.")
-@click.option("--out", metavar="DIR", show_default="nothing is written", help="For compare.csv and pictures.")
+@click.option("-o", "--out", metavar="DIR", show_default="nothing is written", help="For compare.csv and pictures.")
 @json_option
 @quiet_option
 def compare(

@@ -38,7 +38,8 @@ def train_options(command: Callable[..., None]) -> Callable[..., None]:
         if spec.metadata.get("argument"):
             command = click.argument(name, required=False)(command)
             continue
-        command = click.option(flag_name(name), name, **_click_settings(name))(command)
+        flags = ("-o", "--out") if name == "out" else (flag_name(name),)
+        command = click.option(*flags, name, **_click_settings(name))(command)
     return command
 
 
@@ -242,7 +243,9 @@ def render_run(directory: Path, record: dict[str, Any]) -> str:
 
 
 @cli.command()
-@click.option("--out", default="owlore-demo", metavar="DIR", help="Where everything is written. [default: owlore-demo]")
+@click.option(
+    "-o", "--out", default="owlore-demo", metavar="DIR", help="Where everything is written. [default: owlore-demo]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
 def demo(out: str, as_json: bool, quiet: bool) -> None:

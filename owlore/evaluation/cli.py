@@ -35,7 +35,9 @@ MT_BENCH = "mt_bench"
 )  # fmt: skip
 @click.option("--budget", type=click.IntRange(1), default=1024, show_default=True, metavar="N",
               help="Tokens of a forward pass.")  # fmt: skip
-@click.option("--out", metavar="DIR", help="Write results.json (each row's outcome in it) and MT-Bench's files there.")
+@click.option(
+    "-o", "--out", metavar="DIR", help="Write results.json (each row's outcome in it) and MT-Bench's files there."
+)
 @click.option("--fresh", is_flag=True, help="Measure finished tasks again.")
 @click.option("--judge-url", metavar="URL", help="MT-Bench: an OpenAI-compatible endpoint, https://.../v1.")
 @click.option("--judge-model", metavar="NAME", help="MT-Bench: the model to ask there.")
