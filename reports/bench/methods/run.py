@@ -1,10 +1,10 @@
-"""All methods on one model with equal data and steps: CPU seconds a step, peak bytes, trainable share, loss.
+"""All methods on one model with equal data and steps: seconds a step, peak bytes, trainable share, loss.
 
 python reports/bench/methods/run.py MODEL_DIR ROWS.json [--methods owlore,lora] [--steps 6] [--threads 1] [--fresh]
 
 Each method runs in a process of its own and leaves results/METHOD.json; what is there is not run again, so the bench
 can be made in pieces. At the end the table of all that is there is printed, and written to results/table.txt.
-Times are CPU seconds of the process, which other work on the machine hardly moves.
+Times are wall seconds, which mean something on a machine that does nothing else, and CPU seconds of the process.
 Peak memory is the high-water mark of the resident set over the whole run above the resident set of the loaded model;
 preparation (decompositions, SMT's warm-up) is inside, and its time is a column of its own.
 """
@@ -32,6 +32,7 @@ OWN: dict[str, dict[str, Any]] = {
     "owlore": {"active": 2},
     "smt": {"set": {"warmup_batches": 4}},
 }
+KEYS = ("step_seconds", "step_cpu_seconds", "peak_bytes")
 RATE = 3e-4  # untuned; full fine-tuning takes less
 
 
@@ -89,6 +90,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     table = "uniform" if args.table is None or method != "owlore" else args.table
     changes |= {"table": table} if STRATEGIES[method].table == "auto" else {}
     marks: list[float] = []  # CPU seconds when the loop begins, and before and after each step
+    walls: list[float] = []  # of each step
     loop, advance = Trainer.run, Trainer.advance
 
     def marked_loop(self: Any, on_row: Any) -> None:
@@ -96,9 +98,10 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
         loop(self, on_row)
 
     def marked_step(self: Any) -> Any:
-        before = time.process_time()
+        before, clock = time.process_time(), time.perf_counter()
         row = advance(self)
         marks.extend((before, time.process_time()))
+        walls.append(time.perf_counter() - clock)
         return row
 
     Trainer.run, Trainer.advance = marked_loop, marked_step
@@ -113,7 +116,8 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "method": method, "settings": {"steps": args.steps, "threads": args.threads, **EQUAL, **changes,
                                        "table": str(getattr(table, "name", table))},
-        "step_cpu_seconds": sum(seconds[1:]) / len(seconds[1:]), "steps_cpu_seconds": seconds,
+        "step_seconds": sum(walls[1:]) / len(walls[1:]), "step_cpu_seconds": sum(seconds[1:]) / len(seconds[1:]),
+        "steps_seconds": walls, "steps_cpu_seconds": seconds,
         "preparation_cpu_seconds": marks[0] - started, "wall_seconds": record["seconds"],
         "peak_bytes": status("VmHWM") - at_load, "state_bytes": record["peak_state_bytes"],
         "trainable": record["trainable"], "draws": record["draws"],
@@ -140,18 +144,19 @@ def render(results: list[dict[str, Any]]) -> str:
     by_name = {result["method"]: result for result in results}
     full = by_name.get("full")
     lines = [
-        f"{'method':<8} {'CPU s':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} {'plan MB':>8} {'state MB':>9} "
-        f"{'trained':>8} {'prepare s':>9} {'before':>7} {'after':>7}"
+        f"{'method':<8} {'s/step':>7} {'x full':>7} {'CPU s':>7} {'x full':>7} {'peak MB':>8} {'x full':>7} "
+        f"{'plan MB':>8} {'state MB':>9} {'trained':>8} {'prepare s':>9} {'before':>7} {'after':>7}"
     ]
     for name in ALL:
         if name not in by_name:
             continue
         got = by_name[name]
-        ratios = [f"{got[key] / full[key]:.2f}" if full else "-" for key in ("step_cpu_seconds", "peak_bytes")]
+        ratios = [f"{got[key] / full[key]:.2f}" if full else "-" for key in KEYS]
         plan = f"{got['planned_bytes'] / 1e6:,.0f}" if "planned_bytes" in got else "-"
         prepare = got["preparation_cpu_seconds"]
         lines.append(
-            f"{name:<8} {got['step_cpu_seconds']:>7.2f} {ratios[0]:>7} {got['peak_bytes'] / 1e6:>8,.0f} {ratios[1]:>7} "
+            f"{name:<8} {got['step_seconds']:>7.2f} {ratios[0]:>7} {got['step_cpu_seconds']:>7.2f} {ratios[1]:>7} "
+            f"{got['peak_bytes'] / 1e6:>8,.0f} {ratios[2]:>7} "
             f"{plan:>8} {got['state_bytes'] / 1e6:>9,.1f} {got['trainable']:>8.2%} {prepare:>9.1f} "
             f"{got['loss_before']:>7.3f} {got['loss_after']:>7.3f}"
         )
