@@ -153,13 +153,15 @@ def test_no_question_that_is_asked_is_trained_on(harness: Any) -> None:
         harness.study.check_no_overlap(rows, test_set)
 
 
-def test_a_page_follows_from_stored_results_in_another_process_without_the_packages(tmp_path: Path) -> None:
+def test_a_page_follows_from_stored_results_in_another_process_without_the_packages(
+    tmp_path: Path, harness: Any
+) -> None:
     for script in HARNESS.glob("*.py"):
         shutil.copy(script, tmp_path)
     shutil.copy(HARNESS / "demo.yaml", tmp_path / "demo.yaml")
     results = tmp_path / "demo" / "results"
     results.mkdir(parents=True)
-    rates = (1e-3, 3e-3, 1e-2)
+    rates = harness.study.read_study(HARNESS / "demo.yaml").learning_rates
     for arm, loss in {"owlore-lod": 0.5, "owlore-uniform": 0.6, "lora": 0.4}.items():
         for one in sweep(arm, {lr: [loss + (s > 0) * 0.01 * (s - 1) ** 2 for s in range(4)] for lr in rates}):
             (results / f"{one['cell']}.json").write_text(json.dumps(one))
@@ -180,6 +182,6 @@ def test_a_page_follows_from_stored_results_in_another_process_without_the_packa
         pages.append((tmp_path / "demo" / "README.md").read_bytes() + (tmp_path / "demo" / "table.csv").read_bytes())
     assert pages[0] == pages[1]
     page = pages[0].decode()
-    assert "| lora | 0.001* | 0.4167 ± 0.0208 | -0.1000 [-0.1000, -0.1000] |" in page
+    assert f"| lora | {rates[0]:g}* | 0.4167 ± 0.0208 | -0.1000 [-0.1000, -0.1000] |" in page
     assert "- badam: not run" in page
     assert "**better**" in page

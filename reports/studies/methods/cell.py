@@ -18,20 +18,22 @@ CURVE_DIGITS = 5
 
 
 def run_cell(cell: Cell, *, model: str, rows: Rows, work: Path, out: Path, command: str, tasks: Any = None) -> None:
-    """Run `cell` and write its result to `out`, whole or not at all; a run that fails is a result too.
+    """Run `cell` and write its result to `out`, whole or not at all; a failed run is a result, a stopped one is not.
 
     work: where the tables of the study lie (`<name>.json`, and `scan.json` with their cost). tasks: what `owlore eval`
     measures on the trained model besides, as {"names": [...], "limit": N, "data_dir": ...}, or None.
     """
-    from htsr.errors import HtsrError
+    from htsr.errors import HtsrError, Interrupted
 
     result: dict[str, Any] = {
         "schema": "owlore-study-cell/1", "cell": cell.name, "arm": cell.arm, "method": cell.method, "lr": cell.lr,
-        "seed": cell.seed, "table": cell.table, "command": command, "rows_sha256": rows.sha256,
+        "seed": cell.seed, "table": cell.table, "command": command, "rows_sha256": rows.sha256, "commit": _commit(),
     }  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix="cell-") as place:
             result |= {"status": "finished", **_train_and_measure(cell, model, rows, work, Path(place), tasks)}
+    except Interrupted:
+        return
     except HtsrError as error:
         result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     temporary = out.with_suffix(".tmp")
@@ -88,7 +90,6 @@ def _train_and_measure(cell: Cell, model: str, rows: Rows, work: Path, place: Pa
         "device": record["device"],
         "machine": platform.machine(),
         "versions": record["versions"],
-        "commit": _commit(),
     }  # fmt: skip
 
 
