@@ -48,6 +48,7 @@ from owlore.train.settings import (
     resolve,
     weights_of,
 )
+from owlore.train.shelf import shelved
 from owlore.train.streaming import open_streaming, streams
 from owlore.train.tables import cache_directory, find_table, floor_of, run_inclusion, scanned_table
 from owlore.train.trackers import Tracker, check_trackers, open_trackers
@@ -278,6 +279,7 @@ def _train(
             ) as trackers,
             progress(trainer.pace.steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
             trimmed_heap(trainer.units.modules, trainer.device),
+            shelved(trainer.units.modules, enabled=_keeps_on_the_heap(trainer, config)),
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
@@ -315,6 +317,12 @@ def _model_of(config: TrainConfig, trainer: Trainer, loaded: Loaded) -> Any:
         whole = config.residency == "device" and streaming.exact
         streaming.remove(trainer.device if whole else torch.device("cpu"))
     return loaded.model if trainer.attached is None else trainer.attached.wrapper
+
+
+def _keeps_on_the_heap(trainer: Trainer, config: TrainConfig) -> bool:
+    """Do activations that autograd saves stay in the C heap until backward comes by?"""
+    recomputed = trainer.streaming is not None or recomputes(config, trainer.units)
+    return trainer.device.type == "cpu" and not recomputed and not config.compile
 
 
 def _leave(strategy_class: type[Strategy], trainer: Trainer, loaded: Loaded, run: Run, seed: int) -> None:

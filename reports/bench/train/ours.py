@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     from owlore.train.heap import trimmed_heap
     from owlore.train.loss import CausalLoss
     from owlore.train.recompute import Recompute
+    from owlore.train.shelf import shelved
 
     freeze(model)
     units = find_units(model)
@@ -48,7 +49,10 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     slot.find_basis = searching.around(slot.find_basis)
     clock, losses, searches = Clock(), [], []
     draws = draws_of(arm, units.num_blocks, steps)
-    with trimmed_heap(units.modules, torch.device("cpu")):
+    with (
+        trimmed_heap(units.modules, torch.device("cpu")),
+        shelved(units.modules, enabled=not arm.endswith("+ckpt")),
+    ):
         for step, ids in zip(range(-1, len(draws)), token_batches(args), strict=False):
             clock.start()
             searching.wall = searching.cpu = 0.0
