@@ -91,13 +91,18 @@ def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]
 @click.option("--fit", metavar="SIZE", help="Find the cheapest settings whose peak is at most SIZE, as 8GB or 7.5GiB.")
 @click.option("--bus", metavar="GB/S", type=click.FloatRange(0, min_open=True), help="Host to device.  [default: 25]")
 @click.option("--tflops", metavar="X", type=click.FloatRange(0, min_open=True), help="Of the device.  [default: 165]")
-def plan(file: str | None, fit: str | None, bus: float | None, tflops: float | None, **options: Any) -> None:
+@click.option("--processes", type=click.IntRange(1), default=1, help="That train together; bytes are each one's.")
+def plan(
+    file: str | None, fit: str | None, bus: float | None, tflops: float | None, processes: int, **options: Any
+) -> None:
     """Say what training MODEL with these options would need; nothing is trained and no weights are read.
 
     Bus and speed are measured where a CUDA device is present and none are given.
     """
     config = _config(file, options, needs=("model",))
     limit = None if fit is None else bytes_of(fit, "--fit")
+    if limit is not None and processes > 1:
+        raise UsageError("got --fit and --processes, expected one of them: what is found is for one process")
     from owlore.train.fit import fit_from_config
     from owlore.train.plan import plan_from_config
     from owlore.train.speed import rates_for
@@ -108,7 +113,7 @@ def plan(file: str | None, fit: str | None, bus: float | None, tflops: float | N
         console.notice(message, quiet=config.quiet)
 
     if limit is None:
-        made = plan_from_config(config, say, rates, advice=True).to_dict()
+        made = plan_from_config(config, say, rates, advice=True, processes=processes).to_dict()
         click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
         return
     found = fit_from_config(config, limit, say, rates)

@@ -21,7 +21,7 @@ from torch import nn
 
 from htsr import LayerTable
 from htsr.console import quiet_libraries
-from htsr.errors import BadInput, HtsrError
+from htsr.errors import BadInput, HtsrError, UsageError
 from htsr.model.locate import locate
 from owlore.attach import Attached
 from owlore.blocks import Units, find_units
@@ -77,15 +77,22 @@ class Plan:
 
 
 def plan_from_config(
-    config: TrainConfig, say: Callable[[str], None], rates: Rates | None = None, *, advice: bool = False
+    config: TrainConfig,
+    say: Callable[[str], None],
+    rates: Rates | None = None,
+    *,
+    advice: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """The plan of `owlore train` with these arguments; reads the model's configuration and, where named, the data.
 
     Rows are taken as long as the longest one of the data, without data as `--seq-len` allows. Without a table file
     the draws are taken as uniform: a scan needs the weights. advice: plan other settings too, and say what they save.
+    processes: that train together; the bytes are those of each.
     """
     config, strategy = resolve(config)
     planner = planner_of(config, strategy, say, rates or Rates())
+    planner.processes = processes
     return planner.advised(config) if advice else planner.plan(config)
 
 
@@ -103,8 +110,11 @@ class Planner:
     """Plans of one model and method under different settings.
 
     describe: the model's shape under some settings. table: of its layers, None where nothing is sampled. tokens: of the
-    longest row. device: its type; on the CPU what is parked on the host lies in the same memory.
+    longest row. device: its type; on the CPU what is parked on the host lies in the same memory. processes: that train
+    together.
     """
+
+    processes = 1
 
     def __init__(
         self,
@@ -144,6 +154,7 @@ class Planner:
             weights=weights_of(config),
             batch=config.batch,
             accum=config.accum,
+            processes=self.processes,
             tokens=min(self.tokens, config.seq_len),
             recompute=recomputes(config, shape.units),
             homes=homes_of(config),
@@ -294,8 +305,16 @@ def make_plan(
     recompute: bool,
     homes: Homes = Homes(),  # noqa: B008 - frozen
     rates: Rates = Rates(),  # noqa: B008
+    processes: int = 1,
 ) -> Plan:
-    """Bytes of a run with `batch` sequences of `tokens` tokens a micro-batch."""
+    """Bytes of a run with `batch` sequences of `tokens` tokens a micro-batch, in each of its processes.
+
+    A process holds what a single one does, and gathers as with accumulation: a new basis waits for the gradients of
+    all. Raises: UsageError for blocks that stream in several.
+    """
+    if processes > 1 and homes.streams:
+        raise UsageError(f"got {processes} processes and streamed blocks, expected one process; leave --processes out")
+    together = max(accum, min(processes, 2))  # is what a new basis has to see more than one micro-batch of one process?
     units = shape.units
     strategy = strategy_class(units, hyper)
     draws = _draws(strategy, hyper, units.num_blocks)
@@ -315,7 +334,7 @@ def make_plan(
         peak = held + state.masters + optimizer + moments.peak
     else:
         plain = _Moments(
-            gradients=gradient_bytes(parameters, rules, accum),
+            gradients=gradient_bytes(parameters, rules, together),
             arriving=arriving_bytes(parameters, rules),
             activations=_activations(shape, low, len(worst), batch, tokens, recompute),
             block=int(batch * shape.footprint.trained(tokens) + shape.footprint.trained.fixed),
@@ -422,12 +441,11 @@ class _Moments:
 
     @property
     def peak(self) -> int:
-        """At the loss all activations and a chunk of logits are held. In backward, activations go as gradients come;
-        where blocks are recomputed what is kept is small, and either it or the gradients are the larger part. What
-        earlier micro-batches gathered stands through all of a later one."""
+        """At the loss all activations and a chunk of logits are held. In backward, activations go as gradients come:
+        the larger of the two counts. What earlier micro-batches gathered stands through all of a later one."""
         if self.accumulates:
             return self.gradients + self.activations + max(self.logits, self.in_backward)
-        kept = max(self.activations, self.gradients) if self.recompute else self.activations + self.arriving
+        kept = max(self.activations + (0 if self.recompute else self.arriving), self.gradients)
         return max(self.activations + self.logits + self.head, kept + self.in_backward)
 
 

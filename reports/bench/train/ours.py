@@ -14,6 +14,8 @@ ARMS = {
     "owlore-2+ckpt": "the same with --checkpointing on",
     "owlore-2 steep": "two blocks, table as steep as LLaMA-2's",
     "owlore-1": "one block, rank 128, every third block once",
+    "full+compile": "full with --compile",
+    "owlore-2+compile": "two blocks with --compile",
     "lisa-2": "--method lisa: two blocks, embeddings on",
     "galore": "--method galore: all blocks, rank 128",
     "full again": "the first arm once more: how steady the machine is",
@@ -33,6 +35,7 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     from owlore.blocks import find_units, freeze
     from owlore.kernels.adamw import AdamW
     from owlore.optim import RotatingOptimizer, Rule, slot
+    from owlore.train.compiled import Compiled
     from owlore.train.heap import trimmed_heap
     from owlore.train.loss import CausalLoss
     from owlore.train.recompute import Recompute
@@ -45,13 +48,15 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     rank = 128 if name.startswith("owlore") or name == "galore" else None
     optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0)
     loss, recompute = CausalLoss(model), Recompute(units.modules, enabled=arm.endswith("+ckpt"))
+    compiles = arm.endswith("+compile")
+    compiled = Compiled(units.modules, enabled=compiles, device=torch.device("cpu"))
     searching = Stopwatch()
     slot.find_basis = searching.around(slot.find_basis)
     clock, losses, searches = Clock(), [], []
     draws = draws_of(arm, units.num_blocks, steps)
     with (
         trimmed_heap(units.modules, torch.device("cpu")),
-        shelved(units.modules, enabled=not arm.endswith("+ckpt")),
+        shelved(units.modules, enabled=not compiles and not arm.endswith("+ckpt")),
     ):
         for step, ids in zip(range(-1, len(draws)), token_batches(args), strict=False):
             clock.start()
@@ -72,8 +77,13 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
             clock.stop(without=(searching.wall * saved, searching.cpu * saved))
             searches.append(searching.cpu)
             losses.append(float(mean.detach()))
+            if step < 0:
+                graphs = _graphs() if compiles else 0
+    assert not compiles or _graphs() == graphs, f"{_graphs() - graphs} graphs were compiled after the first step"
+    compiled.remove()
     return clock.after_warm_up() | {
         "search_cpu_seconds": searches[1:], "losses": losses[1:], "state_bytes": optimizer.held().total,
+        "warm_up_seconds": clock.wall[0], "graphs": graphs,
         "mean_depth": sum(units.num_blocks - min(d) for d in draws) / len(draws), "draws": draws,
     }  # fmt: skip
 
@@ -86,6 +96,13 @@ def draws_of(arm: str, blocks: int, steps: int) -> list[tuple[int, ...]]:
     if "-1" in arm:
         return [(block,) for block in every_third(blocks)]
     return [tuple(range(blocks))] * steps
+
+
+def _graphs() -> int:
+    """Graphs that torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def _outside(units: Any) -> set[str]:

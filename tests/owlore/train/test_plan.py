@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import owlore
-from htsr.errors import OutOfMemory
+from htsr.errors import OutOfMemory, UsageError
 from owlore.blocks import find_units, freeze
 from owlore.cli import render_plan
 from owlore.config import TrainConfig
@@ -277,6 +277,25 @@ def test_a_plan_needs_the_configuration_alone(tmp_path, capsys):
     assert set(made["bytes"]) == {"weights", "masters", "gradients", "optimizer", "activations", "logits", "total"}
     assert set(made["trainable"]) == {"per_step", "always_on"}
     assert set(made["backward_depth"]) == {"expected", "blocks"}
+
+
+def test_with_several_processes_each_gathers_whole_gradients_for_its_new_bases(tmp_path):
+    settings = {"model": str(save_tiny(tmp_path / "model", blocks=4)), "active": 2, "rank": 8, "batch": 1, "seq_len": 4}
+
+    def planned(accum, **several):
+        config = TrainConfig.build(settings | {"accum": accum})
+        return plan_from_config(config, lambda message: None, **several).bytes
+
+    alone, accumulated = planned(1), planned(2)
+    for processes in (2, 8):
+        together = planned(1, processes=processes)
+        assert together["gradients"] == accumulated["gradients"] > alone["gradients"]
+        assert alone["total"] < together["total"] <= accumulated["total"]
+        assert planned(2, processes=processes) == accumulated
+    same = ("weights", "masters", "optimizer", "activations", "logits")
+    assert all(together[kind] == alone[kind] for kind in same)
+    with pytest.raises(UsageError, match="--processes"):
+        plan_from_config(TrainConfig.build(settings | {"residency": "host"}), lambda message: None, processes=2)
 
 
 def test_longer_rows_larger_batches_and_more_blocks_cost_more(tmp_path):
