@@ -67,6 +67,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     from owlore.train.plan import make_plan, shape_of
     from owlore.train.recompute import Recompute
     from owlore.train.settings import hyper_of, resolve, weights_of
+    from owlore.train.shelf import shelved
 
     warnings.simplefilter("ignore")
     args.model = str(locate(args.model))
@@ -89,7 +90,11 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     before = resident()
     reset_peak()
     counter = live_bytes(model) if how == "counted" else None
-    with trimmed_heap(units.modules, torch.device("cpu")), counter or nullcontext():
+    with (
+        trimmed_heap(units.modules, torch.device("cpu")),
+        shelved(units.modules, enabled=not extra and counter is None),
+        counter or nullcontext(),
+    ):
         optimizer.switch(strategy.rules_at(0), 0)
         for step in range(2):
             optimizer.micro_batch(step, last=True)
