@@ -28,13 +28,16 @@ def main() -> None:
 
 
 def table(tasks: dict[str, Any]) -> str:
-    lines = ["| task | acc | standard error | acc_norm | rows | CPU seconds |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | acc | standard error | acc_norm | rows | seconds | CPU seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for name, one in sorted(tasks.items()):
         normalised = f"{one['acc_norm']:.3f}" if "acc_norm" in one else ""
         lines.append(f"| {name} | {one['acc']:.3f} | {one['acc_stderr']:.3f} | {normalised} | {one['n']} "
-                     f"| {one['cpu_seconds']:.0f} |")  # fmt: skip
-    total = sum(one["cpu_seconds"] for one in tasks.values())
-    return "\n".join([*lines, f"| together | | | | {sum(one['n'] for one in tasks.values())} | {total:.0f} |"])
+                     f"| {one['seconds']:.0f} | {one['cpu_seconds']:.0f} |")  # fmt: skip
+    rows, wall, processor = (sum(one[key] for one in tasks.values()) for key in ("n", "seconds", "cpu_seconds"))
+    return "\n".join([*lines, f"| together | | | | {rows} | {wall:.0f} | {processor:.0f} |"])
 
 
 if __name__ == "__main__":
