@@ -113,6 +113,7 @@ def update_norms(arms: Sequence[Arm], ax: Any) -> Any:
         means = [sum(column) / len(column) for column in zip(*norms, strict=True)]
         ax.plot(range(len(means)), means, "o-", label=arm.name, markersize=4)
     ax.set(xlabel="block", ylabel="||W - W0|| / ||W0||", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=8)
     return ax
 
