@@ -127,7 +127,7 @@ class Cache:
             try:
                 temporary.write_bytes(hashlib.sha256(key.encode() + body).digest() + body)
                 temporary.replace(file)
-            except OSError:
+            finally:
                 temporary.unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:

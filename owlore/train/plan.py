@@ -91,15 +91,20 @@ def plan_from_config(
     processes: that train together; the bytes are those of each.
     """
     config, strategy = resolve(config)
-    planner = planner_of(config, strategy, say, rates or Rates())
-    planner.processes = processes
+    planner = planner_of(config, strategy, say, rates or Rates(), processes)
     return planner.advised(config) if advice else planner.plan(config)
 
 
-def planner_of(config: TrainConfig, strategy: type[Strategy], say: Callable[[str], None], rates: Rates) -> Planner:
+def planner_of(
+    config: TrainConfig, strategy: type[Strategy], say: Callable[[str], None], rates: Rates, processes: int = 1
+) -> Planner:
     """A planner of the model, table and data that `config` names."""
     device = pick_device(config.device).type
-    planner = Planner(strategy, lambda other: model_shape(other, device, strategy=strategy), device=device, rates=rates)
+
+    def describe(other: TrainConfig) -> Shape:
+        return model_shape(other, device, strategy=strategy)
+
+    planner = Planner(strategy, describe, device=device, rates=rates, processes=processes)
     shape = planner.shape(config)
     planner.table = _table(config, strategy, shape.units.num_blocks, say)
     planner.tokens = _longest(config, shape.positions)
@@ -114,8 +119,6 @@ class Planner:
     together.
     """
 
-    processes = 1
-
     def __init__(
         self,
         strategy: type[Strategy],
@@ -125,8 +128,9 @@ class Planner:
         table: LayerTable | None = None,
         tokens: int = 0,
         rates: Rates = Rates(),  # noqa: B008 - frozen
+        processes: int = 1,
     ) -> None:
-        self.rates = rates
+        self.rates, self.processes = rates, processes
         self.strategy, self.describe, self.device, self.table, self.tokens = strategy, describe, device, table, tokens
         self._shapes: dict[tuple[Any, ...], Shape] = {}
 

@@ -184,7 +184,9 @@ def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) ->
         return shape_of_config(model.config, torch.float32 if other.weights == "fp32" else dtype, other, strategy)
 
     longest = config.seq_len if config.packing else int(trainer.arrangement.lengths.max())
-    planner = Planner(strategy, describe, device=trainer.device.type, table=table, tokens=longest)
+    planner = Planner(
+        strategy, describe, device=trainer.device.type, table=table, tokens=longest, processes=trainer.ranks.size
+    )
     try:
         advice = planner.advised(config).advice
     except (HtsrError, RuntimeError, ValueError, MemoryError):  # the error that it explains must not be lost over it

@@ -305,7 +305,7 @@ def _train(
     if leads:
         _leave(strategy_class, trainer, loaded, run, config.seed)
     trainer.ranks.wait()
-    if not loaded.origins:
+    if not loaded.origins:  # it lay in memory as a whole before: put it together again at once
         _ = run.model
     return run
 
