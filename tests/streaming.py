@@ -17,6 +17,7 @@ from owlore.residency.chain import Chain
 from owlore.residency.formats import FORMATS
 from owlore.residency.masters import Overlay
 from owlore.residency.pinned import unlocked
+from owlore.residency.ports import CudaPort
 from owlore.train.blockwise import BlockMajor
 from owlore.train.loop import _seeded
 from owlore.train.loss import CausalLoss
@@ -110,20 +111,20 @@ class Resident(Side):
         losses = []
         for index, part in enumerate(parts):
             self.optimizer.micro_batch(self.step, last=index == len(parts) - 1)
-            with _seeded(seed_for(7, "dropout", self.step, index), torch.device("cpu")):
-                mean = self.loss(**part.on(torch.device("cpu"))) / tokens
+            with _seeded(seed_for(7, "dropout", self.step, index), self.model.device):
+                mean = self.loss(**part.on(self.model.device), num_trained=part.num_trained) / tokens
                 mean.backward()
             losses.append(mean.detach())
         return torch.stack(losses)
 
 
 class Streamed(Side):
-    """Blocks in a store, block by block."""
+    """Blocks in a store, block by block. landing: how the fake device's copies land; "cuda" for a real one."""
 
     def __init__(self, model, *, landing="random", slots=2, form="bf16", resident=(), offload=False, seed=0, read=None,
                  pin=unlocked, **settings):  # fmt: skip
         super().__init__(model, **settings)
-        self.port = FakePort(landing, seed=seed)
+        self.port = CudaPort(model.device) if landing == "cuda" else FakePort(landing, seed=seed)
         names = [[name for name, _ in block] for block in self.units.blocks]
         self.residency = empty_residency(self.units.modules, names, form=FORMATS[form], resident=resident, pin=pin,
                                          port=self.port, num_slots=slots)  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_copy_has_the_direction_of_the_visit_it_is_for(bench):
 
 
 def test_nothing_is_measured_when_gradients_disagree(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "in_own_process", lambda row, seconds: {"failed": "AssertionError: losses differ"})
+    monkeypatch.setattr(bench, "in_own_process", lambda row, seconds, spare: {"failed": "AssertionError: losses differ"})
     assert bench.main(["--out", str(tmp_path), "--rows", "host"]) == 1
     assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["agree"]
 
@@ -62,7 +62,7 @@ def test_a_row_that_does_not_end_in_time_is_tried_in_a_part_of_its_own_and_then_
     clock = iter([0.0, 0.0, 0.0, 1.0, 1.0, 500.0, 600.0])
     monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
     results = iter([{"gradients_compared": 1}, None])
-    monkeypatch.setattr(bench, "in_own_process", lambda row, seconds: next(results))
+    monkeypatch.setattr(bench, "in_own_process", lambda row, seconds, spare: next(results))
     bench.main(["--out", str(tmp_path), "--rows", "small host+half"])
     row = json.loads((tmp_path / "results.json").read_text())["rows"]["small host+half"]
     assert "more than 9 minutes" in row["skipped"]

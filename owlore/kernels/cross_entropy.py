@@ -26,17 +26,29 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    count: int | None = None,
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
     """Summed negative log-likelihood (fp32 scalar) of `labels` (N, already shifted) under the head.
 
+    count: how many labels are not -100, where that is known; without it a GPU has to be asked, and waited for.
     `softcap` c applies c * tanh(z / c) to the logits (Gemma 2). Divide by the number of labels that count.
     """
-    keep = labels != IGNORED
-    loss: Tensor = _LinearCrossEntropy.apply(hidden[keep], weight, bias, labels[keep], scale, softcap)
+    if count != len(labels):
+        kept = _kept(labels, count)
+        hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap)
     return loss
+
+
+def _kept(labels: Tensor, count: int | None) -> Tensor:
+    """Positions of the labels that count, in order."""
+    ignored = labels == IGNORED
+    if count is None:
+        return torch.nonzero(~ignored).squeeze(1)
+    return torch.argsort(ignored.to(torch.uint8), stable=True)[:count]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

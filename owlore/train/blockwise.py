@@ -37,6 +37,7 @@ class _Rows:
     """One micro-batch on its way: the hidden state where it is, its gradient on the way back, its random numbers."""
 
     inputs: dict[str, Tensor]
+    num_trained: int
     hidden: Tensor
     arguments: tuple[Arguments, ...]
     random: RandomNumbers
@@ -133,7 +134,7 @@ class BlockMajor:
         with torch.set_grad_enabled(grad), random:
             entry = self.chain.capture(lambda: self.loss.outputs(ids, positions), entered=random.remember)
         hidden = entry.hidden.detach()
-        return _Rows(inputs, hidden, entry.arguments, random, entry=entry.hidden if grad else None)
+        return _Rows(inputs, batch.num_trained, hidden, entry.arguments, random, entry=entry.hidden if grad else None)
 
     def _forward(self, rows: Sequence[_Rows], *, keep: bool) -> None:
         self.boundaries.expect(
@@ -174,7 +175,7 @@ class BlockMajor:
     def _leave(self, row: _Rows, hidden: Tensor, left: Callable[[], None] = lambda: None) -> Tensor:
         """Loss of a micro-batch from what its last block gave."""
         with nullcontext() if self.embedding is None else self.embedding.idle():
-            loss: Tensor = self.chain.inject(hidden, partial(self.loss, **row.inputs), left=left)
+            loss: Tensor = self.chain.inject(hidden, partial(self.loss, **row.inputs, num_trained=row.num_trained), left=left)
         return loss
 
     def _backward(self, rows: Sequence[_Rows], step: int) -> None:

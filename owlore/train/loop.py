@@ -212,19 +212,19 @@ class Trainer:
         if self.streaming is not None:
             (loss,) = self.ranks.totals(self._gather_streamed(self.streaming, dict(batches), int(tokens)))
             return self._finite(loss)
-        loss = 0.0
+        losses: list[torch.Tensor] = []
         self.optimizer.micro_batch(self.step, last=not batches)
         for index, batch in batches:
             self.optimizer.micro_batch(self.step, last=index == mine[-1][0])
             with _seeded(seed_for(self.pace.seed, "dropout", self.step, index), self.device):
-                part = self.loss(**batch.on(self.device))
+                part = self.loss(**batch.on(self.device), num_trained=batch.num_trained)
                 mean = part / tokens
-                loss += float(mean.detach())
-                if not math.isfinite(loss):
-                    break  # the other ranks must hear of it before anyone leaves
+                losses.append(mean.detach())
                 if mean.requires_grad:
                     (mean * self.optimizer.grad_scale).backward()
-        (loss,) = self.ranks.totals(loss)
+        # Asked for when all is queued, so that a GPU never waits for the host between two micro-batches. A loss that is
+        # not finite is noticed before the update, and the other ranks hear of it before anyone leaves.
+        (loss,) = self.ranks.totals(sum((value.item() for value in losses), 0.0))
         return self._finite(loss)
 
     def _gather_streamed(self, streaming: Streaming, batches: dict[int, MicroBatch], tokens: int) -> float:

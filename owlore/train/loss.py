@@ -20,6 +20,7 @@ class CausalLoss:
     """Calls as loss(input_ids, labels) -> fp32 scalar, summed over labels that count; labels are not shifted.
 
     position_ids: given where several rows share a sequence; each begins at 0 again, and its first label is -100.
+    num_trained: how many of labels[:, 1:] count, where the caller knows it; on a GPU nobody then waits to find out.
     """
 
     def __init__(self, model: Any) -> None:
@@ -32,7 +33,9 @@ class CausalLoss:
         self.decoder, self.head = _parts(model)
         self.chunked = self.decoder is not None and self._agrees()
 
-    def __call__(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, *, num_trained: int | None = None
+    ) -> Tensor:
         targets = labels[:, 1:].reshape(-1)
         outputs = self.outputs(input_ids, position_ids)[:, :-1]
         if not self.chunked:
@@ -41,6 +44,7 @@ class CausalLoss:
             outputs.flatten(0, 1),
             self.head.weight,
             targets,
+            count=num_trained,
             bias=self.head.bias,
             scale=self.scale,
             softcap=self.softcap,

@@ -1,6 +1,6 @@
 """Memory and speed on whatever CUDA device is there, in resumable parts; without one, a small shape on the CPU.
 
-python reports/bench/gpu/bench.py [--out DIR] [--minutes 9] [--rows TEXT] [--plan]
+python reports/bench/gpu/bench.py [--out DIR] [--minutes 9] [--rows TEXT,TEXT] [--plan]
 
 Rows that DIR/results.json has are not done again, and a part begins no row that its minutes may not hold: run the same
 command until it says that all rows are done. Correctness comes first: the row `agree` compares losses and gradients
@@ -33,23 +33,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--rows", default="", help="only rows whose name holds this text")
+    parser.add_argument("--rows", default="", help="only rows whose name holds one of these texts (commas between)")
     parser.add_argument("--plan", action="store_true", help="print the planned peaks and leave")
     parser.add_argument("--here", action="store_true", help="run rows in this process (for small shapes)")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = gpu_rows() if device.type == "cuda" or args.plan else small_rows()
-    rows = [row for row in rows if row.kind == "agree" or args.rows in row.name]
+    texts = args.rows.split(",")
+    rows = [row for row in rows if row.kind == "agree" or any(text in row.name for text in texts)]
     if args.plan:
         print(plan_table(rows))
         return 0
     if args.row:
-        from measure import measure
+        from measure import measure, prepare
 
-        print(json.dumps(measure(next(row for row in rows if row.name == args.row), device)))
+        prepare()
+        name = sys.stdin.readline().rstrip("\n")  # nothing where no row is left
+        for row in rows:
+            if row.name == name:
+                print(json.dumps(measure(row, device)))
         return 0
     return run(args, rows, device)
 
@@ -59,6 +64,7 @@ def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
     file = args.out / "results.json"
     done: dict[str, Any] = json.loads(file.read_text())["rows"] if file.is_file() else {}
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
+    spare = Spare()
     for row in rows:
         if row.name in done:
             continue
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
             print(f"{sum(r.name in done for r in rows)} of {len(rows)} rows are done; run the same command again")
             return 0
         began = time.monotonic()
-        result = in_own_process(row, left) if not args.here else _here(row, device)
+        result = in_own_process(row, left, spare) if not args.here else _here(row, device)
         if result is None and began > deadline - 60 * args.minutes + RESERVE + 60:
             print(f"{row.name}: not in what was left of this part; run the same command again")
             return 0
@@ -91,17 +97,41 @@ def _here(row: Row, device: Any) -> dict[str, Any]:
     return measure(row, device)
 
 
-def in_own_process(row: Row, seconds: float) -> dict[str, Any] | None:
-    """The row's result; None where it did not end in time."""
-    command = [sys.executable, __file__, "--row", row.name]
+class Spare:
+    """A process that has imported everything and waits to be told its row, while another one works on the last row."""
+
+    def __init__(self) -> None:
+        self._waiting: list[subprocess.Popen[str]] = []
+
+    def take(self) -> subprocess.Popen[str]:
+        """The one that waits; another one is started in its place."""
+        process = self._waiting.pop() if self._waiting else _started()
+        self._waiting.append(_started())
+        return process
+
+    def __del__(self) -> None:
+        for process in self._waiting:
+            process.communicate("")
+
+
+def _started() -> subprocess.Popen[str]:
     env = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TOKENIZERS_PARALLELISM": "false"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([sys.executable, __file__, "--row"], text=True, env=env, **pipes)
+
+
+def in_own_process(row: Row, seconds: float, spare: Spare) -> dict[str, Any] | None:
+    """The row's result; None where it did not end in time."""
+    process = spare.take()
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env, check=False)
+        found, said = process.communicate(row.name + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         return None
-    if ended.returncode:
-        return {"failed": (ended.stderr.strip().splitlines() or ["no word"])[-1]}
-    return json.loads(ended.stdout.splitlines()[-1])
+    if process.returncode:
+        return {"failed": (said.strip().splitlines() or ["no word"])[-1]}
+    return json.loads(found.splitlines()[-1])
 
 
 def machine(device: Any) -> dict[str, Any]:

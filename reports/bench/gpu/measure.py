@@ -28,6 +28,14 @@ def described(shape: str) -> Shape:
     return shape_of(skeleton(shape, torch.device("meta")))
 
 
+def prepare() -> None:
+    """Import what a row may need, before it is known which one it is."""
+    from peft import LoraModel  # noqa: F401
+    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+
+    import htsr  # noqa: F401
+
+
 def planned(row: Row, rates: Rates | None = None) -> Plan:
     """What the row will hold and how long its copies take."""
     shape = described(row.shape)

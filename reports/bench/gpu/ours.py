@@ -146,7 +146,7 @@ class Ours:
         losses = []
         for index, batch in enumerate(batches):
             self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
-            mean = self.loss(**batch.on(self.device)) / tokens
+            mean = self.loss(**batch.on(self.device), num_trained=batch.num_trained) / tokens
             mean.backward()
             losses.append(mean.detach())
         return torch.stack(losses).sum()

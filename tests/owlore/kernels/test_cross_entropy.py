@@ -50,6 +50,15 @@ def test_chunk_size_changes_nothing_but_memory(monkeypatch):
     assert torch.allclose(torch.stack(losses), losses[0].expand(3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+def test_a_known_number_of_labels_changes_no_bit(ignored):
+    hidden, weight, _, labels = case(torch.float32, ignored=ignored)
+    losses = [linear_cross_entropy(hidden, weight, labels, count=count) for count in (None, int((labels >= 0).sum()))]
+    assert torch.equal(*losses)
+    gradients = [torch.autograd.grad(loss, [hidden, weight]) for loss in losses]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_frozen_head_gets_no_gradient_and_a_batch_without_labels_no_loss():
     hidden, weight, _, labels = case(torch.float32)
     weight = weight.detach()
