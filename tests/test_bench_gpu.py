@@ -53,7 +53,9 @@ def test_a_copy_has_the_direction_of_the_visit_it_is_for(bench):
 
 
 def test_nothing_is_measured_when_gradients_disagree(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "in_own_process", lambda row, seconds, spare: {"failed": "AssertionError: losses differ"})
+    monkeypatch.setattr(
+        bench, "in_own_process", lambda row, seconds, spare: {"failed": "AssertionError: losses differ"}
+    )
     assert bench.main(["--out", str(tmp_path), "--rows", "host"]) == 1
     assert list(json.loads((tmp_path / "results.json").read_text())["rows"]) == ["agree"]
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+DEPENDENT = 1e-5  # of a Cholesky factor's diagonal, least over most: below it too much of float64 is used up
+
 
 def oversample(rank: int) -> int:
     """Extra columns of the sketch, through which the last wanted directions converge: a quarter costs a fifteenth more
@@ -58,6 +60,7 @@ def find_basis(
 
     `start` (an earlier basis) warms the search up; random columns are added to it. A rank-deficient or zero gradient
     still gets a full orthonormal basis, for its null directions carry no gradient. `rank` must be < min(m, n).
+    generator: of any device; the one that lives on the gradient's costs the least.
 
     Raises: FloatingPointError when the gradient holds NaN or infinity.
     """
@@ -69,13 +72,25 @@ def find_basis(
     if side <= 2 * width:
         return _leading(tall.T @ tall, rank)
     fresh = width if start is None else width - start.shape[1]
-    # Drawn on the CPU so that one seed gives one basis on every device.
-    sketch = torch.randn(side, fresh, generator=generator).to(tall.device)
+    sketch = torch.randn(side, fresh, generator=generator, device=generator.device).to(tall.device)
     sketch = sketch if start is None else torch.cat([start, sketch], dim=1)
     for _ in range(iterations):
-        sketch = torch.linalg.qr(tall.T @ (tall @ sketch)).Q
+        sketch = _orthonormal(tall.T @ (tall @ sketch))
     core = tall @ sketch
     return torch.linalg.qr(sketch @ _leading(core.T @ core, rank)).Q
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span. A GPU takes long over Householder's (1.1 ms at 4096 x 160 on an H100, 0.2 for
+    Cholesky's in float64), so there Cholesky's comes first, where the columns are far enough from dependent."""
+    if not columns.is_cuda:
+        return torch.linalg.qr(columns).Q
+    wide = columns.double()
+    factor, failed = torch.linalg.cholesky_ex(wide.T @ wide)
+    least, most = factor.diagonal().aminmax()
+    if not bool((failed == 0) & (least > DEPENDENT * most)):
+        return torch.linalg.qr(columns).Q
+    return torch.linalg.solve_triangular(factor, wide.T, upper=False).T.float()
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:

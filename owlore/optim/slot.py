@@ -160,13 +160,14 @@ class Slot:
     def _new_basis(self, gradient: Tensor, step: int) -> bool:
         """Find it and carry the moments over; without one, False and NaN as what is gathered."""
         assert self.rule.rank is not None
-        stream = generator_for(self.seed, "basis", self.name, step)
         rows, cols = gradient.shape
         if self.rule.whole in ("apollo", "apollo-mini"):
+            stream = generator_for(self.seed, "basis", self.name, step)
             side = basis_shape(rows, cols, self.rule.rank, self.rule.larger)[0]
             self.basis = random_basis(side, self.rule.rank, generator=stream).to(gradient.device)
             self.basis_age = 0
             return True
+        stream = generator_for(self.seed, "basis", self.name, step, device=gradient.device)
         try:
             fresh = find_basis(gradient, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
             fresh = fresh.contiguous()  # as it comes back from a checkpoint; a product rounds by its operands' strides

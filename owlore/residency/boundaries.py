@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from owlore.residency.pinned import Pin, host_memory
+from owlore.residency.pinned import Pin
 from owlore.residency.ports import Port, Ticket
 
 Key = tuple[int, int]  # (block, micro-batch)
@@ -84,7 +84,7 @@ class Boundaries:
         size = hidden.numel() * hidden.element_size()
         buffer = self._hosts.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._hosts[key] = self._pin(host_memory(size)).tensor
+            buffer = self._hosts[key] = self._pin(size).tensor
         return buffer[:size].view(hidden.dtype).view(hidden.shape)
 
     def host_bytes(self) -> int:

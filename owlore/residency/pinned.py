@@ -6,6 +6,7 @@ is registered instead. Where locking is refused the memory stays pageable; copie
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,23 +25,46 @@ class HostBlob:
     pinned: bool
 
 
-Pin = Callable[[Tensor], HostBlob]
+Pin = Callable[[int], HostBlob]  # a number of bytes -> host memory of that size
+
+
+class Pages(mmap.mmap):
+    """Pages of their own, unlocked before they are given back: the driver would go on taking whatever is mapped at
+    their address later for locked memory, and copies from there fail or read pages that are gone."""
+
+    address = 0  # where they are locked
+
+    def __del__(self) -> None:
+        if self.address:
+            with contextlib.suppress(Exception):  # at the interpreter's end the driver may be gone first
+                torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
 def host_memory(num_bytes: int) -> Tensor:
     """Host memory (uint8, flat) on pages of its own, so that no page is asked to be locked twice."""
-    whole = max(PAGE, locked_bytes(num_bytes))
-    return torch.frombuffer(mmap.mmap(-1, whole), dtype=torch.uint8)[:num_bytes]
+    return _memory(_pages(num_bytes), num_bytes)
 
 
-def pin(tensor: Tensor) -> HostBlob:
-    """Lock memory of `host_memory` where it lies, for its lifetime; unpinned when the driver refuses."""
+def pin(num_bytes: int) -> HostBlob:
+    """Host memory that stays locked for its lifetime; unpinned when the driver refuses."""
+    pages = _pages(num_bytes)
+    tensor = _memory(pages, num_bytes)
     if not torch.cuda.is_available():
         return HostBlob(tensor, False)
-    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), locked_bytes(tensor.numel()), 0)
+    status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(pages), 0)
     if int(status):
         _forget_error()
-    return HostBlob(tensor, int(status) == 0)
+        return HostBlob(tensor, False)
+    pages.address = tensor.data_ptr()
+    return HostBlob(tensor, True)
+
+
+def _pages(num_bytes: int) -> Pages:
+    return Pages(-1, max(PAGE, locked_bytes(num_bytes)))
+
+
+def _memory(pages: Pages, num_bytes: int) -> Tensor:
+    return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
 
 
 def _forget_error() -> None:
@@ -51,9 +75,9 @@ def _forget_error() -> None:
         return
 
 
-def unlocked(tensor: Tensor) -> HostBlob:
+def unlocked(num_bytes: int) -> HostBlob:
     """Host memory as it is: on a CPU nothing has to be locked."""
-    return HostBlob(tensor, False)
+    return HostBlob(host_memory(num_bytes), False)
 
 
 def locked_bytes(num_bytes: int) -> int:

@@ -168,7 +168,8 @@ class CudaPort(Port):
         if blob.pinned:
             return copy(blob.tensor)
         if self._staging is None:
-            self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(self.device))
+            device = self._in.device  # with its number, without which no thread can make it its own
+            self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(device))
         return self._staging.submit(blob.tensor, copy)
 
     def fetch(self, into: Tensor, host: Tensor) -> Ticket:

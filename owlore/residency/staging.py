@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from owlore.residency.pinned import Pin, host_memory
+from owlore.residency.pinned import Pin
 
 
 class Sent(Protocol):
@@ -42,7 +42,7 @@ class Staging:
             busy.synchronize()
         buffer = self._ring[turn]
         if buffer is None or buffer.numel() < source.numel():
-            buffer = self._ring[turn] = self._pin(host_memory(source.numel())).tensor
+            buffer = self._ring[turn] = self._pin(source.numel()).tensor
         staged = buffer[: source.numel()]
         staged.copy_(source)
         self._busy[turn] = sent = send(staged)

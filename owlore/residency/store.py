@@ -16,7 +16,7 @@ from torch import Tensor
 
 from htsr.errors import BadInput
 from owlore.residency.layout import Layout
-from owlore.residency.pinned import HostBlob, Pin, host_memory, locked_bytes
+from owlore.residency.pinned import HostBlob, Pin, locked_bytes
 
 SCHEMA = "owlore-store/1"
 
@@ -55,7 +55,7 @@ class Store:
         size = self.layouts[block].num_bytes
         if block in self.resident:
             return HostBlob(torch.empty(size, dtype=torch.uint8, device=self.device), False)
-        return self._pin(host_memory(size))
+        return self._pin(size)
 
     # -- what is held ------------------------------------------------------------------------------------------------
 

@@ -175,7 +175,9 @@ class BlockMajor:
     def _leave(self, row: _Rows, hidden: Tensor, left: Callable[[], None] = lambda: None) -> Tensor:
         """Loss of a micro-batch from what its last block gave."""
         with nullcontext() if self.embedding is None else self.embedding.idle():
-            loss: Tensor = self.chain.inject(hidden, partial(self.loss, **row.inputs, num_trained=row.num_trained), left=left)
+            loss: Tensor = self.chain.inject(
+                hidden, partial(self.loss, **row.inputs, num_trained=row.num_trained), left=left
+            )
         return loss
 
     def _backward(self, rows: Sequence[_Rows], step: int) -> None:

@@ -7,6 +7,8 @@ a model that does more gets its own logits and one whole cross-entropy.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from owlore.kernels.cross_entropy import IGNORED, linear_cross_entropy
+
+LOOKS = "find_packed_sequence_indices"  # transformers' function for positions that begin again inside a row
 
 
 class CausalLoss:
@@ -55,11 +59,13 @@ class CausalLoss:
         return self._hidden(input_ids, position_ids) if self.chunked else self._logits(input_ids, position_ids)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **_positions(position_ids))[0]
+        with _positions(position_ids) as positions:
+            hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **positions)[0]
         return hidden
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **_positions(position_ids)).logits
+        with _positions(position_ids) as positions:
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False, **positions).logits
         return logits
 
     @torch.no_grad()
@@ -110,8 +116,24 @@ class CausalLoss:
         return bool((own - ours).abs() <= tolerance * own.abs()) or not bool(torch.isfinite(own))
 
 
-def _positions(position_ids: Tensor | None) -> dict[str, Tensor]:
-    return {} if position_ids is None else {"position_ids": position_ids}
+@contextmanager
+def _positions(position_ids: Tensor | None) -> Iterator[dict[str, Tensor]]:
+    """The argument that tells positions, where some are given.
+
+    Without any each row is one sequence. transformers does not know that and looks at the positions that it made
+    itself, for which a GPU is waited for in every forward; inside it is told.
+    """
+    from transformers import masking_utils
+
+    if position_ids is not None or not hasattr(masking_utils, LOOKS):
+        yield {} if position_ids is None else {"position_ids": position_ids}
+        return
+    own = getattr(masking_utils, LOOKS)
+    setattr(masking_utils, LOOKS, lambda position_ids: None)
+    try:
+        yield {}
+    finally:
+        setattr(masking_utils, LOOKS, own)
 
 
 def _parts(model: Any) -> tuple[Any, Any]:

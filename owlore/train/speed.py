@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from owlore.residency.pinned import host_memory, pin
+from owlore.residency.pinned import pin
 from owlore.train.loading import pick_device
 from owlore.train.streaming_plan import Rates
 
@@ -18,7 +18,7 @@ def measured_rates(device: torch.device) -> Rates | None:
     """Host-to-device bandwidth from locked memory and the rate of a bf16 product; None for a CPU."""
     if device.type != "cuda":
         return None
-    host = pin(host_memory(COPY_BYTES)).tensor
+    host = pin(COPY_BYTES).tensor
     into = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     a, b = (torch.randn(SIZE, SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
     out = torch.empty_like(a)

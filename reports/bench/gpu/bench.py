@@ -1,6 +1,6 @@
 """Memory and speed on whatever CUDA device is there, in resumable parts; without one, a small shape on the CPU.
 
-python reports/bench/gpu/bench.py [--out DIR] [--minutes 9] [--rows TEXT,TEXT] [--plan]
+python reports/bench/gpu/bench.py [--out DIR] [--minutes 9] [--rows TEXT]... [--plan]
 
 Rows that DIR/results.json has are not done again, and a part begins no row that its minutes may not hold: run the same
 command until it says that all rows are done. Correctness comes first: the row `agree` compares losses and gradients
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--rows", default="", help="only rows whose name holds one of these texts (commas between)")
+    parser.add_argument("--rows", action="append", help="only the row of this name, or rows whose name holds this text")
     parser.add_argument("--plan", action="store_true", help="print the planned peaks and leave")
     parser.add_argument("--here", action="store_true", help="run rows in this process (for small shapes)")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = gpu_rows() if device.type == "cuda" or args.plan else small_rows()
-    texts = args.rows.split(",")
-    rows = [row for row in rows if row.kind == "agree" or any(text in row.name for text in texts)]
+    rows = chosen(rows, args.rows or [""])
     if args.plan:
         print(plan_table(rows))
         return 0
@@ -57,6 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(measure(row, device)))
         return 0
     return run(args, rows, device)
+
+
+def chosen(rows: list[Row], texts: list[str]) -> list[Row]:
+    """`agree`, then what the texts ask for, in their order."""
+    names = {row.name for row in rows}
+    asked = [row for text in texts for row in rows if row.name == text or (text not in names and text in row.name)]
+    return list(dict.fromkeys([row for row in rows if row.kind == "agree"] + asked))
 
 
 def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
@@ -145,15 +151,18 @@ def machine(device: Any) -> dict[str, Any]:
 
 def result_table(done: dict[str, Any]) -> str:
     """Rows as a Markdown table; a dash is not measured."""
-    head = "| row | peak GiB | planned | wanted | tokens/s | TFLOP/s | of a plain product | bus s | stall s |"
-    lines = [head, "|" + " --- |" * 9]
+    head = (
+        "| row | peak GiB | planned | wanted | tokens/s | at K = 50 | TFLOP/s | of a plain product | bus s | stall s |"
+    )
+    lines = [head, "|" + " --- |" * 10]
     for name, row in done.items():
         if "skipped" in row or "failed" in row:
-            lines.append(f"| {name} | {row.get('skipped') or 'failed: ' + row['failed']} |" + " |" * 7)
+            lines.append(f"| {name} | {row.get('skipped') or 'failed: ' + row['failed']} |" + " |" * 8)
             continue
         planned = row.get("planned_bytes", {}).get("total")
         cells = [gib(row.get("peak_bytes")), gib(planned), _number(row.get("wanted_gib"), ".1f"),
-                 _number(row.get("tokens_per_s"), ",.0f"), _number(row.get("tflops"), ".3g"),
+                 _number(row.get("tokens_per_s"), ",.0f"), _number(row.get("long_tokens_per_s"), ",.0f"),
+                 _number(row.get("tflops"), ".3g"),
                  _number(row.get("mfu_of_product"), ".0%"), _number(row.get("bus_seconds"), ".3f"),
                  _number(row.get("stall_seconds"), ".3f")]  # fmt: skip
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +21,7 @@ from owlore.train.speed import measured_rates
 from owlore.train.streaming import available_memory
 from owlore.train.streaming_plan import Rates
 
+LONG = 50  # steps of a real period; here they are short, and a step that draws costs more than others
 CONTEXT = 700_000_000  # bytes beside what is planned: the CUDA context and the allocator's rounding
 
 
@@ -95,10 +98,15 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     trainer = Ours(row, device)
     trainer.advance()  # the first step allocates, and finds bases
     _reset(device, trainer.port)
-    losses, started = [], time.perf_counter()
+    losses, started, first = [], time.perf_counter(), trainer.step
+    marks = [_moment(device)]
     for _ in range(steps):
         losses.append(trainer.advance())
+        marks.append(_moment(device))
     seconds = _wait(device, started)
+    each = [_between(a, b) for a, b in itertools.pairwise(marks)]
+    switching = statistics.mean(s for i, s in enumerate(each, first) if i % EVERY == 0)
+    steady = statistics.mean(s for i, s in enumerate(each, first) if i % EVERY)
     tokens = row.batch * row.accum * row.tokens * steps
     operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
     port = trainer.port
@@ -107,8 +115,11 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     held = None if trainer.residency is None else trainer.residency.device_bytes()
     return {
         "steps": steps, "seconds": seconds / steps, "tokens_per_s": tokens / seconds, **_peaks(device),
+        "steady_seconds": steady, "switching_seconds": switching,
+        "long_tokens_per_s": tokens / steps / (steady + (switching - steady) / LONG),
         "last_loss": float(losses[-1]), "tflops": operations / seconds / 1e12,
         "mfu_of_product": None if rates is None else operations / seconds / rates.flops,
+        "product_tflops": None if rates is None else rates.flops / 1e12, "bus": None if rates is None else rates.bus,
         "bus_seconds": spent.get("copy", 0.0) / steps, "stall_seconds": spent.get("stall", 0.0) / steps, **loaded,
         "block_bytes": held, "wanted_gib": row.wanted_gib, "timeline": [] if port is None else one_step(trainer),
     } | _plan_of(plan)  # fmt: skip
@@ -168,6 +179,19 @@ def _reset(device: torch.device, port: Any) -> None:
     if port is not None:
         port.seconds()
         port.loads = port.loaded_bytes = 0
+
+
+def _moment(device: torch.device) -> Any:
+    """Now, in the device's queue."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 def _wait(device: torch.device, started: float) -> float:

@@ -45,9 +45,18 @@ class Arm:
         return found
 
     @property
-    def cpu_seconds(self) -> float:
-        """Of a whole run on the processor, the scan that its table needed included."""
-        return self.mean("seconds", "call_cpu") + self.mean("seconds", "scan_cpu")
+    def on_gpu(self) -> bool:
+        return any("device" in run["peak_bytes"] for run in self.runs.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of a whole run with the scan that its table needed: the processor's, and on a GPU by the clock."""
+        return self.mean("seconds", "call_wall" if self.on_gpu else "call_cpu") + self.mean("seconds", "scan_cpu")
+
+    @property
+    def peak_bytes(self) -> float:
+        """How far the process grew, and on a GPU what was allocated there, the model's weights included."""
+        return self.mean("peak_bytes", "device" if self.on_gpu else "resident_above_start")
 
 
 @dataclass(frozen=True, kw_only=True)

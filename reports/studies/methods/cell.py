@@ -84,6 +84,7 @@ def _train_and_measure(cell: Cell, model: str, rows: Rows, work: Path, place: Pa
             "resident_above_start": peak,
             "state": record["peak_state_bytes"],
             "run": record["peak_bytes"],
+            **({"device": record["peak_bytes"]} if record["device"].startswith("cuda") else {}),
         },
         "update_norms": update_norms(run.model, model),
         **({"tasks": _evaluate(run, place, tasks)} if tasks else {}),

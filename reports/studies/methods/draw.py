@@ -21,17 +21,21 @@ def all_plots(study: Study, arms: Sequence[Arm], directory: Path) -> list[tuple[
     directory.mkdir(exist_ok=True)
     by_name = {arm.name: arm for arm in arms}
     norms, dota = ([by_name[n] for n in names if n in by_name] for names in (OF_NORMS, OF_DOTA))
+    on_gpu = any(arm.on_gpu for arm in arms)
+    clock = "seconds of a run on the shared card" if on_gpu else "CPU seconds of a run"
+    peak = (
+        "peak allocated on the card, weights included" if on_gpu else "peak growth of the process, libraries included"
+    )
     groups = {name: spec["group"] for name, spec in study.arms.items() if "group" in spec}
     wanted: list[tuple[str, str, Callable[[Any], Any], bool]] = [
-        ("pareto-time.png", "Test loss against CPU seconds of a run, scan included; the line joins what nothing beats.",
-         lambda ax: pareto(arms, lambda arm: arm.cpu_seconds, "CPU seconds of a run", ax), True),
+        ("pareto-time.png", f"Test loss against {clock}, scan included; the line joins what nothing beats.",
+         lambda ax: pareto(arms, lambda arm: arm.seconds, clock, ax), True),
         ("pareto-memory.png", "Test loss against training state as counted (masters, moments, projectors).",
          lambda ax: pareto(arms, lambda arm: arm.mean("peak_bytes", "state") / 1e6, "training state, MB", ax), True),
-        ("pareto-resident.png", "Test loss against the growth of the process, libraries included.",
-         lambda ax: pareto(arms, lambda arm: arm.mean("peak_bytes", "resident_above_start") / 1e6,
-                           "peak resident set above start, MB", ax), True),
-        ("exact-time.png", "Test questions not answered word for word, against CPU seconds of a run.",
-         lambda ax: pareto(arms, lambda arm: arm.cpu_seconds, "CPU seconds of a run", ax, wrong=True), True),
+        ("pareto-resident.png", f"Test loss against {peak}.",
+         lambda ax: pareto(arms, lambda arm: arm.peak_bytes / 1e6, f"{peak}, MB", ax), True),
+        ("exact-time.png", f"Test questions not answered word for word, against {clock}.",
+         lambda ax: pareto(arms, lambda arm: arm.seconds, clock, ax, wrong=True), True),
         ("exact-memory.png", "The same against training state as counted.",
          lambda ax: pareto(arms, lambda arm: arm.mean("peak_bytes", "state") / 1e6, "training state, MB", ax,
                            wrong=True), True),

@@ -68,11 +68,25 @@ def row(arm: Arm, reference: Arm | None, study: Study) -> dict[str, Any]:
         "exact": arm.mean("exact"),
         "trainable": arm.mean("trainable"),
         "state_bytes": round(arm.mean("peak_bytes", "state")),
-        "resident_bytes": round(arm.mean("peak_bytes", "resident_above_start")),
-        "cpu_seconds": arm.cpu_seconds,
+        "peak_bytes": round(arm.peak_bytes),
+        "seconds": arm.seconds,
+        "on_gpu": arm.on_gpu,
         "scan_cpu_seconds": arm.mean("seconds", "scan_cpu"),
         "tokens": round(arm.mean("tokens")),
     }
+
+
+MACHINE = "2-core AMD EPYC shared with other work, one thread a run"
+ON_CPU = (
+    "CPU: seconds of the whole run on the processor, loading, two evaluations, export and the scan of its table "
+    "included; wall clock on this machine would measure the others' work. State: masters, moments and projectors as "
+    "counted, the most of the run; resident: how far the process grew at most, libraries included."
+)
+ON_GPU = (
+    "s: seconds of the whole run, loading, two evaluations and export included, by the clock while other runs shared "
+    "the card, and the processor's seconds of the scan of its table. State: masters, moments and projectors as "
+    "counted, the most of the run; peak: the most that was allocated on the card, the weights included."
+)
 
 
 def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) -> list[str]:
@@ -100,7 +114,7 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
         f"{settings.get('warmup', 0)} steps of warm-up), gamma {settings.get('active', '-')}, "
         f"K {settings.get('every', '-')}, rank {settings.get('rank', '-')} where it samples or projects. "
         f"{len(results)} of {study.num_cells} runs are in. "
-        f"2-core AMD EPYC shared with other work, one thread a run; torch {versions['torch']}, transformers "
+        f"{study.spec.get('machine', MACHINE)}; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; "
         f"commits of the sweep {', '.join(sorted(swept))}; of the reported runs {', '.join(sorted(reported))}.",
         "",
@@ -110,10 +124,8 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
         "The table is of other seeds at that rate: test loss in nats a token of the answers (lower is better), mean "
         "and standard deviation; `*`: the rate is at an end of the sweep, a better one may lie beyond. "
         f"Difference: to {study.spec['reference']}, paired by seed, with its 95 % t interval. Exact: share of test "
-        "questions that greedy decoding answers word for word. CPU: seconds of the whole run on the processor, "
-        "loading, two evaluations, export and the scan of its table included; wall clock on this machine would measure "
-        "the others' work. State: masters, moments and projectors as counted, the most of the run; resident: how far "
-        "the process grew at most, libraries included.",
+        "questions that greedy decoding answers word for word. "
+        + (ON_GPU if any("device" in r.get("peak_bytes", ()) for r in results) else ON_CPU),
         "",
     ]  # fmt: skip
 
@@ -121,8 +133,9 @@ def head(study: Study, results: Sequence[dict[str, Any]], scan: dict[str, Any]) 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["No arm has all its runs yet; the matrix is still being run."]
+    peak, clock = ("peak", "s") if rows[0]["on_gpu"] else ("resident", "CPU s")
     lines = [
-        "| arm | lr | test loss | difference | exact | trained | state MB | resident MB | CPU s | of it scan |",
+        f"| arm | lr | test loss | difference | exact | trained | state MB | {peak} MB | {clock} | of it scan |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in rows:
@@ -133,8 +146,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {one['arm']} | {one['lr']:g}{'*' if one['lr_at_edge'] else ''} "
             f"| {one['test_loss']:.4f} ± {one['test_loss_sd']:.4f} | {gap} | {one['exact']:.3f} "
-            f"| {one['trainable']:.1%} | {one['state_bytes'] / 1e6:.2f} | {one['resident_bytes'] / 1e6:.0f} "
-            f"| {one['cpu_seconds']:.1f} | {one['scan_cpu_seconds']:.1f} |"
+            f"| {one['trainable']:.1%} | {one['state_bytes'] / 1e6:.2f} | {one['peak_bytes'] / 1e6:.0f} "
+            f"| {one['seconds']:.1f} | {one['scan_cpu_seconds']:.1f} |"
         )
     return lines
 

@@ -109,7 +109,7 @@ def read_study(path: str | Path) -> Study:
     path = Path(path)
     spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     needed = {"model", "data", "settings", "learning_rates", "tuning_seed", "seeds", "arms", "reference"}
-    known = needed | {"title", "threads", "tasks", "questions", "note"}
+    known = needed | {"title", "threads", "tasks", "questions", "note", "machine"}
     if missing := needed - set(spec):
         raise SystemExit(f"{path}: {', '.join(sorted(missing))} missing")
     if unknown := set(spec) - known:

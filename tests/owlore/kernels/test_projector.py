@@ -121,3 +121,29 @@ def test_the_mean_keeps_its_place_in_the_full_space_when_the_span_stays(right):
     turned, square = rotate_moments(mean, mean.square(), basis, basis @ turn, right)
     assert torch.allclose(project_back(turned, basis @ turn, right), project_back(mean, basis, right), atol=1e-5)
     assert (square >= 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [0.3, 1.0, 3.0])
+def test_on_a_gpu_a_basis_is_orthonormal_and_captures_what_it_does_on_a_cpu(decay):
+    left, right = (torch.linalg.qr(torch.randn(size, 400, generator=generator(size))).Q for size in (700, 900))
+    gradient = (left * torch.arange(1, 401) ** -decay) @ right.T
+    there = find_basis(gradient.cuda(), 32, generator=torch.Generator("cuda").manual_seed(0)).cpu()
+    here = find_basis(gradient, 32, generator=generator(0))
+    assert torch.allclose(there.T @ there, torch.eye(32), atol=1e-5)
+    energy = [float(project(gradient, basis, False).square().sum()) for basis in (there, here)]
+    assert energy[0] == pytest.approx(energy[1], rel=2e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_zero_and_dependent_gradients_have_a_basis_and_nan_has_none():
+    for rank in (0, 1, 5):
+        gradient = (
+            torch.randn(300, max(rank, 1), device="cuda") @ torch.randn(max(rank, 1), 400, device="cuda") * (rank > 0)
+        )
+        basis = find_basis(gradient, 32, generator=torch.Generator("cuda").manual_seed(0))
+        assert torch.allclose(basis.T @ basis, torch.eye(32, device="cuda"), atol=1e-4)
+        kept = project(gradient, basis, False).norm()
+        assert torch.allclose(kept, gradient.norm(), rtol=1e-3)
+    with pytest.raises(FloatingPointError):
+        find_basis(torch.full((300, 400), torch.nan, device="cuda"), 32, generator=torch.Generator("cuda"))

@@ -4,12 +4,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from makers import tiny_llama
+from makers import save_tiny, tiny_llama
+from safetensors.torch import load_file
 from streaming import SHAPES, Resident, Streamed, batches, maker, pair, same_bits
 
+import owlore
 from owlore.kernels import nf4
 from owlore.residency.formats import FORMATS
-from owlore.residency.pinned import HostBlob, host_memory, pin, unlocked
+from owlore.residency.pinned import HostBlob, pin, unlocked
 from owlore.residency.ports import CudaPort
 
 pytestmark = pytest.mark.gpu
@@ -99,7 +101,7 @@ def test_nf4_is_the_same_with_and_without_bitsandbytes():
 def test_a_copy_waits_for_its_ticket_and_the_compute_for_the_copy():
     port = CudaPort(CUDA)
     size = 1 << 24
-    blob = pin(host_memory(size))
+    blob = pin(size)
     assert blob.pinned
     blob.tensor.fill_(7)
     into, seen = port.buffer(size), torch.empty(size, dtype=torch.uint8, device=CUDA)
@@ -110,16 +112,29 @@ def test_a_copy_waits_for_its_ticket_and_the_compute_for_the_copy():
     port.wait(ticket)
     after = into.clone()
     assert bool((seen == 1).all()) and bool((after == 7).all())
-    home = host_memory(size)
+    home = pin(size).tensor
     home.fill_(0)
     torch.cuda._sleep(200_000_000)
     after.fill_(9)
-    port.wait(port.unload(pin(home).tensor, after))
+    port.wait(port.unload(home, after))
     torch.cuda.synchronize()
     assert bool((home == 9).all())
     staged = port.load(into, HostBlob(torch.full((size,), 3, dtype=torch.uint8), False), port.mark())
     port.wait(staged)
     assert bool((into == 3).all())
+
+
+def test_locked_memory_that_is_given_back_leaves_nothing_locked_at_its_address():
+    size = 1 << 22
+    for _ in range(50):  # the kernel gives addresses out again, larger ones among them
+        first = pin(size)
+        assert first.pinned
+        del first
+        second = pin(3 * size)
+        assert second.pinned
+        plain = torch.full((5 * size,), 4, dtype=torch.uint8)
+        assert bool((plain.to(CUDA) == 4).all()) and bool((second.tensor.to(CUDA) == 0).all())
+        del second
 
 
 @contextmanager
@@ -152,3 +167,51 @@ def test_nor_in_a_step_of_a_resident_model():
         resident.take_step(parts)
     with nobody_waits():
         resident.take_step(parts)
+
+
+ROWS = [{"prompt": f"the {a} and {b}: ", "completion": f"{b}, {a}."} for a in "abcdefg" for b in "mno"]
+RUN = {"steps": 12, "batch": 2, "accum": 2, "lr": 5e-3, "eval_data": 0.2, "seed": 3, "device": "cuda",
+       "attn": "eager", "schedule": "constant"}  # fmt: skip
+SAMPLED = {"every": 4, "active": 2, "rank": 4, "table": "uniform"}
+METHODS = {"owlore": SAMPLED, "full": {}, "lora": {}, "smt": {}, "dota": {}}
+
+
+def weights_of(run):
+    (file,) = run.directory.glob("*/*model.safetensors")
+    return load_file(file)
+
+
+def same(a, b):
+    return bool(a) and a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("extra", [{}, {"offload_activations": True}, {"resident_share": 0.34}], ids=str)
+def test_a_run_with_blocks_in_host_memory_is_the_resident_one_bit_for_bit(tmp_path, extra):
+    model = save_tiny(tmp_path / "model", tiny_llama(blocks=5, dtype=torch.bfloat16))
+    plain = owlore.train(model, ROWS, out=tmp_path / "device", **RUN, **SAMPLED)
+    host = owlore.train(model, ROWS, out=tmp_path / "host", residency="host", **extra, **RUN, **SAMPLED)
+    assert plain.record["device"].startswith("cuda") and plain.record["peak_bytes"] > 0
+    assert plain.history["loss"].tolist() == host.history["loss"].tolist()
+    assert same(weights_of(plain), weights_of(host))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_bit_for_bit_where_attention_adds_in_one_order(tmp_path, method):
+    model = save_tiny(tmp_path / "model", tiny_llama(blocks=4, dtype=torch.bfloat16))
+    settings = {**RUN, "method": method, **METHODS[method]}
+    whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
+    owlore.train(model, ROWS, out=tmp_path / "run", **{**settings, "steps": 6})
+    longer = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
+    assert same(weights_of(whole), weights_of(longer))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_in_float32_has_the_losses_of_the_same_run_on_a_cpu(tmp_path, method):
+    model = save_tiny(tmp_path / "model", tiny_llama(blocks=4))
+    settings = {**RUN, "method": method, "dtype": "float32", "rank": 4, **METHODS[method]}
+    if method in ("full", "lora", "smt", "dota"):
+        del settings["rank"]
+    there = owlore.train(model, ROWS, out=tmp_path / "gpu", **settings)
+    here = owlore.train(model, ROWS, out=tmp_path / "cpu", **{**settings, "device": "cpu"})
+    assert there.history["loss"].tolist() == pytest.approx(here.history["loss"].tolist(), rel=2e-2)
+    assert there.history["loss"].iloc[1] == pytest.approx(here.history["loss"].iloc[1], rel=1e-5)

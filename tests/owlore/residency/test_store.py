@@ -87,9 +87,9 @@ def test_a_store_file_comes_back_bit_for_bit_and_is_refused_for_anything_else(tm
 def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
     asked = []
 
-    def refuse(tensor):
-        asked.append(tensor.numel())
-        return HostBlob(tensor, False)
+    def refuse(num_bytes):
+        asked.append(num_bytes)
+        return HostBlob(host_memory(num_bytes), False)
 
     store = filled("bf16", refuse)
     assert asked == [layout.num_bytes for layout in store.layouts]
@@ -112,7 +112,7 @@ def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
     loaded = load(str(directory), dtype="auto", attn="sdpa", device=CPU)
     said = []
     open_streaming(config, find_units(loaded.model), loaded, device=CPU, directory=tmp_path, say=said.append,
-                   lock=lambda tensor: HostBlob(tensor, False))  # fmt: skip
+                   lock=lambda size: HostBlob(host_memory(size), False))  # fmt: skip
     assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "mapped" in said[0]
 
 

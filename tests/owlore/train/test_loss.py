@@ -57,3 +57,19 @@ def test_a_model_whose_logits_are_more_than_its_head_gets_its_own_loss():
     logits = shifted(input_ids=ids).logits[:, :-1].flatten(0, 1)
     truth = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     assert float(loss(ids, labels).detach()) == pytest.approx(float(truth.detach()), rel=1e-6)
+
+
+def test_rows_without_positions_are_not_searched_for_several_sequences_and_packed_ones_are(monkeypatch):
+    from transformers import masking_utils
+
+    asked, own = [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: (asked.append(1), own(ids))[1])
+    loss, ids = CausalLoss(tiny_llama()), torch.arange(4, 16)[None]
+    asked.clear()
+    alone = loss(ids, ids)
+    assert not asked
+    again = loss(ids, ids, torch.arange(12)[None])
+    assert asked and torch.equal(alone, again)
+    asked.clear()
+    loss(ids, ids, torch.arange(6).repeat(2)[None])
+    assert asked
