@@ -19,7 +19,7 @@ from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
-from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, plan_blocks
+from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, matrix_slices, plan_blocks
 
 PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
 COLUMNS = (
@@ -89,7 +89,7 @@ def spectrum(source: Source, view: LayerView, precision: str = "auto", device: s
         return Spectrum(values=values, route="fp64", refined=len(values))
     side = min(view.rows, view.cols)
     return certified.spectrum(
-        lambda: slices(source, view),
+        lambda: slices(source, view, device),
         view.rows,
         view.cols,
         precision=precision,
@@ -150,8 +150,15 @@ def measure(eigenvalues: np.ndarray, longer_side: int, *, relative_cut: bool = F
     }
 
 
-def slices(source: Source, view: LayerView) -> Iterator[np.ndarray]:
-    """The matrix in slices of its shorter side's width, read from the source one at a time."""
+def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any]:
+    """The matrix in slices of its shorter side's width, read from the source one at a time.
+
+    For another device what is in memory comes as tensors: it stays there, or travels in its own dtype.
+    """
+    whole = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
+    if whole is not None:
+        yield from matrix_slices(whole)
+        return
     for block in plan_blocks(view.rows, view.cols):
         part = read_block(source, view, block)
         yield part if view.rows >= view.cols else part.T

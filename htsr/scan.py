@@ -72,7 +72,8 @@ def scan(
         out: a directory to save the result to; nothing is written without it.
         device: where the calibration text runs. Spectra are computed on the CPU unless a CUDA device is named.
         precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
-            bounds measured on the matrix say that the fit is the same, else fp64. `fp64`, `fp32`: throughout.
+            bounds measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at
+            full rate fp64 as far as its memory allows. `fp64`, `fp32`: throughout.
             The text runs in fp32; under `auto` in bf16 where that is fast and shown to give the same LOD.
         engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.

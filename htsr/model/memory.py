@@ -39,9 +39,12 @@ class ModuleSource(Source):
         return config.to_dict() if config is not None and hasattr(config, "to_dict") else None
 
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
-        tensor = self._tensors[name].detach()
-        part = tensor.reshape(flat_shape(tuple(tensor.shape)))[rows[0] : rows[1], cols[0] : cols[1]].cpu()
+        part = self.in_memory(name)[rows[0] : rows[1], cols[0] : cols[1]].cpu()
         return np.ascontiguousarray((part.float() if part.dtype == torch.bfloat16 else part).numpy())
+
+    def in_memory(self, name: str) -> Tensor:
+        tensor = self._tensors[name].detach()
+        return tensor.reshape(flat_shape(tuple(tensor.shape)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         tensor = self._tensors[self.info(name).name].detach()

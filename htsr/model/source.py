@@ -117,6 +117,10 @@ class Source(ABC):
         chosen = (block.start, block.stop)
         return self.window(name, chosen, (0, cols)) if block.axis == 0 else self.window(name, (0, rows), chosen)
 
+    def in_memory(self, name: str) -> torch.Tensor | None:
+        """A tensor seen as a matrix, in its own dtype and on its own device, where it is in memory already."""
+        return None
+
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """float64 B (rows, r) and A (r, cols) of a tensor that is the product of two thin matrices, else None."""
         return None

@@ -41,13 +41,17 @@ class Reduced(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The five costly steps, so that they can run elsewhere than in LAPACK. All slices have `side` columns."""
+    """The five costly steps, so that they can run elsewhere than in LAPACK. All slices have `side` columns.
+
+    exact_side: up to this side float64 throughout is no slower than the certified route; None: `certified.EXACT_SIDE`.
+    """
 
     reduce: Callable[[Iterable[Any], int, float], Reduced]  # slices, side, scale -> of scale^2 W^T W
     residuals: Callable[[Iterable[Any], Any, np.ndarray], np.ndarray]
     ritz: Callable[[Iterable[Any], Any], np.ndarray]
     full_rank: Callable[[Any, type], bool]
     exact: Callable[[Iterable[Any], int], tuple[np.ndarray, Reduced | None]]  # float64, without noise
+    exact_side: int | None = None
 
 
 def _reduce(slices: Iterable[Any], side: int, scale: float) -> Tridiagonal:

@@ -32,7 +32,7 @@ from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.smallend import noise_resolved
 from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
 
-EXACT_SIDE = 1024  # up to here float64 costs next to nothing
+EXACT_SIDE = 1024  # up to here float64 costs next to nothing, unless the backend knows better
 NUM_PROBES, SAFETY = 16, 3.0
 GUARD = 8  # vectors beyond those that the deepest open candidate needs
 TAIL_PRECISION = 1e-7  # first asked of the refined values, relative
@@ -76,8 +76,9 @@ def spectrum(
 ) -> Spectrum:
     """Eigenvalues lambda = sigma^2 of the rows x cols matrix whose slices (of min(rows, cols) columns) `read()` yields.
 
-    precision: "fp64" and "fp32" for the whole matrix, "auto" as above. square() is any square part of the matrix of
-    min(rows, cols) rows; without it a spectrum that reaches down to the noise of float32 is escalated.
+    precision: "fp64" and "fp32" for the whole matrix, "auto" as above for sides beyond the backend's `exact_side` and
+    "fp64" up to it. square() is any square part of the matrix of min(rows, cols) rows; without it a spectrum that
+    reaches down to the noise of float32 is escalated.
     relative_cut: the fit sees eigenvalues above this share of the largest; above EIGENVALUE_CUT by default.
     Raises BadInput for a matrix that is not finite.
     """
@@ -86,7 +87,7 @@ def spectrum(
         values = gram_eigenvalues(gram(read(), n, np.float32))
         return Spectrum(values=values, route="fp32", refined=0, flops=whole_flops(n, m))
     full_rank = functools.cache(lambda dtype: square is not None and backend.full_rank(square(), dtype))
-    if precision == "fp64" or n <= EXACT_SIDE:
+    if precision == "fp64" or n <= (EXACT_SIDE if backend.exact_side is None else backend.exact_side):
         return Spectrum(values=_exact(read, m, n, full_rank, backend), route="fp64", refined=n, flops=whole_flops(n, m))
     counter = [0.0]
     try:

@@ -5,11 +5,15 @@
     python reports/bench/scan/large.py --parity 12        (only correctness, on that many matrices of 2048 x 2048)
     python reports/bench/scan/large.py --disk             (only a tensor of 8192 x 28672, bf16, scanned from disk)
     python reports/bench/scan/large.py --device cuda      (spectra on a GPU; wall seconds of synchronised calls)
+    python reports/bench/scan/large.py --against FILE     (weightwatcher's seconds and rows from an earlier run's FILE)
 
 Rows of Gaussian numbers have Pareto lengths, so that tails are as heavy as those of trained layers. Two are harder:
 "long tail" ends in float64 (escalated), "singular" has two equal columns. Before anything is timed n_tail must be equal
 and alpha within 1e-6 of weightwatcher's. The floor is the flops of one triangle of the Gram matrix and of the reduction
 to tridiagonal form, over the measured rate of a float32 product.
+
+With --against nothing of weightwatcher runs: its seconds are those of FILE and of FILE's machine, and its row is the
+one of ours in FILE, which was checked against it there.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import numpy as np
 
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 SLOWED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # settings that choose other kernels than the CPU's own
+LIBRARIES = ("htsr-owlore", "weightwatcher", "numpy", "scipy", "torch")
 ALPHA_TOLERANCE, MIB = 1e-6, 2**20
 CASES = [  # (name, rows, cols, Pareto index of the row lengths, dtype, wanted ratio)
     ("2048x2048 fp32", 2048, 2048, 3.0, "float32", 6.0),
@@ -109,7 +114,8 @@ def check(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     difference = abs(ours["alpha"] - theirs["alpha"])
     assert ours["n_tail"] == theirs["num_pl_spikes"], (ours["n_tail"], theirs["num_pl_spikes"])
     assert difference <= ALPHA_TOLERANCE, difference
-    assert abs(ours["entropy"] - theirs["entropy"]) <= 1e-5, (ours["entropy"], theirs["entropy"])
+    if "entropy" in theirs:
+        assert abs(ours["entropy"] - theirs["entropy"]) <= 1e-5, (ours["entropy"], theirs["entropy"])
     return float(difference)
 
 
@@ -128,31 +134,58 @@ def gemm_rate() -> float:
     return 2 * 2048**3 / min(seconds(lambda: A @ A.T[::1].copy(), 5, time.process_time))
 
 
-def bench(runs: int, device: str, case: str) -> tuple[list[dict[str, Any]], float]:
-    """One row a case; weightwatcher always on the CPU."""
+def earlier(file: Path) -> dict[str, dict[str, Any]]:
+    """By matrix what `bench` needs in place of weightwatcher: its seconds, and the row that was found equal to its.
+
+    Files written before the entropy was kept have none; then it is not compared.
+    """
+    report = json.loads(file.read_text())
+    made = {"file": file.name, "machine": report["machine"], "versions": report["versions"]}
+    return {
+        row["matrix"]: {
+            "seconds": row["weightwatcher_s"],
+            "row": {"num_pl_spikes": row["n_tail"]} | {k: row[k] for k in ("alpha", "entropy") if k in row},
+            "from": row.get("weightwatcher_from", made),
+        }
+        for row in report["cases"]
+    }
+
+
+def bench(runs: int, device: str, case: str, against: Path | None) -> tuple[list[dict[str, Any]], float]:
+    """One row a case; weightwatcher always on the CPU, or from an earlier run's file."""
+    known = earlier(against) if against else {}
     rate = gemm_rate()
     rows = []
     clock = time.process_time if device == "cpu" else time.perf_counter
     widths = {"route": 11, "tail": 6, "refined": 8, "ww s": 8, "htsr s": 8, "ratio": 7, "floor s": 9, "x": 6}
+    if known:
+        machines = {json.dumps(found["from"]["machine"], sort_keys=True) for found in known.values()}
+        print(f"ww s, and with it the ratio, are of an earlier run on {' or '.join(sorted(machines))}")
     print(f"{'matrix':28}" + "".join(f"{word:>{width}}" for word, width in widths.items()))
     for name, m, n, index, dtype, wanted in CASES:
         if case not in name:
             continue
+        if against and name not in known:
+            print(f"{name:28}  left out: {against.name} does not have it", flush=True)
+            continue
         W = matrix(m, n, index, dtype, singular=name.endswith("singular"))
-        ours, theirs = native(W, device), reference(W)
+        ours, theirs = native(W, device), known[name]["row"] if known else reference(W)
         difference = check(ours, theirs)
-        slow, fast = [], []
+        slow, fast = list(known[name]["seconds"]) if known else [], []
         for _ in range(runs):  # alternating
-            slow += seconds(lambda W=W: reference(W), 1, time.process_time)
+            if not known:
+                slow += seconds(lambda W=W: reference(W), 1, time.process_time)
             fast += seconds(lambda W=W: native(W, device), 1 if device == "cpu" else 3, clock)
         a, b = statistics.median(slow), statistics.median(fast)
         floor = (n * n * m + 4 / 3 * n**3) / rate
         rows.append(
             {
                 "matrix": name, "route": ours["route"], "why": ours["why"], "n_tail": ours["n_tail"],
-                "alpha": ours["alpha"], "alpha_difference": difference, "refined": ours["refined"],
+                "alpha": ours["alpha"], "alpha_difference": difference, "entropy": ours["entropy"],
+                "entropy_compared": "entropy" in theirs, "refined": ours["refined"],
                 "weightwatcher_s": slow, "htsr_s": fast, "ratio": a / b, "wanted": wanted, "floor_s": floor,
                 "times_floor": b / floor, "gflop": ours["flops"] / 1e9,
+                **({"weightwatcher_from": known[name]["from"]} if known else {}),
             }
         )  # fmt: skip
         print(
@@ -226,6 +259,14 @@ def cpu_name() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
+def device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3)
@@ -233,6 +274,7 @@ def main() -> int:
     parser.add_argument("--disk", action="store_true")
     parser.add_argument("--case", default="", metavar="TEXT")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--against", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in SINGLE.items()) or any(k in os.environ for k in SLOWED):
@@ -242,15 +284,15 @@ def main() -> int:
     if arguments.out and arguments.out.exists():
         report = json.loads(arguments.out.read_text())
     report |= {
-        "machine": {"cpu": cpu_name(), "threads": 1, "device": arguments.device},
-        "versions": {n: metadata.version(n) for n in ("htsr-owlore", "weightwatcher", "numpy", "scipy", "torch")},
+        "machine": {"cpu": cpu_name(), "threads": 1, "device": device_name(arguments.device)},
+        "versions": {n: metadata.version(n) for n in LIBRARIES if not (arguments.against and n == "weightwatcher")},
     }
     if arguments.parity is not None:
         report["parity_2048"] = parity(arguments.parity)
     elif arguments.disk:
         report["disk_8192x28672_bf16"] = disk()
     else:
-        rows, report["gemm_gflops"] = bench(arguments.runs, arguments.device, arguments.case)
+        rows, report["gemm_gflops"] = bench(arguments.runs, arguments.device, arguments.case, arguments.against)
         kept = {row["matrix"]: row for row in [*report.get("cases", []), *rows]}
         report["cases"] = [kept[name] for name, *_ in CASES if name in kept]
     if arguments.out:
