@@ -42,10 +42,11 @@ def turn_into_change(gradient: Tensor, mean: Tensor, square: Tensor, step: int, 
     Element by element the same as on the whole; no tensor of the parameter's size is made beside the three.
     """
     whole = (gradient, mean, square)
-    if gradient.numel() <= CHUNK_ELEMENTS:
+    most = CHUNK_ELEMENTS << 6 if gradient.is_cuda else CHUNK_ELEMENTS  # a launch of a GPU has to be worth it
+    if gradient.numel() <= most:
         parts = [whole]
     else:
-        rows = max(1, CHUNK_ELEMENTS * len(gradient) // gradient.numel())
+        rows = max(1, most * len(gradient) // gradient.numel())
         parts = list(zip(*(tensor.split(rows) for tensor in whole), strict=True))
     for g, m, v in parts:
         update_moments(g, m, v, constants)

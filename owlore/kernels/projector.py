@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SUMS_WIDER = hasattr(torch.ops.aten.mm, "dtype")  # torch multiplies 16-bit matrices into an fp32 one (CUDA, from 2.8)
 DEPENDENT = 1e-5  # of a Cholesky factor's diagonal, least over most: below it too much of float64 is used up
 
 
@@ -30,13 +31,36 @@ def projects_right(rows: int, cols: int, larger: bool = False) -> bool:
 
 
 def project(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """R = G P (m x r) or P^T G (r x n)."""
+    """R = G P (m x r) or P^T G (r x n), fp32, for G in any float dtype and P in fp32."""
+    if gradient.is_cuda and gradient.dtype == torch.bfloat16 and SUMS_WIDER:
+        return _project_halves(gradient, basis, right)
+    gradient = gradient.float()
     return gradient @ basis if right else basis.T @ gradient
+
+
+def _project_halves(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """The same on matrix units: P is the sum of two bfloat16 matrices but for 2^-17 of it, products are summed in fp32,
+    and no fp32 copy of the gradient is made."""
+    rank, high = basis.shape[1], basis.to(torch.bfloat16)
+    both = torch.cat([high, (basis - high.float()).to(torch.bfloat16)], dim=1)
+    if right:
+        parts = torch.mm(gradient, both, out_dtype=torch.float32)
+        return parts[:, :rank] + parts[:, rank:]
+    parts = torch.mm(both.T, gradient, out_dtype=torch.float32)
+    return parts[:rank] + parts[rank:]
 
 
 def project_back(update: Tensor, basis: Tensor, right: bool) -> Tensor:
     """R P^T or P R: m x n again."""
     return update @ basis.T if right else basis @ update
+
+
+def add_projected_back(
+    into: Tensor, update: Tensor, basis: Tensor, right: bool, *, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """into <- beta * into + alpha * (R P^T or P R), in place and without that product as a tensor."""
+    left, other = (update, basis.T) if right else (basis, update)
+    into.addmm_(left, other, beta=beta, alpha=alpha)
 
 
 def projected_shape(rows: int, cols: int, rank: int, larger: bool = False) -> tuple[int, int]:

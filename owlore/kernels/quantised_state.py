@@ -30,9 +30,9 @@ class Quantised:
     signed: bool
 
 
-@lru_cache(maxsize=2)
-def code_table(signed: bool) -> Tensor:
-    """The 256 values in [-1, 1] (or [0, 1]), ascending; 0 and 1 are among them."""
+@lru_cache(maxsize=8)
+def code_table(signed: bool, device: torch.device | None = None) -> Tensor:
+    """The 256 values in [-1, 1] (or [0, 1]), ascending; 0 and 1 are among them. Kept, since a copy to a GPU waits."""
     values = [0.0, 1.0]
     for decade in range(DECADES):
         count = 2 ** (DECADES - 1 - decade) * (1 if signed else 2)
@@ -41,12 +41,12 @@ def code_table(signed: bool) -> Tensor:
         values += middles.tolist()
         values += (-middles).tolist() if signed else []
     # Signed or not, the decades give 254 values; with 0 and 1 the codes fit a byte.
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def quantise(values: Tensor, *, signed: bool) -> Quantised:
     """Nearest codes of `values` (fp32, finite; non-negative unless signed)."""
-    table = code_table(signed).to(values.device)
+    table = code_table(signed, values.device)
     flat = values.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)
@@ -58,7 +58,7 @@ def quantise(values: Tensor, *, signed: bool) -> Quantised:
 
 def dequantise(state: Quantised) -> Tensor:
     """The values that the codes stand for, fp32."""
-    table = code_table(state.signed).to(state.codes.device)
+    table = code_table(state.signed, state.codes.device)
     blocks = table[state.codes.int()].view(-1, BLOCK) * state.scales[:, None]
     count = int(torch.Size(state.shape).numel())
     return blocks.flatten()[:count].view(state.shape)

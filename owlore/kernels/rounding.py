@@ -11,7 +11,9 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
 
     A value that `dtype` represents exactly stays as it is. `generator` lives on the device of `values`.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype == torch.bfloat16:
+        return _cut(values, generator)
+    if dtype != torch.float16:
         raise ValueError(f"stochastic rounding to {dtype}: only bfloat16 and float16 are 16-bit floats")
     near = values.to(dtype)
     error = values - near.float()
@@ -20,6 +22,14 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     chance = torch.where(gap > 0, error.abs() / gap, torch.zeros_like(gap))
     draw = torch.rand(values.shape, generator=generator, device=values.device)
     return torch.where((draw < chance) & torch.isfinite(other), other, near)
+
+
+def _cut(values: Tensor, generator: torch.Generator) -> Tensor:
+    """To bfloat16, the upper half of a float32. The lower half is the chance of the neighbour farther from zero: random
+    bits are added to it, and what it then holds is cut off. Beyond the largest bfloat16 lies infinity."""
+    noise = torch.empty(values.shape, dtype=torch.int32, device=values.device).random_(1 << 16, generator=generator)
+    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def _neighbour(near: Tensor, error: Tensor) -> Tensor:

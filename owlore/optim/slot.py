@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from owlore.kernels.adamw import AdamW, turn_into_change
 from owlore.kernels.projector import (
+    add_projected_back,
     basis_shape,
     find_basis,
     project,
@@ -137,7 +138,7 @@ class Slot:
                 self.settle(step)
         elif self.projected:
             assert self.basis is not None
-            self.gathered = _added(self.gathered, project(gradient.float(), self.basis, self.right))
+            self.gathered = _added(self.gathered, project(gradient, self.basis, self.right))
         else:
             self.gathered = _added(self.gathered, gradient)
 
@@ -153,7 +154,7 @@ class Slot:
             self.whole = None
             return
         assert self.basis is not None
-        self.gathered = project(self.whole.float(), self.basis, self.right)
+        self.gathered = project(self.whole, self.basis, self.right)
         if not self.keeps_whole:
             self.whole = None
 
@@ -221,8 +222,6 @@ class Slot:
             self.basis_age += 1
             if self.keeps_whole:
                 change = self._of_full_rank(change, gradient, clip_factor)
-            else:
-                change = project_back(change, self.basis, self.right)
         rate = lr * self.rule.scale if self.projected else lr
         self._write(change, rate=rate, shrink=1 - lr * adam.decay, step=step)
 
@@ -238,13 +237,18 @@ class Slot:
         return beside.add_(project_back(update, self.basis, self.right)) if self.rule.whole == "fira" else beside
 
     def _write(self, change: Tensor, *, rate: float, shrink: float, step: int) -> None:
-        """W <- shrink * W - rate * change, in the precision that `weights` names."""
+        """W <- shrink * W - rate * change, in the precision that `weights` names; a projected change is projected back
+        as it is added, so that it never exists in the weight's size."""
         parameter = self.parameter.data
         target = parameter if parameter.dtype == torch.float32 else self.master
         exact = parameter.float() if target is None else target
-        if shrink != 1.0:
-            exact.mul_(shrink)
-        exact.add_(change, alpha=-rate)
+        if self.projected and not self.keeps_whole:
+            assert self.basis is not None
+            add_projected_back(exact, change, self.basis, self.right, beta=shrink, alpha=-rate)
+        else:
+            if shrink != 1.0:
+                exact.mul_(shrink)
+            exact.add_(change, alpha=-rate)
         if exact is parameter:
             return
         if self.weights is Weights.STOCHASTIC:

@@ -69,21 +69,21 @@ class Binding:
 
     # -- three states ------------------------------------------------------------------------------------------------
 
-    def bind(self, views: Views) -> None:
-        """Let the parameters be these views."""
+    def bind(self, views: Views, *, keeps: bool = False) -> None:
+        """Let the parameters be these views. keeps: lossy matrices stay dense once they were made so."""
         for name, parameter in self.parameters.items():
             packed = self._packed.get(name)
             if packed is None:
                 parameter.data = views[name]["weight"]
             else:
-                packed.fields = views[name]
+                packed.lend(views[name], keeps=keeps)
 
     def unbind(self) -> None:
         """Let the parameters be nowhere."""
         for name, parameter in self.parameters.items():
             packed = self._packed.get(name)
             if packed is not None:
-                packed.fields = None
+                packed.lend(None)
             parameter.data = self._nowhere[name]
         self.own = self._borrowed = False
 

@@ -22,11 +22,22 @@ class PackedWeight:
     def __init__(self, weight: Weight, block: int) -> None:
         self.weight, self.block = weight, block
         self.fields: Mapping[str, Tensor] | None = None
+        self.keeps = False  # the dense matrix is made once a lease, for all the micro-batches that it serves
+        self._dense: Tensor | None = None
+
+    def lend(self, fields: Mapping[str, Tensor] | None, *, keeps: bool = False) -> None:
+        """A lease begins with these fields, or ends with none."""
+        self.fields, self.keeps, self._dense = fields, keeps, None
 
     def dense(self) -> Tensor:
         if self.fields is None:
             raise RuntimeError(f"{self.weight.name} of block {self.block} was read outside of a lease")
-        return self.weight.form.dense(self.fields, self.weight.shape, self.weight.dtype)
+        if self._dense is not None:
+            return self._dense
+        dense = self.weight.form.dense(self.fields, self.weight.shape, self.weight.dtype)
+        if self.keeps:
+            self._dense = dense
+        return dense
 
 
 class _FrozenLinear(torch.autograd.Function):

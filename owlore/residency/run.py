@@ -63,6 +63,7 @@ class Residency:
         self._coming: list[int] = []
         self.live: set[int] = set()
         self.exact_visits = False
+        self.keeps_dense = False  # a visit serves several micro-batches: what is lossy is made dense once
 
     def occupy(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Put a block's first exact weights (by name inside the block) into the store and free the module's own."""
@@ -125,7 +126,7 @@ class Residency:
 
     @contextmanager
     def _bound(self, block: int, views: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-        self.bindings[block].bind(views)
+        self.bindings[block].bind(views, keeps=self.keeps_dense)
         try:
             yield
         finally:

@@ -80,6 +80,7 @@ class BlockMajor:
         """
         device = self.residency.port.device
         last = len(batches) - 1
+        self.residency.keeps_dense = len(batches) > 1
         try:
             self._plan()
             rows = [
@@ -111,6 +112,7 @@ class BlockMajor:
     @torch.no_grad()
     def _losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         device = self.residency.port.device
+        self.residency.keeps_dense = len(batches) > 1
         rows = [self._enter(batch, RandomNumbers(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
         self._forward(rows, keep=False)

@@ -123,14 +123,22 @@ class StreamedModel:
             "overlay": 0 if self.layouts[0].exact else sum(self.own),
         }
 
-    def dense_bytes(self) -> int:
-        """What turning the largest lossy matrix into a dense one takes for a moment."""
+    def dense_bytes(self, *, together: bool) -> int:
+        """What turning the largest lossy matrix into a dense one takes for a moment, or those of a block together."""
         sizes = [(int(np.prod(w.shape)), w) for layout in self.layouts for w in layout.weights if not w.form.exact]
         if not sizes:
             return 0
         count, weight = max(sizes, key=lambda pair: pair[0])
         passing = 10 * min(count, CHUNK) if isinstance(weight.form, NF4) else 0
+        if together:
+            whole = max(_lossy_bytes(layout) for layout in self.layouts)
+            return whole + passing
         return count * weight.dtype.itemsize + passing
+
+
+def _lossy_bytes(layout: Layout) -> int:
+    """Of a block's lossy matrices when they are dense."""
+    return sum(int(np.prod(w.shape)) * w.dtype.itemsize for w in layout.weights if not w.form.exact)
 
 
 def walk_moments(
@@ -143,7 +151,7 @@ def walk_moments(
     parameters: Mapping[str, nn.Parameter],
 ) -> Moments:
     """The largest moment of a step: at the loss, or in the backward of some block."""
-    dense, blocks = model.dense_bytes(), model.units.num_blocks
+    dense, blocks = model.dense_bytes(together=load.accum > 1), model.units.num_blocks
     home = model.units.block_of()
     by_block: dict[int | None, list[tuple[Rule, nn.Parameter]]] = {}
     for name, parameter in parameters.items():

@@ -38,6 +38,8 @@ def prepare() -> None:
 
     import htsr  # noqa: F401
 
+    described("llama-2-7b")  # most rows are of it
+
 
 def planned(row: Row, rates: Rates | None = None) -> Plan:
     """What the row will hold and how long its copies take."""
@@ -64,7 +66,7 @@ ALIKE = (("device", "host", "host+half"), ("device+nf4", "host+nf4", "host+nf4+o
 def agree(row: Row, device: torch.device) -> dict[str, Any]:
     """Losses and every gradient of three steps are the same bits wherever blocks live; six blocks of the shape."""
     # Attention's backward on a GPU adds in any order otherwise. Only a process of its own is changed for good.
-    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    torch.use_deterministic_algorithms(device.type == "cuda")
     compared = 0
     for names in ALIKE:
         expected, *others = (gradients(Ours(replace(row, homes=HOMES[name]), device, blocks=6), 3) for name in names)

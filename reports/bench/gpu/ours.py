@@ -35,10 +35,10 @@ EVERY = 2  # steps of a period: short, so that L / gamma periods are soon over
 class Generated:
     """Masters that stand for a checkpoint file: a block is made again from its seed until it was trained."""
 
-    def __init__(self, make: Callable[[int], dict[str, Tensor]]) -> None:
+    def __init__(self, make: Callable[[int], Mapping[str, Tensor]]) -> None:
         self._make, self.overlay = make, Overlay()
 
-    def read(self, block: int) -> dict[str, Tensor]:
+    def read(self, block: int) -> Mapping[str, Tensor]:
         return self.overlay.get(block) if block in self.overlay else self._make(block)
 
     def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
@@ -87,7 +87,7 @@ class Ours:
         homes, row, device = self.homes, self.row, self.device
         lock = pin if device.type == "cuda" else unlocked
 
-        def make(block: int) -> dict[str, Tensor]:
+        def make(block: int) -> Mapping[str, Tensor]:
             return block_weights(row.shape, block, shapes[block], device)
 
         with torch.device("meta"):

@@ -52,6 +52,8 @@ def gpu_rows() -> list[Row]:
             rows.append(Row(name=f"7b {load} {name}", kind="ours", shape="llama-2-7b", homes=homes, tokens=tokens,
                             batch=16 if whole else batch, accum=1 if whole else accum,
                             wanted_gib=WANTED.get(name) if load == "16x512" else None))  # fmt: skip
+    rows.append(Row(name="7b 16x512 host, 4 rows at once", kind="ours", shape="llama-2-7b", homes=HOMES["host"],
+                    batch=4, accum=4))  # fmt: skip
     rows.append(Row(name="7b 16x512 device, paper's set", kind="ours", shape="llama-2-7b", batch=16, always_on=GROUPS,
                     wanted_gib=19.0))  # fmt: skip
     for peer in PEERS:

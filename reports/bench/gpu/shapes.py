@@ -3,6 +3,7 @@ on values, and a block can be made again wherever it is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,9 +62,25 @@ def made(name: str, like: Tensor, device: torch.device) -> Tensor:
     return values.normal_(0.0, 0.02, generator=stream)
 
 
-def block_weights(shape: str, index: int, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+class Made(Mapping[str, Tensor]):
+    """The weights of one block by name inside it, each made when it is asked for, as if it were read from a file."""
+
+    def __init__(self, shape: str, index: int, module: nn.Module, device: torch.device) -> None:
+        self._prefix, self._device, self._like = f"{shape}.{index}", device, dict(module.named_parameters())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return made(f"{self._prefix}.{name}", self._like[name], self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
+def block_weights(shape: str, index: int, module: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
     """The weights of one block by name inside it."""
-    return {name: made(f"{shape}.{index}.{name}", p, device) for name, p in module.named_parameters()}
+    return Made(shape, index, module, device)
 
 
 def filled(shape: str, device: torch.device, *, blocks: int | None = None) -> Any:
@@ -74,7 +91,7 @@ def filled(shape: str, device: torch.device, *, blocks: int | None = None) -> An
     return model
 
 
-def put(block: nn.Module, weights: dict[str, Tensor]) -> None:
+def put(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Let these be the block's parameters."""
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")

@@ -5,7 +5,9 @@ import pytest
 import torch
 from makers import generator
 
+from owlore.kernels import projector
 from owlore.kernels.projector import (
+    add_projected_back,
     basis_shape,
     find_basis,
     project,
@@ -121,6 +123,36 @@ def test_the_mean_keeps_its_place_in_the_full_space_when_the_span_stays(right):
     turned, square = rotate_moments(mean, mean.square(), basis, basis @ turn, right)
     assert torch.allclose(project_back(turned, basis @ turn, right), project_back(mean, basis, right), atol=1e-5)
     assert (square >= 0).all()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_two_bfloat16_halves_of_a_basis_project_like_the_whole_one(monkeypatch, right):
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, *, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
+    gradient = torch.randn(60, 40, generator=generator(0)).bfloat16()
+    basis = torch.linalg.qr(torch.randn(40 if right else 60, 8, generator=generator(1))).Q
+    whole, halves = project(gradient, basis, right), projector._project_halves(gradient, basis, right)
+    assert whole.dtype == halves.dtype == torch.float32 and whole.shape == halves.shape
+    assert (whole - halves).norm() <= 2**-15 * whole.norm()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_adding_what_is_projected_back_is_adding_the_product(right):
+    basis = torch.linalg.qr(torch.randn(40 if right else 60, 8, generator=generator(1))).Q
+    update = torch.randn(*((60, 8) if right else (8, 40)), generator=generator(2))
+    into = torch.randn(60, 40, generator=generator(3))
+    expected = 0.9 * into - 0.3 * project_back(update, basis, right)
+    add_projected_back(into, update, basis, right, beta=0.9, alpha=-0.3)
+    assert torch.allclose(into, expected, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("right", [True, False])
+def test_on_a_gpu_a_bfloat16_gradient_is_projected_as_in_float64(right):
+    gradient = torch.randn(700, 500, device="cuda").bfloat16()
+    basis = torch.linalg.qr(torch.randn(500 if right else 700, 32, device="cuda")).Q
+    exact = gradient.double() @ basis.double() if right else basis.double().T @ gradient.double()
+    assert (project(gradient, basis, right) - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.gpu
