@@ -86,6 +86,9 @@ def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         if spans := (result or {}).pop("timeline", None):
             draw_timeline(spans, row.name, machine(device)["device"], args.out / "timelines" / f"{slug(row.name)}.png")
+        if row.kind == "agree" and result is None:
+            print("agree: not in the time of a part; nothing is measured before it holds")
+            return 1
         done[row.name] = {"row": asdict(row), **(result or {"skipped": f"took more than {args.minutes:g} minutes"})}
         file.write_text(json.dumps({"machine": machine(device), "rows": done}, indent=1) + "\n")
         print(f"{row.name}: {done[row.name].get('skipped') or done[row.name].get('failed') or 'done'}", flush=True)
