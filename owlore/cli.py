@@ -104,7 +104,7 @@ def plan(
     if limit is not None and processes > 1:
         raise UsageError("got --fit and --processes, expected one of them: what is found is for one process")
     from owlore.train.fit import fit_from_config
-    from owlore.train.plan import plan_from_config
+    from owlore.train.planner import plan_from_config
     from owlore.train.speed import rates_for
 
     rates = rates_for(config.device, bus=bus, tflops=tflops)

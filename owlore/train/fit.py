@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from owlore.config import SETTINGS, TrainConfig, flag_name
-from owlore.train.plan import Plan, planner_of
+from owlore.train.plan import Plan
+from owlore.train.planner import planner_of
 from owlore.train.settings import resolve
 from owlore.train.streaming_plan import Rates
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from htsr import LayerTable
-    from owlore.train.plan import Shape
+    from owlore.train.model_shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,8 @@ def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | Non
 
 def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
     """The five changes that would save most, each alone."""
-    from owlore.train.plan import Planner, shape_of_config
+    from owlore.train.model_shape import shape_of_config
+    from owlore.train.planner import Planner
 
     model, strategy = trainer.units.model, STRATEGIES[config.method]
 

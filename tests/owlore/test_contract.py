@@ -157,7 +157,8 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(model, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, method):
     """Weights, masters, moments and projectors, at every step; a sampled method's draws have blocks of one size."""
-    from owlore.train.plan import plan_from_config, weight_bytes
+    from owlore.train.model_shape import weight_bytes
+    from owlore.train.planner import plan_from_config
 
     counted = []
     advance = Trainer.advance
@@ -179,7 +180,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plans_trainable_share_is_the_runs(model, finished, method):
-    from owlore.train.plan import plan_from_config
+    from owlore.train.planner import plan_from_config
 
     planned = plan_from_config(TrainConfig.build({"model": str(model), **settings(method)}), lambda message: None)
     assert planned.trainable["per_step"] == pytest.approx(finished(method).record["trainable"], rel=1e-6)

@@ -16,7 +16,8 @@ from shapes import filled, skeleton
 
 from owlore.optim import Weights
 from owlore.strategies import STRATEGIES
-from owlore.train.plan import Plan, Shape, make_plan, shape_of
+from owlore.train.model_shape import Shape, shape_of
+from owlore.train.plan import Plan, make_plan
 from owlore.train.speed import measured_rates
 from owlore.train.streaming import available_memory
 from owlore.train.streaming_plan import Rates

@@ -130,7 +130,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
 def planned(model: str, result: dict[str, Any]) -> int:
     """Bytes at the peak beside the weights of the model, by plan."""
     from owlore.config import TrainConfig
-    from owlore.train.plan import plan_from_config
+    from owlore.train.planner import plan_from_config
 
     settings = {name: value for name, value in result["settings"].items() if name not in ("threads", "table")}
     config = TrainConfig.build({"model": model, "method": result["method"], **settings})

@@ -23,7 +23,8 @@ from owlore.config import TrainConfig
 from owlore.optim import RotatingOptimizer
 from owlore.train.loading import load
 from owlore.train.loss import CausalLoss
-from owlore.train.plan import Planner, shape_of
+from owlore.train.model_shape import shape_of
+from owlore.train.planner import Planner
 from owlore.train.recompute import Recompute
 from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
 from owlore.train.tables import find_table, run_inclusion

@@ -64,7 +64,8 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     from owlore.optim import RotatingOptimizer
     from owlore.train.heap import trimmed_heap
     from owlore.train.loss import CausalLoss
-    from owlore.train.plan import make_plan, shape_of
+    from owlore.train.model_shape import shape_of
+    from owlore.train.plan import make_plan
     from owlore.train.recompute import Recompute
     from owlore.train.settings import hyper_of, resolve, weights_of
     from owlore.train.shelf import shelved

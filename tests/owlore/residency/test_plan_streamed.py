@@ -16,7 +16,9 @@ from owlore.optim import Weights
 from owlore.residency.ports import CpuPort
 from owlore.strategies import STRATEGIES, Hyper
 from owlore.train.fit import fit_from_config
-from owlore.train.plan import make_plan, plan_from_config, shape_of
+from owlore.train.model_shape import shape_of
+from owlore.train.plan import make_plan
+from owlore.train.planner import plan_from_config
 from owlore.train.streaming_plan import Homes, Rates, StreamedModel
 
 HOMES = {

@@ -23,7 +23,9 @@ from owlore.optim import RotatingOptimizer, Weights
 from owlore.strategies import STRATEGIES, Hyper
 from owlore.train.footprint import measure_footprint, saved_bytes
 from owlore.train.loss import CausalLoss
-from owlore.train.plan import make_plan, parked_bytes, plan_from_config, shape_of
+from owlore.train.model_shape import shape_of
+from owlore.train.plan import make_plan, parked_bytes
+from owlore.train.planner import plan_from_config
 from owlore.train.recompute import Recompute
 
 GROUPS = ("embeddings", "norm", "head")

@@ -1,10 +1,13 @@
-"""What holds for every way to draw and every policy at a switch: state, frozen bits, resume, accumulation."""
+"""What holds for every rule, draw and policy at a switch: state, frozen bits, resume, accumulation."""
+
+from functools import cache
 
 import pytest
 import torch
 from makers import save_tiny
 from safetensors.torch import load_file
 
+import htsr
 import owlore
 from owlore.blocks import find_units
 from owlore.optim.slot import Rule, Weights, planned_bytes
@@ -22,8 +25,28 @@ POLICIES = {
     },
     "exact, drop, larger side": {"draw": "exact", "on_switch": "drop", "project_side": "larger", "always_on": "norm"},
     "checkpointing": {"draw": "exact", "on_switch": "host", "checkpointing": "on", "weight_decay": 0.1},
+    # Each rule, with the draws and policies in turn; without one the table is uniform.
+    "rule lod": {"rule": {"rule": "lod", "floor": 0.1}, "draw": "exact", "on_switch": "drop"},
+    "rule alpha, heavy": {"rule": {"rule": "alpha", "direction": "heavy"}, "draw": "sequential", "on_switch": "host"},
+    "rule alpha, light": {"rule": {"rule": "alpha", "direction": "light"}, "draw": "exact", "on_switch": "keep"},
+    "rule decrease": {"rule": {"rule": "decrease"}, "draw": "sequential", "on_switch": "drop"},
+    "rule increase": {"rule": {"rule": "increase", "temperature": 0.5}, "draw": "exact", "on_switch": "host"},
+    "rule reverse": {"rule": {"rule": "reverse", "temperature": 2.0}, "draw": "exact", "on_switch": "drop"},
+    "rule norm": {"rule": {"rule": "norm", "floor": 0.2}, "draw": "exact", "on_switch": "keep", "state_bits": 8},
 }  # fmt: skip
 COMMON = {"table": "uniform", "active": 2, "rank": 8, "lr": 1e-3, "batch": 2}
+TOLD_APART = 0.15  # a block of at least this inclusion is drawn in sixty periods but for once in twenty thousand
+
+
+def settings_of(model, policy, active):
+    """What is given to `train`: the policy with its rule's table of this model."""
+    given = COMMON | {key: value for key, value in policy.items() if key != "rule"} | {"active": active}
+    return given | ({"table": scanned(str(model)).table(gamma=active, **policy["rule"])} if "rule" in policy else {})
+
+
+@cache
+def scanned(model):
+    return htsr.scan(model, samples=2, plots=False, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +74,7 @@ def weights_kind(policy):
 @pytest.mark.parametrize("name", POLICIES)
 def test_state_bytes_are_a_function_of_the_active_set_over_sixty_periods(model, tmp_path, name):
     policy = POLICIES[name]
-    run = owlore.train(model, ROWS, steps=60, every=1, out=tmp_path / "run", **COMMON | policy)
+    run = owlore.train(model, ROWS, steps=60, every=1, out=tmp_path / "run", **settings_of(model, policy, 2))
     units = find_units(run.model)
     groups = [g for g in policy.get("always_on", "").split(",") if g]
     planned, moments = {}, {}
@@ -62,16 +85,19 @@ def test_state_bytes_are_a_function_of_the_active_set_over_sixty_periods(model, 
     for row in run.rows:
         active = units.parameters(row["active_blocks"], groups)
         assert row["state_bytes"] == sum(planned[key] for key in active)
-    assert min(run.record["draws"]) > 0 and sum(run.record["draws"]) == 120
+    drawn = run.record["draws"]
+    assert sum(drawn) == 120
+    assert all(drawn[b] for b, share in enumerate(run.record["inclusion"]) if share >= TOLD_APART)
     # At the end all that ever was active waits, or nothing does.
-    waiting = 0 if policy["on_switch"] == "drop" else sum(moments[k] for k in units.parameters(range(5), groups))
+    ever = [block for block in range(5) if drawn[block]]
+    waiting = 0 if policy["on_switch"] == "drop" else sum(moments[k] for k in units.parameters(ever, groups))
     assert run.record["parked_bytes"] == waiting
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_resume_inside_a_period_is_exact_and_frozen_bits_stay(model, tmp_path, name):
     """Two micro-batches a step, 16-bit weights, one period of four left and the next begun."""
-    settings = COMMON | POLICIES[name] | {"steps": 7, "every": 3, "accum": 2, "save_every": 4, "active": 1, "lr": 2e-2}
+    settings = settings_of(model, POLICIES[name], 1) | {"steps": 7, "every": 3, "accum": 2, "save_every": 4, "lr": 2e-2}
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
     place = tmp_path / "whole/checkpoints/step-000004"
     again = owlore.train(model, ROWS, out=tmp_path / "again", resume=str(place), **settings)
@@ -99,7 +125,7 @@ def test_accumulation_is_the_big_batch(tmp_path, name):
     model = save_tiny(tmp_path / "model", blocks=4)
     losses = []
     for batch, accum in ((6, 1), (2, 3)):
-        settings = COMMON | POLICIES[name] | {"steps": 5, "every": 2, "batch": batch, "accum": accum}
+        settings = settings_of(model, POLICIES[name], 2) | {"steps": 5, "every": 2, "batch": batch, "accum": accum}
         run = owlore.train(model, ROWS, out=tmp_path / f"{batch}", **settings)
         losses.append([(row["loss"], row["grad_norm"]) for row in run.rows])
     for one, three in zip(*losses, strict=True):
