@@ -166,6 +166,8 @@ def outside(left_out: dict[str, str], study: Study, results: Sequence[dict[str, 
 
 def answers(study: Study, arms: dict[str, Arm], scan: dict[str, Any]) -> list[str]:
     """The questions of the YAML file, each answered by its paired difference; what is not complete stays open."""
+    if not study.spec.get("questions"):
+        return []
     lines = ["## Answers", "", "| question | first less second | answer |", "| --- | --- | --- |"]
     for one, other, text in study.spec.get("questions", ()):
         if one not in arms or other not in arms:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import report
 from analyse import choose, chosen, read_results
-from study import Cell, Rows, Study, divide, read_study, scan_tables
+from study import Cell, Rows, Study, divide, read_study, scan_tables, without_tables
 
 PRELOADED = ["torch", "transformers", "owlore.train.run", "cell"]
 
@@ -136,7 +136,8 @@ def make_tables(study: Study, model: str, rows: Rows, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if (work / "scan.json").exists():
         return
-    tables, facts = scan_tables(model, study.spec["settings"]["active"])
+    reads = any("table" in arm for arm in study.arms.values())
+    tables, facts = scan_tables(model, study.spec["settings"]["active"]) if reads else ({}, without_tables(model))
     for name, table in tables.items():
         table.save(work / f"{name}.json")
     parts = {"train": len(rows.train), "validation": len(rows.validation), "test": len(rows.test)}

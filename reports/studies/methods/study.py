@@ -221,3 +221,10 @@ def scan_tables(model: str, gamma: int) -> tuple[dict[str, Any], dict[str, Any]]
         for name, table in tables.items()
     }
     return tables, {"gamma": gamma, "tables": facts, "model": dict(tables["lod"].model)}
+
+
+def without_tables(model: str) -> dict[str, Any]:
+    """What a report has to know of the model where no arm draws by a table."""
+    import htsr
+
+    return {"gamma": None, "tables": {}, "model": dict(htsr.scan(model, calibration=None).provenance["model"])}
