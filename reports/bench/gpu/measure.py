@@ -18,7 +18,7 @@ from owlore.optim import Weights
 from owlore.strategies import STRATEGIES
 from owlore.train.model_shape import Shape, shape_of
 from owlore.train.plan import Plan, make_plan
-from owlore.train.speed import measured_rates
+from owlore.train.speed import STEP_SHARE, measured_rates
 from owlore.train.streaming import available_memory
 from owlore.train.streaming_plan import Rates
 
@@ -112,6 +112,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     steady = statistics.mean(s for i, s in enumerate(each, first) if i % EVERY)
     tokens = row.batch * row.accum * row.tokens * steps
     operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
+    product = None if rates is None else rates.flops / STEP_SHARE
     port = trainer.port
     spent = {} if port is None else port.seconds()
     loaded = {} if port is None else {"loads": port.loads / steps, "bus_bytes": port.loaded_bytes / steps}
@@ -121,8 +122,8 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         "steady_seconds": steady, "switching_seconds": switching,
         "long_tokens_per_s": tokens / steps / (steady + (switching - steady) / LONG),
         "last_loss": float(losses[-1]), "tflops": operations / seconds / 1e12,
-        "mfu_of_product": None if rates is None else operations / seconds / rates.flops,
-        "product_tflops": None if rates is None else rates.flops / 1e12, "bus": None if rates is None else rates.bus,
+        "mfu_of_product": None if product is None else operations / seconds / product,
+        "product_tflops": None if product is None else product / 1e12, "bus": None if rates is None else rates.bus,
         "bus_seconds": spent.get("copy", 0.0) / steps, "stall_seconds": spent.get("stall", 0.0) / steps, **loaded,
         "block_bytes": held, "wanted_gib": row.wanted_gib, "timeline": [] if port is None else one_step(trainer),
     } | _plan_of(plan)  # fmt: skip
