@@ -127,5 +127,7 @@ def budget(arms: Sequence[Arm], groups: dict[str, str], ax: Any) -> Any:
         members = sorted((a.mean("trainable"), a.mean("test_loss")) for a in arms if groups.get(a.name) == group)
         ax.plot([x for x, _ in members], [y for _, y in members], "o-", color=f"C{number}", label=group)
     ax.set(xlabel="share of parameters trained", ylabel="test loss (nats a token)", xscale="log")
+    ax.set_xticks([0.02, 0.05, 0.1, 0.2], ["2 %", "5 %", "10 %", "20 %"])
+    ax.tick_params(axis="x", which="minor", labelbottom=False)
     ax.legend(frameon=False, fontsize=8)
     return ax
