@@ -1,5 +1,6 @@
 """Layouts, stores and their files, masters and overlay, pinning and the staging ring."""
 
+import gc
 import threading
 
 import pytest
@@ -14,7 +15,7 @@ from owlore.residency.binding import layout_of
 from owlore.residency.build import resident_blocks
 from owlore.residency.formats import FORMATS
 from owlore.residency.masters import FileMasters, Overlay
-from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, rounded_bytes, unlocked
+from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, pin, rounded_bytes, unlocked
 from owlore.residency.staging import Staging
 from owlore.residency.store import Store
 
@@ -126,6 +127,50 @@ def test_host_memory_begins_on_a_page_of_its_own():
     assert [p.numel() for p in parts] == [1, 4096, 5000] and all(p.data_ptr() % 4096 == 0 for p in parts)
     parts[2].fill_(7)
     assert parts[1].sum() == 0 and int(parts[2].sum()) == 35000
+
+
+class Driver:
+    """Takes note of what is locked; `refuses` says whether it does so."""
+
+    def __init__(self, refuses=False):
+        self.locked, self.unlocked, self.refuses = {}, [], refuses
+
+    def cudaHostRegister(self, address, num_bytes, flags):  # noqa: N802
+        if not self.refuses:
+            self.locked[address] = num_bytes
+        return int(self.refuses)
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        self.unlocked.append((address, self.locked.pop(address)))
+        return 0
+
+
+def test_locked_pages_are_unlocked_once_when_the_last_view_of_them_goes(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    blob = pin(5000)
+    view = blob.tensor[100:200].view(torch.int32)
+    address = blob.tensor.data_ptr()
+    assert blob.pinned and driver.locked == {address: 8192}
+    del blob
+    gc.collect()
+    assert not driver.unlocked
+    del view
+    gc.collect()
+    assert driver.unlocked == [(address, 8192)] and not driver.locked
+
+
+def test_pages_that_could_not_be_locked_are_not_unlocked(monkeypatch):
+    driver = Driver(refuses=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr("owlore.residency.pinned._forget_error", lambda: None)
+    blob = pin(10)
+    assert not blob.pinned
+    del blob
+    gc.collect()
+    assert not driver.unlocked
 
 
 class Late:
