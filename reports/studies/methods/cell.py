@@ -70,7 +70,8 @@ def _train_and_measure(cell: Cell, model: str, rows: Rows, work: Path, place: Pa
         **_answers(run, rows.test, cell.settings.get("seq_len", 512)),
         "curve": [[step, round(loss, CURVE_DIGITS)] for step, loss in train],
         "evaluations": [[row["step"], row["loss"]] for row in run.rows if row["split"] == "eval"],
-        "config": {k: v for k, v in record["config"].items() if k not in ("out", "eval_data", "data", "table")},
+        "config": {k: v for k, v in record["config"].items() if k not in ("out", "eval_data", "data", "table", "model")}
+        | {"model": Path(model).name},  # where it lay says nothing to others
         "draws": record.get("draws"),
         "inclusion": record.get("inclusion"),
         "tokens": record["tokens"],
