@@ -6,9 +6,11 @@ from contextlib import nullcontext
 import torch
 from fake_port import FakePort
 from makers import tiny_llama, tiny_models
+from torch import nn
 
 from owlore.blocks import find_units, freeze
 from owlore.data.batches import IGNORED, MicroBatch
+from owlore.kernels import int8, nf4
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
 from owlore.residency.boundaries import Boundaries
@@ -161,3 +163,15 @@ def same_bits(a, b):
         len(x) == len(y) and all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
         for x, y in ((ours[name], theirs[name]) for name in ours)
     )  # fmt: skip
+
+
+def quantised_by_hand(model, form, keep):
+    """Every linear map of the blocks that are not in `keep` replaced by what its codes stand for."""
+    for index, block in enumerate(find_units(model).modules):
+        for module in block.modules() if index not in keep else ():
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+                W = module.weight.data
+                dense = nf4.dequantise(nf4.quantise(W), W.dtype) if form == "nf4" else int8.dequantise(
+                    *int8.quantise(W), W.dtype
+                )  # fmt: skip
+                module.weight.data.copy_(dense)

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,14 @@ def chosen(rows: list[Row], texts: list[str]) -> list[Row]:
 
 def run(args: argparse.Namespace, rows: list[Row], device: Any) -> int:
     """Take rows until all are done or the minutes are over; 1 where the results do not agree."""
+    with closing(Spare()) as spare:
+        return take_rows(args, rows, device, spare)
+
+
+def take_rows(args: argparse.Namespace, rows: list[Row], device: Any, spare: Spare) -> int:
     file = args.out / "results.json"
     done: dict[str, Any] = json.loads(file.read_text())["rows"] if file.is_file() else {}
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
-    spare = Spare()
     for row in rows:
         if row.name in done:
             continue
@@ -118,9 +123,11 @@ class Spare:
         self._waiting.append(_started())
         return process
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """End the one that waits."""
         for process in self._waiting:
-            process.communicate("")
+            process.kill()
+            process.communicate()
 
 
 def _started() -> subprocess.Popen[str]:

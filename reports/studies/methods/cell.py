@@ -173,9 +173,9 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _commit() -> str | None:
+def _commit() -> str:
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
         cwd=Path(__file__).parent,
     )  # fmt: skip
-    return done.stdout.strip() or None
+    return done.stdout.strip() or "unknown"

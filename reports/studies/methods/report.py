@@ -246,7 +246,7 @@ def shown(pictures: Sequence[tuple[str, str]]) -> list[str]:
 def limits(study: Study) -> list[str]:
     lines = [
         "AGIEval and PubMedQA, which the OwLore paper reports, have no data here and are not measured.",
-        "One seed chose the learning rates, from three; all arms alike.",
+        f"One seed chose the learning rates, from {len(study.learning_rates)}; all arms alike.",
         *study.spec.get("note", ()),
     ]
     return ["## What falls short", "", *(f"- {line}" for line in lines)]

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from makers import tiny_models
-from streaming import SHAPES, Streamed, batches, deep_llama, maker, pair, same_bits
+from streaming import SHAPES, Streamed, batches, deep_llama, maker, pair, quantised_by_hand, same_bits
 from torch import nn
 
-from owlore.kernels import int8, nf4
+from owlore.residency.formats import FORMATS
 from owlore.residency.plan import loads_of_step, step_visits
 from owlore.residency.ports import CpuPort
 from owlore.residency.run import Residency
@@ -276,24 +276,6 @@ def test_row_chunks_give_the_gradient_of_the_whole_batch():
         assert torch.allclose(gradient, sides[1][name], rtol=1e-4, atol=1e-6), name
 
 
-def quantised_by_hand(model, form, keep):
-    """Every linear map of the blocks that are not in `keep` replaced by what its codes stand for."""
-    for index, block in enumerate(find_blocks(model)):
-        for module in block.modules() if index not in keep else ():
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-                W = module.weight.data
-                dense = nf4.dequantise(nf4.quantise(W), W.dtype) if form == "nf4" else int8.dequantise(
-                    *int8.quantise(W), W.dtype
-                )  # fmt: skip
-                module.weight.data.copy_(dense)
-
-
-def find_blocks(model):
-    from owlore.blocks import find_units
-
-    return find_units(model).modules
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("family", SHAPES)
@@ -306,6 +288,21 @@ def test_a_quantised_format_is_a_resident_model_quantised_by_hand(family, form, 
         given = batches(2, seed=step)
         losses = [side.take_step(given) for side in (resident, streamed)]
         assert torch.equal(*losses) and same_bits(resident, streamed)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_lossy_matrix_is_made_dense_once_a_visit_for_several_micro_batches_and_does_not_outlive_it(
+    parts, monkeypatch
+):
+    streamed = Streamed(deep_llama(4), form="nf4")
+    streamed.draw((1,))
+    made, dense = [], type(FORMATS["nf4"]).dense
+    monkeypatch.setattr(type(FORMATS["nf4"]), "dense", lambda self, *given: made.append(1) or dense(self, *given))
+    streamed.take_step(batches(parts))
+    # Seven maps of each frozen block: three blocks upwards, two downwards (of one micro-batch again in backward).
+    assert len(made) == 7 * (3 + 2 * (2 if parts == 1 else 1))
+    packed = [p for binding in streamed.residency.bindings for p in binding._packed.values()]
+    assert len(packed) == 28 and all(p.fields is None and p._dense is None for p in packed)
 
 
 @pytest.mark.parametrize("form", ["bf16", "nf4"])
