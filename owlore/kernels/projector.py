@@ -50,6 +50,24 @@ def _project_halves(gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
     return parts[:rank] + parts[rank:]
 
 
+def project_product(left: Tensor, other: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """`project` of G = L^T R, fp32, for L of T x m and R of T x n, multiplied in the order that never makes G.
+
+    What is rounded to 16 bits where L and R are is the T x r product instead of G.
+    """
+    if left.dtype == torch.float32:
+        return left.T @ (other @ basis) if right else (left @ basis).T @ other
+    if left.is_cuda and left.dtype == torch.bfloat16 and SUMS_WIDER:
+        small = _project_halves(other if right else left, basis, True).to(torch.bfloat16)
+        return torch.mm(*((left.T, small) if right else (small.T, other)), out_dtype=torch.float32)
+    return project(left.T @ other, basis, right)
+
+
+def is_cheaper_in_products(rows: int, cols: int, rank: int) -> bool:
+    """Does `project_product` take fewer operations than the gradient's own product alone?"""
+    return rank * (rows + cols) < rows * cols
+
+
 def project_back(update: Tensor, basis: Tensor, right: bool) -> Tensor:
     """R P^T or P R: m x n again."""
     return update @ basis.T if right else basis @ update

@@ -7,14 +7,14 @@ switches depends on nothing but the active set.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from owlore.optim.projected_linear import Take, linear_maps, tap
 from owlore.optim.slot import HeldBytes, Rule, Slot, Weights
 
 ON_SWITCH = ("drop", "host", "keep")
@@ -44,7 +44,8 @@ class RotatingOptimizer:
     parameters: every parameter that may become active, by name. on_switch: what happens to the moments of a parameter
     that leaves: `drop` frees them, `host` parks them in host memory, `keep` leaves them on the device. grad_scale: the
     factor that the loss was multiplied with (fp16), divided out of each gradient. add_up: replaces each tensor of a
-    list by its sum over the processes that train together; None for one process.
+    list by its sum over the processes that train together; None for one process. layers: modules whose linear maps give
+    their matrix's gradient projected, where it is (`projected_linear`); what a compiler traces has to stay out.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RotatingOptimizer:
         on_switch: str = "drop",
         grad_scale: float = 1.0,
         add_up: Callable[[Sequence[Tensor]], None] | None = None,
+        layers: Iterable[nn.Module] = (),
     ) -> None:
         if on_switch not in ON_SWITCH:
             raise ValueError(f"on_switch must be one of {', '.join(ON_SWITCH)}, got {on_switch!r}")
@@ -64,7 +66,8 @@ class RotatingOptimizer:
         self.add_up = add_up
         self.slots: dict[str, Slot] = {}
         self.parked: dict[str, Parked] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
+        self._linear_maps = linear_maps(layers)
+        self._ends: dict[str, list[Callable[[], None]]] = {}  # by active parameter: what makes its gradient unheard
         self._last_micro_batch = True
         self._step = 0
         self._squares: Tensor | None = None  # of this step, by slot: squared norm of what was gathered
@@ -104,11 +107,14 @@ class RotatingOptimizer:
             slot.renew()
         self.slots[name] = slot
         parameter.requires_grad_(True)
-        self._hooks[name] = parameter.register_post_accumulate_grad_hook(self._taker(slot))
+        self._ends[name] = [parameter.register_post_accumulate_grad_hook(self._taker(slot)).remove]
+        layer = self._linear_maps.get(id(parameter))
+        if layer is not None and slot.takes_products:
+            self._ends[name].append(tap(layer, self._product_taker(slot)))
 
     def _leave(self, name: str, step: int) -> float:
         slot = self.slots.pop(name)
-        self._hooks.pop(name).remove()
+        self._stop_listening(name)
         slot.parameter.requires_grad_(False)
         slot.parameter.grad = None
         lost = slot.retire(step)
@@ -117,15 +123,23 @@ class RotatingOptimizer:
             self.parked[name] = Parked({key: t.to(device) for key, t in slot.tensors().items()}, slot.counters())
         return lost
 
+    def _stop_listening(self, name: str) -> None:
+        for end in self._ends.pop(name):
+            end()
+
     def _taker(self, slot: Slot) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
+            if gradient is None:  # its factors were taken
+                return
             if self.grad_scale != 1.0:
                 gradient = gradient.float().div_(self.grad_scale)
             slot.receive(gradient, last=self._last_micro_batch, step=self._step)
 
         return take
+
+    def _product_taker(self, slot: Slot) -> Take:
+        return lambda left, other: slot.receive_product(left, other, self.grad_scale)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -200,7 +214,7 @@ class RotatingOptimizer:
         """Continue from `state()`; `rules` names how each saved active parameter is updated. What is held now goes."""
         for name in list(self.slots):
             self.slots.pop(name)
-            self._hooks.pop(name).remove()
+            self._stop_listening(name)
             self.parameters[name].requires_grad_(False)
         fields: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():

@@ -1,8 +1,8 @@
 """Everything that one active parameter holds: master, moments, basis and the gradient gathered so far.
 
-A gradient enters through `receive` micro-batch by micro-batch and is projected at once, so accumulation, norm and
-clipping all happen in the projected space. Only when a new basis is due does the sum of full gradients live until the
-last micro-batch, because the basis has to see the whole batch.
+A gradient enters through `receive` micro-batch by micro-batch and is projected at once (`receive_product`: without
+being made), so accumulation, norm and clipping all happen in the projected space. Only when a new basis is due does the
+sum of full gradients live until the last micro-batch, because the basis has to see the whole batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from owlore.kernels.projector import (
     add_projected_back,
     basis_shape,
     find_basis,
+    is_cheaper_in_products,
     project,
     project_back,
+    project_product,
     projected_shape,
     projects_right,
     rotate_moments,
@@ -112,7 +114,7 @@ class Slot:
         self.master: Tensor | None = parameter.detach().float() if keeps_master else None
         shape: tuple[int, ...] = tuple(parameter.shape)
         if self.projected:
-            shape = projected_shape(shape[0], shape[1], rule.rank or 0, rule.larger)
+            shape = projected_shape(shape[0], shape[1], self._rank, rule.larger)
         self.moments = Moments(shape, bits=rule.bits, device=parameter.device)
         self.basis: Tensor | None = None
         self.updates = 0  # Adam's step count
@@ -123,6 +125,11 @@ class Slot:
         self.limiter = torch.zeros((), device=parameter.device) if self.keeps_whole else None  # norm of the last one
 
     # -- gradients ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        assert self.rule.rank is not None
+        return self.rule.rank
 
     @property
     def basis_due(self) -> bool:
@@ -142,6 +149,25 @@ class Slot:
         else:
             self.gathered = _added(self.gathered, gradient)
 
+    @property
+    def takes_products(self) -> bool:
+        """Is it worth while to project the gradient's factors and not the gradient, when the basis is known?"""
+        if not self.projected or self.keeps_whole:
+            return False
+        rows, cols = self.parameter.shape
+        return is_cheaper_in_products(rows, cols, self._rank)
+
+    def receive_product(self, left: Tensor, other: Tensor, grad_scale: float) -> Tensor | None:
+        """Take in the gradient left^T other (times grad_scale) of one micro-batch; in the step that finds a basis,
+        which has to see it, it is returned, for `receive` to be called with. That step is told by the basis, which no
+        update has used: a step that was broken off after the search and is taken up again rounds as it would have."""
+        if self.basis_due or self.basis_age == 0:
+            return left.T @ other
+        assert self.basis is not None
+        part = project_product(left, other, self.basis, self.right)
+        self.gathered = _added(self.gathered, part if grad_scale == 1.0 else part.div_(grad_scale))
+        return None
+
     def settle(self, step: int) -> None:
         """Find the basis that is due from the whole batch's gradient, carry the moments over, project.
 
@@ -160,20 +186,19 @@ class Slot:
 
     def _new_basis(self, gradient: Tensor, step: int) -> bool:
         """Find it and carry the moments over; without one, False and NaN as what is gathered."""
-        assert self.rule.rank is not None
         rows, cols = gradient.shape
         if self.rule.whole in ("apollo", "apollo-mini"):
             stream = generator_for(self.seed, "basis", self.name, step)
-            side = basis_shape(rows, cols, self.rule.rank, self.rule.larger)[0]
-            self.basis = random_basis(side, self.rule.rank, generator=stream).to(gradient.device)
+            side = basis_shape(rows, cols, self._rank, self.rule.larger)[0]
+            self.basis = random_basis(side, self._rank, generator=stream).to(gradient.device)
             self.basis_age = 0
             return True
         stream = generator_for(self.seed, "basis", self.name, step, device=gradient.device)
         try:
-            fresh = find_basis(gradient, self.rule.rank, generator=stream, start=self.basis, larger=self.rule.larger)
+            fresh = find_basis(gradient, self._rank, generator=stream, start=self.basis, larger=self.rule.larger)
             fresh = fresh.contiguous()  # as it comes back from a checkpoint; a product rounds by its operands' strides
         except FloatingPointError:
-            self.gathered = gradient.new_full(projected_shape(rows, cols, self.rule.rank, self.rule.larger), torch.nan)
+            self.gathered = gradient.new_full(projected_shape(rows, cols, self._rank, self.rule.larger), torch.nan)
             return False
         if self.basis is not None and self.rule.rotate:
             self.moments.write(*rotate_moments(*self.moments.read(), self.basis, fresh, self.right))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlore.kernels.linear import linear_kind
 from owlore.residency.formats import FORMATS, Format, Raw
-from owlore.residency.frozen_linear import PackedWeight, frozen_linear, linear_kind
+from owlore.residency.frozen_linear import PackedWeight, frozen_linear
 from owlore.residency.layout import Layout, Weight
 
 Views = Mapping[str, Mapping[str, Tensor]]

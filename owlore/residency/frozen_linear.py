@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
+from owlore.kernels.linear import apply_linear, input_gradient
 from owlore.residency.layout import Weight
 
 
@@ -41,27 +41,15 @@ class PackedWeight:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """transposed: the weight is stored (inputs, outputs), as GPT-2's Conv1D does."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed
-        return _apply(x, weight.dense(), bias, transposed)
+        return apply_linear(x, weight.dense(), bias, transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W = ctx.weight.dense().to(grad.dtype)
-        flat = grad.reshape(-1, grad.shape[-1])
-        dx = flat @ (W.T if ctx.transposed else W)
-        return dx.view(*grad.shape[:-1], dx.shape[-1]), None, None, None
-
-
-def _apply(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed:
-        return F.linear(x, W, bias)
-    flat = x.view(-1, x.shape[-1])
-    y = flat @ W if bias is None else torch.addmm(bias, flat, W)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return input_gradient(grad, W, ctx.transposed), None, None, None
 
 
 def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
@@ -83,15 +71,3 @@ class _Cast(PackedWeight):
 
     def dense(self) -> Tensor:
         return self.inner.dense().to(self.dtype)
-
-
-def linear_kind(module: nn.Module) -> bool | None:
-    """Whether a linear map stores its weight transposed; None for a module that is no plain linear map.
-
-    Plain: its forward is that of its class, so that the map is known.
-    """
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return False
-    if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
-        return True
-    return None

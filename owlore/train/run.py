@@ -193,6 +193,7 @@ def assemble(
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if loaded.model.dtype == torch.float16 else 1.0,
         add_up=ranks.sum_into if ranks.size > 1 else None,
+        layers=() if config.compile else units.modules,
     )
     arrangement = arrange(config, prepared, ranks.size)
     # Before the blocks are walked one by one: what is walked is then the compiled block.

@@ -68,7 +68,7 @@ class Ours:
         self.count = self.units.num_blocks
         self.strategy = STRATEGIES["owlore"](self.units, hyper_of(row, self.count))
         everything = self.units.parameters(range(self.count), self.units.groups)
-        self.optimizer = RotatingOptimizer(everything, seed=0, weights=Weights.STOCHASTIC)
+        self.optimizer = RotatingOptimizer(everything, seed=0, weights=Weights.STOCHASTIC, layers=self.units.modules)
         self.residency = self._stream() if streamed else None
         self.port = None if self.residency is None else self.residency.port
         chain = None if self.residency is None else Chain(self.units.modules, self.residency.visit)

@@ -81,7 +81,10 @@ def check(model: str, arm: str, batch: int, tokens: int) -> dict[str, Any]:
     deepest = min(range(60), key=lambda period: min(strategy.blocks_at(period)))
     rules = strategy.rules_at(deepest)
     optimizer = RotatingOptimizer(
-        units.parameters(range(units.num_blocks), units.groups), seed=0, weights=weights_of(config)
+        units.parameters(range(units.num_blocks), units.groups),
+        seed=0,
+        weights=weights_of(config),
+        layers=units.modules,
     )
     loss = CausalLoss(loaded)
     recompute = Recompute(units.modules, enabled=recomputes(config, units))

@@ -75,7 +75,7 @@ def steep_pairs(blocks: int) -> list[tuple[int, ...]]:
 
 
 class Clock:
-    """Wall and processor seconds of steps; `without` (wall, processor) seconds are taken off."""
+    """Wall and processor seconds of steps."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -84,10 +84,10 @@ class Clock:
     def start(self) -> None:
         self._started = time.perf_counter(), time.process_time()
 
-    def stop(self, without: tuple[float, float] = (0.0, 0.0)) -> None:
+    def stop(self) -> None:
         wall, cpu = self._started
-        self.wall.append(time.perf_counter() - wall - without[0])
-        self.cpu.append(time.process_time() - cpu - without[1])
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
 
     def after_warm_up(self) -> dict[str, Any]:
         return {"seconds": self.wall[1:], "cpu_seconds": self.cpu[1:]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import time
+import statistics
+from itertools import cycle
 from typing import Any
 
 from measure import Clock, even_pairs, every_third, steep_pairs, token_batches
@@ -20,7 +21,7 @@ ARMS = {
     "galore": "--method galore: all blocks, rank 128",
     "full again": "the first arm once more: how steady the machine is",
 }
-PERIOD = 50  # steps of a real period, in which a basis is found once
+PERIOD = 50  # steps of a real period, the first of which draws and finds the bases
 
 
 def imports() -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
 
     from owlore.blocks import find_units, freeze
     from owlore.kernels.adamw import AdamW
-    from owlore.optim import RotatingOptimizer, Rule, slot
+    from owlore.optim import RotatingOptimizer, Rule
     from owlore.train.compiled import Compiled
     from owlore.train.heap import trimmed_heap
     from owlore.train.loss import CausalLoss
@@ -46,23 +47,22 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     name = arm.partition("+")[0].partition(" ")[0]
     groups = tuple(units.groups) if name in ("full", "lisa-2", "galore") else ()
     rank = 128 if name.startswith("owlore") or name == "galore" else None
-    optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0)
-    loss, recompute = CausalLoss(model), Recompute(units.modules, enabled=arm.endswith("+ckpt"))
     compiles = arm.endswith("+compile")
+    optimizer = RotatingOptimizer(
+        units.parameters(range(units.num_blocks), units.groups), seed=0, layers=() if compiles else units.modules
+    )
+    loss, recompute = CausalLoss(model), Recompute(units.modules, enabled=arm.endswith("+ckpt"))
     compiled = Compiled(units.modules, enabled=compiles, device=torch.device("cpu"))
-    searching = Stopwatch()
-    slot.find_basis = searching.around(slot.find_basis)
-    clock, losses, searches = Clock(), [], []
-    draws = draws_of(arm, units.num_blocks, steps)
+    clock, losses = Clock(), []
+    draws, repeats = draws_of(arm, units.num_blocks, steps)
     with (
         trimmed_heap(units.modules, torch.device("cpu")),
         shelved(units.modules, enabled=not compiles and not arm.endswith("+ckpt")),
     ):
-        for step, ids in zip(range(-1, len(draws)), token_batches(args), strict=False):
+        for step, ids in zip(range(-1, len(draws) * repeats), cycle(token_batches(args)), strict=False):
             clock.start()
-            searching.wall = searching.cpu = 0.0
-            draw = draws[max(0, step)]
-            if step <= 0 or draw != draws[step - 1]:
+            draw = draws[max(0, step) // repeats]
+            if step < 0 or step % repeats == 0:
                 rules = {
                     n: Rule(adam=AdamW(), rank=rank if p.ndim > 1 and n not in _outside(units) else None)
                     for n, p in units.parameters(draw, groups).items()
@@ -73,29 +73,35 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
             mean = loss(ids, ids) / (ids.numel() - len(ids))
             mean.backward()
             optimizer.update(args.lr, 1.0)
-            saved = 1 - 1 / PERIOD
-            clock.stop(without=(searching.wall * saved, searching.cpu * saved))
-            searches.append(searching.cpu)
+            clock.stop()
             losses.append(float(mean.detach()))
             if step < 0:
                 graphs = _graphs() if compiles else 0
     assert not compiles or _graphs() == graphs, f"{_graphs() - graphs} graphs were compiled after the first step"
     compiled.remove()
-    return clock.after_warm_up() | {
-        "search_cpu_seconds": searches[1:], "losses": losses[1:], "state_bytes": optimizer.held().total,
+    return {
+        "seconds": of_a_period(clock.wall[1:], repeats), "cpu_seconds": of_a_period(clock.cpu[1:], repeats),
+        "first_cpu_seconds": clock.cpu[1::repeats], "losses": losses[1:], "state_bytes": optimizer.held().total,
         "warm_up_seconds": clock.wall[0], "graphs": graphs,
         "mean_depth": sum(units.num_blocks - min(d) for d in draws) / len(draws), "draws": draws,
     }  # fmt: skip
 
 
-def draws_of(arm: str, blocks: int, steps: int) -> list[tuple[int, ...]]:
+def of_a_period(seconds: list[float], repeats: int) -> list[float]:
+    """Mean step of a period by draw, from its first step (the draw and the bases) and those after it."""
+    draws = [seconds[start : start + repeats] for start in range(0, len(seconds), repeats)]
+    return [(first + (PERIOD - 1) * statistics.mean(later)) / PERIOD for first, *later in draws]
+
+
+def draws_of(arm: str, blocks: int, steps: int) -> tuple[list[tuple[int, ...]], int]:
+    """(draws, steps of each): twice every draw, or one draw for all steps."""
     if arm.endswith("steep"):
-        return steep_pairs(blocks)
+        return steep_pairs(blocks), 2
     if "-2" in arm:
-        return even_pairs(blocks)
+        return even_pairs(blocks), 2
     if "-1" in arm:
-        return [(block,) for block in every_third(blocks)]
-    return [tuple(range(blocks))] * steps
+        return [(block,) for block in every_third(blocks)], 2
+    return [tuple(range(blocks))], steps
 
 
 def _graphs() -> int:
@@ -107,23 +113,6 @@ def _graphs() -> int:
 
 def _outside(units: Any) -> set[str]:
     return {name for group in units.groups.values() for name, _ in group}
-
-
-class Stopwatch:
-    """Adds up the time spent in a function."""
-
-    wall = cpu = 0.0
-
-    def around(self, function: Any) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.wall += time.perf_counter() - wall
-                self.cpu += time.process_time() - cpu
-
-        return timed
 
 
 def check(args: argparse.Namespace, model: Any) -> None:

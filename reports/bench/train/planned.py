@@ -84,7 +84,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     plan = make_plan(shape_of(model), kind, hyper, weights=weights_of(config), batch=args.batch, accum=1,
                      tokens=args.tokens, recompute=bool(extra))  # fmt: skip
     strategy = kind(units, hyper)
-    optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0)
+    optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0, layers=units.modules)
     loss = CausalLoss(model)
     Recompute(units.modules, enabled=bool(extra))  # the draw has block 0, so backward reaches the bottom
     batches = token_batches(args)

@@ -4,9 +4,9 @@ python reports/bench/train/step.py MODEL_DIR [--arms full,owlore-2 ...] [--out F
 
 With --out, arms are added to what the file holds. --through puts a command (nice, taskset ...) before each arm's own.
 Peak memory is the high-water mark of the resident set over the whole arm, warm-up included, above the resident set of
-the loaded model. A step finds new bases only where a draw begins; here that is every step, in a real run one in 50:
-the seconds spent in that search, measured apart, count a fiftieth (`search_cpu_seconds` in the file has them whole).
-Processor seconds beside wall seconds: other work on the machine moves them less.
+the loaded model. Each draw is trained for two steps: the first, which finds the bases, counts a fiftieth, as in a real
+period, the second the rest (`first_cpu_seconds` in the file has the first ones). Processor seconds beside wall seconds:
+other work on the machine moves them less.
 """
 
 from __future__ import annotations

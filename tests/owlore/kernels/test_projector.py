@@ -10,8 +10,10 @@ from owlore.kernels.projector import (
     add_projected_back,
     basis_shape,
     find_basis,
+    is_cheaper_in_products,
     project,
     project_back,
+    project_product,
     projected_shape,
     projects_right,
     rotate_moments,
@@ -48,6 +50,29 @@ def test_the_larger_side_is_projected_when_asked_and_costs_what_the_formula_says
     # The best basis of one side captures exactly what the best one of the other does: the top singular values.
     best = project(gradient, paper.galore_basis(gradient, 8), projects_right(*shape)).square().sum()
     assert 0.995 * best <= small.square().sum() <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_projected_product_is_the_projection_of_the_product(shape, larger, dtype):
+    left, other = (torch.randn(50, side, generator=generator(i)).to(dtype) for i, side in enumerate(shape))
+    basis = find_basis(left.float().T @ other.float(), 8, generator=generator(2), larger=larger)
+    right = projects_right(*shape, larger)
+    got = project_product(left, other, basis, right)
+    gradient = left.double().T @ other.double()
+    truth = gradient @ basis.double() if right else basis.double().T @ gradient
+    assert got.dtype == torch.float32 and got.shape == projected_shape(*shape, 8, larger)
+    # 16-bit gradients are rounded once, as a linear map's own are.
+    assert (got - truth).norm() <= {4: 1e-6, 2: torch.finfo(dtype).eps}[dtype.itemsize] * truth.norm()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 4096), (11008, 4096)])
+@pytest.mark.parametrize("rank", [4, 30, 128, 2000, 3000])
+def test_products_are_preferred_where_they_take_fewer_operations(shape, rank):
+    (rows, cols), tokens = shape, 1024
+    in_products = tokens * rank * cols + tokens * rank * rows
+    assert is_cheaper_in_products(rows, cols, rank) == (in_products < tokens * rows * cols)
 
 
 @pytest.mark.parametrize("larger", [False, True])

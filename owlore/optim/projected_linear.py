@@ -1,0 +1,72 @@
+"""A trained linear map whose gradient is projected without being made.
+
+Backward of y = x W^T has dW = dy^T x, of the weight's size, from which the projection keeps rank r. With the basis
+known, P goes into the product instead: dW P = dy^T (x P), or P^T dW = (dy P)^T x, for 2 T r (m + n) operations instead
+of 2 T m n + 2 r m n over T tokens, and without the m x n tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from owlore.kernels.linear import apply_linear, input_gradient, linear_kind, rows_of
+
+# (left of T x m, right of T x n) -> None where left^T right, the gradient, was taken in; else that gradient.
+Take = Callable[[Tensor, Tensor], Tensor | None]
+
+
+def linear_maps(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+    """The plain linear map of each matrix that only one of them uses, by the matrix's id."""
+    found: dict[int, list[nn.Module]] = {}
+    for module in modules:
+        for child in module.modules():
+            if linear_kind(child) is not None:
+                found.setdefault(id(child.weight), []).append(child)
+    return {matrix: users[0] for matrix, users in found.items() if len(users) == 1}
+
+
+def tap(layer: nn.Module, take: Take) -> Callable[[], None]:
+    """Let `take` have the factors of the gradient of this linear map's matrix; returns what ends that. A gradient that
+    comes from elsewhere (another reader of the matrix, autocast) goes its usual way."""
+    transposed = linear_kind(layer)
+    assert transposed is not None
+    before = vars(layer).get("forward")
+    forward = layer.forward
+
+    @wraps(forward)
+    def run(x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return forward(x)
+        return _ProjectedLinear.apply(x, layer.weight, layer.bias, transposed, take)
+
+    def end() -> None:
+        del layer.forward  # hides the class's method on the instance only
+        if before is not None:
+            layer.forward = before
+
+    layer.forward = run
+    return end
+
+
+class _ProjectedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, take: Take) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.take = transposed, take
+        return apply_linear(x, weight, bias, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = input_gradient(grad, weight, ctx.transposed) if need_input else None
+        dy, flat = rows_of(grad), rows_of(x)
+        dW = None
+        if need_weight:
+            dW = ctx.take(flat, dy) if ctx.transposed else ctx.take(dy, flat)
+        return dx, dW, dy.sum(0) if need_bias else None, None, None
