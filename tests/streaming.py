@@ -49,14 +49,17 @@ def maker(family):
 
 
 class Side:
-    """A model, its optimizer, and every gradient that the optimizer was given, in order."""
+    """A model, its optimizer, and every gradient that the optimizer was given, in order.
 
-    def __init__(self, model, *, rank=None, groups=()):
+    in_products: linear maps give their gradients projected, as in a run; these are not seen here.
+    """
+
+    def __init__(self, model, *, rank=None, groups=(), in_products=False):
         self.model, self.groups, self.rank = model, groups, rank
         freeze(model)
         self.units = find_units(model)
         everything = self.units.parameters(range(self.units.num_blocks), self.units.groups)
-        self.optimizer = RotatingOptimizer(everything, seed=0)
+        self.optimizer = RotatingOptimizer(everything, seed=0, layers=self.units.modules if in_products else ())
         self.gradients = []
         self.watches = True  # a copy of every gradient is kept
         self.step = 0

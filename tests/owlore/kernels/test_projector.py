@@ -181,6 +181,18 @@ def test_on_a_gpu_a_bfloat16_gradient_is_projected_as_in_float64(right):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("right", [True, False])
+def test_on_a_gpu_a_projected_product_of_bfloat16_is_as_near_as_the_rounded_product(right):
+    left, other = (torch.randn(600, side, device="cuda").bfloat16() for side in (700, 500))
+    basis = torch.linalg.qr(torch.randn(500 if right else 700, 32, device="cuda")).Q
+    gradient = left.double().T @ other.double()
+    exact = gradient @ basis.double() if right else basis.double().T @ gradient
+    got = project_product(left, other, basis, right)
+    assert got.dtype == torch.float32
+    assert (got - exact).norm() <= torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("decay", [0.3, 1.0, 3.0])
 def test_on_a_gpu_a_basis_is_orthonormal_and_captures_what_it_does_on_a_cpu(decay):
     left, right = (torch.linalg.qr(torch.randn(size, 400, generator=generator(size))).Q for size in (700, 900))

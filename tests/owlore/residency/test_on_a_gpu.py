@@ -145,8 +145,8 @@ STEPS = {
     "streamed": lambda model: Streamed(model, landing="cuda", pin=pin),
     "streamed, nf4": lambda model: Streamed(model, landing="cuda", pin=pin, form="nf4"),
     "streamed, offloaded": lambda model: Streamed(model, landing="cuda", pin=pin, offload=True),
-    "streamed, projected": lambda model: Streamed(model, landing="cuda", pin=pin, rank=8),
-    "resident, projected": lambda model: Resident(model, rank=8),
+    "streamed, projected": lambda model: Streamed(model, landing="cuda", pin=pin, rank=8, in_products=True),
+    "resident, projected": lambda model: Resident(model, rank=8, in_products=True),
 }
 
 
