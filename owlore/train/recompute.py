@@ -2,8 +2,7 @@
 
 Kept is the hidden state between two blocks. Left where the forward made them, these tensors lie between its passing
 ones and the heap of a CPU cannot give the holes back: most of a checkpointed peak was fragmentation. So each is copied
-into one buffer (blocks, batch, tokens, width), and what the forward allocates is gone when it ends. On the CPU the next
-forward takes the buffer again: memory that is given back costs a fault for each of its pages when it is wanted next.
+into one buffer (blocks, batch, tokens, width), and what the forward allocates is gone when it ends.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +28,6 @@ class Recompute:
         self.lowest = 0
         self._count = len(blocks)
         self._buffer: Tensor | None = None  # of the forward that is running
-        self._room: Tensor | None = None  # flat, where the last forward's buffer lay
-        self._users: WeakSet[_Boundary] = WeakSet()  # of what lies in it
         self._originals: list[tuple[nn.Module, Callable[..., Any]]] = []
         if not enabled:
             return
@@ -51,7 +47,6 @@ class Recompute:
             kept = self._keep(hidden, index)
             out = checkpoint(_forward_from, boundary, forward, *rest, use_reentrant=False, **kwargs)
             boundary.hidden = kept
-            self._users.add(boundary)
             return out
 
         return run
@@ -62,29 +57,16 @@ class Recompute:
         lives as long as backward needs it."""
         buffer, row = self._buffer, index - self.lowest
         if buffer is None or row == 0 or buffer.shape[1:] != hidden.shape or buffer.dtype != hidden.dtype:
-            buffer = self._space(hidden)
+            buffer = hidden.new_empty(self._count - self.lowest, *hidden.shape)
         self._buffer = buffer if index < self._count - 1 else None
         return buffer[row].copy_(hidden).requires_grad_(hidden.requires_grad)
-
-    def _space(self, hidden: Tensor) -> Tensor:
-        """A buffer for all blocks' inputs: where the last one lay, if that is free and large enough."""
-        rows = self._count - self.lowest
-        if hidden.device.type != "cpu":  # torch itself keeps a device's memory
-            return hidden.new_empty(rows, *hidden.shape)
-        size, room = rows * hidden.numel(), self._room
-        if room is None or self._users or room.dtype != hidden.dtype or len(room) < size:
-            del room
-            self._room = None  # the old one goes first
-            self._room = room = hidden.new_empty(size)
-            self._users = WeakSet()
-        return room[:size].view(rows, *hidden.shape)
 
     def remove(self) -> None:
         """Give the blocks their own forward back."""
         for block, _ in self._originals:
             del block.forward  # the wrapper hides the class's method on the instance only
         self._originals.clear()
-        self._buffer = self._room = None
+        self._buffer = None
 
 
 class _Boundary:
