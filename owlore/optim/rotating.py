@@ -107,10 +107,11 @@ class RotatingOptimizer:
             slot.renew()
         self.slots[name] = slot
         parameter.requires_grad_(True)
-        self._ends[name] = [parameter.register_post_accumulate_grad_hook(self._taker(slot)).remove]
-        layer = self._linear_maps.get(id(parameter))
-        if layer is not None and slot.takes_products:
-            self._ends[name].append(tap(layer, self._product_taker(slot)))
+        layer = self._linear_maps.get(id(parameter)) if slot.takes_products else None
+        ends = [parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None)).remove]
+        if layer is not None:
+            ends.append(tap(layer, self._product_taker(slot)))
+        self._ends[name] = ends
 
     def _leave(self, name: str, step: int) -> float:
         slot = self.slots.pop(name)
@@ -124,14 +125,20 @@ class RotatingOptimizer:
         return lost
 
     def _stop_listening(self, name: str) -> None:
-        for end in self._ends.pop(name):
+        for end in self._ends.pop(name, ()):
             end()
 
-    def _taker(self, slot: Slot) -> Callable[[Tensor], None]:
+    def remove(self) -> None:
+        """Listen to no gradient any more; what is held stays. For a run that ends with parameters active."""
+        for name in list(self._ends):
+            self._stop_listening(name)
+
+    def _taker(self, slot: Slot, *, tapped: bool) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is None:  # its factors were taken
-                return
+            if gradient is None:
+                assert tapped, f"{slot.name}: somebody else takes its gradient"
+                return  # its factors were taken
             if self.grad_scale != 1.0:
                 gradient = gradient.float().div_(self.grad_scale)
             slot.receive(gradient, last=self._last_micro_batch, step=self._step)

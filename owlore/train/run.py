@@ -290,6 +290,7 @@ def _train(
             raise OutOfMemory(memory_advice(trainer, config, table)) from error
         raise
     finally:
+        trainer.optimizer.remove()
         trainer.recompute.remove()
         trainer.compiled.remove()
     loaded.model.eval()

@@ -353,6 +353,32 @@ def test_an_in_memory_model_is_trained_in_place(tmp_path):
     assert changed and all(n.startswith(f"model.layers.{drawn}.") for n in changed)
 
 
+def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_other(tmp_path, monkeypatch):
+    """Nothing of the first run listens any more, neither a hook on a parameter nor a linear map's forward."""
+    from makers import byte_tokenizer
+
+    from owlore.train.loop import Trainer
+
+    model, advance = tiny_llama(blocks=4), Trainer.advance
+    settings = {"tokenizer": byte_tokenizer(), "table": "uniform", "lr": 1e-2, "every": 3}
+
+    def broken(self):
+        if self.step == 2:
+            raise RuntimeError("broken off")
+        return advance(self)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken off"):
+        patch.setattr(Trainer, "advance", broken)
+        owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **settings)
+    assert all("forward" not in vars(module) for module in model.modules())
+    copied = tiny_llama(blocks=4)
+    copied.load_state_dict(model.state_dict())
+    for method in ({"active": 2, "rank": 4}, {"active": 4, "rank": "full"}):
+        for name, each in (("again", model), ("copied", copied)):
+            owlore.train(each, ROWS, steps=4, out=tmp_path / f"{name}-{method['active']}", **method, **settings)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), copied.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("accum", [1, 3])
 @pytest.mark.parametrize("layers", [False, True])
 def test_only_one_full_gradient_is_alive_during_backward_and_none_once_there_is_a_basis(accum, layers):
