@@ -15,6 +15,7 @@ from owlore.blocks import find_units, freeze
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import generator_for
 from owlore.optim import RotatingOptimizer, Rule, Weights
+from owlore.optim.slot import Slot
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.build import empty_residency, resident_blocks
 from owlore.residency.chain import Chain
@@ -160,7 +161,7 @@ def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
             ours.switch()
         seen: dict[str, list[Tensor]] = {}
         for name, slot in ours.optimizer.slots.items():
-            slot.receive = _watching(type(slot).receive.__get__(slot), seen.setdefault(name, []))  # type: ignore
+            _watch(slot, seen.setdefault(name, []))
         loss = ours.gather(ours.batches(ours.step))
         ours.optimizer.update(1e-4, 1.0)
         ours.step += 1
@@ -168,9 +169,18 @@ def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
     return found
 
 
-def _watching(receive: Callable[..., None], into: list[Tensor]) -> Callable[..., None]:
+def _watch(slot: Slot, into: list[Tensor]) -> None:
+    """Keep every gradient that the slot is given, as a whole or by its factors."""
+    receive, receive_product = Slot.receive.__get__(slot), Slot.receive_product.__get__(slot)
+
     def take(gradient: Tensor, **settings: Any) -> None:
         into.append(gradient.clone())
         receive(gradient, **settings)
 
-    return take
+    def take_product(left: Tensor, other: Tensor, grad_scale: float) -> Tensor | None:
+        whole: Tensor | None = receive_product(left, other, grad_scale)
+        if whole is None:
+            into.append(left.T @ other)
+        return whole
+
+    slot.receive, slot.receive_product = take, take_product  # type: ignore[method-assign]
