@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,18 @@ KEYS = (
     "state_bytes",
     "active_blocks",
 )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers as a reader likes them: three and more in a row by their ends, as in 0-5,8,9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
+    return ",".join(part for run in parts for part in run)
 
 
 class MetricsLog:

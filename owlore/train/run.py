@@ -36,7 +36,7 @@ from owlore.train.heap import trimmed_heap
 from owlore.train.loading import Loaded, load, pick_device
 from owlore.train.loop import Pace, Tally, Trainer, collated
 from owlore.train.loss import CausalLoss
-from owlore.train.metrics import MetricsLog
+from owlore.train.metrics import MetricsLog, spans
 from owlore.train.recompute import Recompute
 from owlore.train.record import Run, is_out_of_memory, memory_advice, run_record, save_plots
 from owlore.train.settings import (
@@ -127,6 +127,8 @@ def train_from_config(
         )
     if found is not None and config.floor is None and (floor := floor_of(found)):
         say(f"note: the table was made with floor {floor:g}, which this run keeps; --floor 0 leaves it out")
+    if (config.active or 0) > units.num_blocks:
+        say(f"note: --active got {config.active}, the model has {units.num_blocks} blocks: all are always trained")
     trainer = assemble(config, strategy_class, units, attached, loaded, prepared, found, place, device, say, ranks)
     return _train(config, strategy_class, trainer, loaded, prepared, found, place, started, say)
 
@@ -416,7 +418,7 @@ def _reporter(
             say(f"step {row['step']}: held-out loss {row['loss']:.4f}{read}")
         elif row:
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-            blocks = ",".join(map(str, row["active_blocks"]))
+            blocks = spans(row["active_blocks"])
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(
                 f"loss {loss}, {row['tokens_per_s']:.0f} tok/s, {row['mem_bytes'] / 1e9:.2f} GB, blocks {blocks}"
