@@ -286,13 +286,15 @@ def _train(
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
+        trainer.optimizer.remove()
+        if trainer.streaming is not None and not loaded.origins:  # the caller's own module: in one piece again
+            trainer.streaming.remove(torch.device("cpu"))
         if leads and trainer.step == 0 and not place.existed:
             shutil.rmtree(place.directory, ignore_errors=True)
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(trainer, config, table)) from error
         raise
     finally:
-        trainer.optimizer.remove()
         trainer.recompute.remove()
         trainer.compiled.remove()
     loaded.model.eval()

@@ -353,8 +353,10 @@ def test_an_in_memory_model_is_trained_in_place(tmp_path):
     assert changed and all(n.startswith(f"model.layers.{drawn}.") for n in changed)
 
 
-def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_other(tmp_path, monkeypatch):
-    """Nothing of the first run listens any more, neither a hook on a parameter nor a linear map's forward."""
+@pytest.mark.parametrize("home", [{}, {"residency": "host"}, {"frozen": "nf4"}], ids=str)
+def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_other(tmp_path, monkeypatch, home):
+    """It is in one piece, and nothing of the first run listens any more, neither a hook on a parameter nor a linear
+    map's forward."""
     from makers import byte_tokenizer
 
     from owlore.train.loop import Trainer
@@ -369,7 +371,8 @@ def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_ot
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken off"):
         patch.setattr(Trainer, "advance", broken)
-        owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **settings)
+        owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **home, **settings)
+    assert all(p.isfinite().all() for p in model.parameters())
     assert all("forward" not in vars(module) for module in model.modules())
     copied = tiny_llama(blocks=4)
     copied.load_state_dict(model.state_dict())
