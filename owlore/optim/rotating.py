@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.optim.projected_linear import Take, linear_maps, tap
+from owlore.optim.projected_linear import linear_maps, tap
 from owlore.optim.slot import HeldBytes, Rule, Slot, Weights
 
 ON_SWITCH = ("drop", "host", "keep")
@@ -100,7 +100,7 @@ class RotatingOptimizer:
 
     def _join(self, name: str, rule: Rule) -> None:
         parameter = self.parameters[name]
-        slot = Slot(name, parameter, rule, weights=self.weights, seed=self.seed)
+        slot = Slot(name, parameter, rule, weights=self.weights, seed=self.seed, grad_scale=self.grad_scale)
         parked = self.parked.pop(name, None)
         if parked is not None:
             slot.restore(parked.tensors, parked.counters)
@@ -110,7 +110,7 @@ class RotatingOptimizer:
         layer = self._linear_maps.get(id(parameter)) if slot.takes_products else None
         ends = [parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None)).remove]
         if layer is not None:
-            ends.append(tap(layer, self._product_taker(slot)))
+            ends.append(tap(layer, lambda left, other: slot.receive_product(left, other)))
         self._ends[name] = ends
 
     def _leave(self, name: str, step: int) -> float:
@@ -139,14 +139,9 @@ class RotatingOptimizer:
             if gradient is None:
                 assert tapped, f"{slot.name}: somebody else takes its gradient"
                 return  # its factors were taken
-            if self.grad_scale != 1.0:
-                gradient = gradient.float().div_(self.grad_scale)
             slot.receive(gradient, last=self._last_micro_batch, step=self._step)
 
         return take
-
-    def _product_taker(self, slot: Slot) -> Take:
-        return lambda left, other: slot.receive_product(left, other, self.grad_scale)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 

@@ -106,8 +106,11 @@ def planned_bytes(shape: tuple[int, ...], dtype: torch.dtype, rule: Rule, weight
 class Slot:
     """State of one active parameter, born at activation."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, rule: Rule, *, weights: Weights, seed: int) -> None:
+    def __init__(
+        self, name: str, parameter: nn.Parameter, rule: Rule, *, weights: Weights, seed: int, grad_scale: float = 1.0
+    ) -> None:
         self.name, self.parameter, self.rule, self.weights, self.seed = name, parameter, rule, weights, seed
+        self.grad_scale = grad_scale
         self.projected = rule.projects(parameter.shape)
         self.right = self.projected and projects_right(parameter.shape[0], parameter.shape[1], rule.larger)
         keeps_master = parameter.dtype != torch.float32 and weights is Weights.MASTER
@@ -138,7 +141,8 @@ class Slot:
         return self.basis_age is None or (self.rule.refresh is not None and self.basis_age >= self.rule.refresh)
 
     def receive(self, gradient: Tensor, *, last: bool, step: int) -> None:
-        """Take in the gradient of one micro-batch; the caller gives the tensor away."""
+        """Take in the gradient of one micro-batch (times grad_scale); the caller gives the tensor away."""
+        gradient = self._unscaled(gradient)
         if self.basis_due or self.keeps_whole:
             self.whole = _added(self.whole, gradient)
             if last:
@@ -157,7 +161,7 @@ class Slot:
         rows, cols = self.parameter.shape
         return is_cheaper_in_products(rows, cols, self._rank)
 
-    def receive_product(self, left: Tensor, other: Tensor, grad_scale: float) -> Tensor | None:
+    def receive_product(self, left: Tensor, other: Tensor) -> Tensor | None:
         """Take in the gradient left^T other (times grad_scale) of one micro-batch; in the step that finds a basis,
         which has to see it, it is returned, for `receive` to be called with. That step is told by the basis, which no
         update has used: a step that was broken off after the search and is taken up again rounds as it would have."""
@@ -165,8 +169,11 @@ class Slot:
             return left.T @ other
         assert self.basis is not None
         part = project_product(left, other, self.basis, self.right)
-        self.gathered = _added(self.gathered, part if grad_scale == 1.0 else part.div_(grad_scale))
+        self.gathered = _added(self.gathered, self._unscaled(part))
         return None
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self.grad_scale == 1.0 else gradient.float().div_(self.grad_scale)
 
     def settle(self, step: int) -> None:
         """Find the basis that is due from the whole batch's gradient, carry the moments over, project.

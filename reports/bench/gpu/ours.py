@@ -177,8 +177,8 @@ def _watch(slot: Slot, into: list[Tensor]) -> None:
         into.append(gradient.clone())
         receive(gradient, **settings)
 
-    def take_product(left: Tensor, other: Tensor, grad_scale: float) -> Tensor | None:
-        whole: Tensor | None = receive_product(left, other, grad_scale)
+    def take_product(left: Tensor, other: Tensor) -> Tensor | None:
+        whole: Tensor | None = receive_product(left, other)
         if whole is None:
             into.append(left.T @ other)
         return whole
