@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +43,14 @@ def test_the_page_and_its_numbers_follow_from_the_scans(gallery: ModuleType, mon
     monkeypatch.setattr(gallery, "HERE", tmp_path)
     gallery.main([])
     assert (tmp_path / "README.md").read_text() == (REPORTS / "scans/README.md").read_text()
+
+
+def test_the_engine_study_follows_from_its_runs() -> None:
+    spec = importlib.util.spec_from_file_location("engine_study", REPORTS / "studies/engine/run.py")
+    assert spec is not None and spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    assert study.page(study.load()) == (REPORTS / "studies/engine/README.md").read_text()
 
 
 @pytest.mark.parametrize("n", [5, 7])

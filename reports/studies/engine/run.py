@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 from pathlib import Path
@@ -37,19 +36,19 @@ def train_all(work: Path) -> None:
     train_file, heldout_file, _ = _divide(work)
     table = work / "table.json"
     htsr.scan("demo", plots=False, quiet=True).table(gamma=3).save(table)
-    (HERE / "runs").mkdir(exist_ok=True)
+    (HERE / "results").mkdir(exist_ok=True)
     for arm in ARMS:
         # Chosen on rows of the training part, with a seed of its own: the held-out rows decide nothing.
         losses = {rate: one(work, arm, table, train_file, 0.2, seed=100, lr=rate, steps=SWEEP_STEPS, name="sweep")
                   ["eval_loss_last"] for rate in RATES[arm]}  # fmt: skip
         best = min(losses, key=lambda rate: losses[rate])
-        (HERE / "runs" / f"sweep-{arm}.json").write_text(
+        (HERE / "results" / f"sweep-{arm}.json").write_text(
             json.dumps({"losses": losses, "chosen": best}, indent=1) + "\n"
         )
         for seed in SEEDS:
             kept = one(work, arm, table, train_file, str(heldout_file), seed=seed, lr=best, steps=STEPS, name="run",
                        eval_every=25)  # fmt: skip
-            (HERE / "runs" / f"{arm}-{seed}.json").write_text(json.dumps(kept) + "\n")
+            (HERE / "results" / f"{arm}-{seed}.json").write_text(json.dumps(kept) + "\n")
 
 
 def one(work: Path, arm: str, table: Path, data: Path, heldout: Any, *, name: str, **settings: Any) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def one(work: Path, arm: str, table: Path, data: Path, heldout: Any, *, name: st
 
 
 def load() -> dict[str, list[dict[str, Any]]]:
-    return {arm: [json.loads((HERE / "runs" / f"{arm}-{s}.json").read_text()) for s in SEEDS] for arm in ARMS}
+    return {arm: [json.loads((HERE / "results" / f"{arm}-{s}.json").read_text()) for s in SEEDS] for arm in ARMS}
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -97,7 +96,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 def page(runs: dict[str, list[dict[str, Any]]]) -> str:
     """README.md: the command, the table, and what the numbers say."""
-    sweeps = {arm: json.loads((HERE / "runs" / f"sweep-{arm}.json").read_text()) for arm in ARMS}
+    sweeps = {arm: json.loads((HERE / "results" / f"sweep-{arm}.json").read_text()) for arm in ARMS}
     lines = []
     for arm, seeds in runs.items():
         last = [run["eval_loss_last"] for run in seeds]
@@ -118,7 +117,7 @@ def page(runs: dict[str, list[dict[str, Any]]]) -> str:
         table="\n".join(lines), swept=swept, versions=versions, steps=STEPS, sweep_steps=SWEEP_STEPS,
         paired=", ".join(f"{gap:+.3f}" for gap in paired), mean=f"{statistics.fmean(paired):+.3f}",
         sd=f"{statistics.stdev(paired):.3f}", undrawn=", ".join(map(str, undrawn)),
-        machine=f"{platform.machine()}, one thread of a shared 2-core AMD EPYC",
+        machine="x86_64, one thread of a shared 2-core AMD EPYC",
     )  # fmt: skip
 
 
