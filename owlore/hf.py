@@ -4,9 +4,9 @@
 
 The optimizer draws blocks at the start of every period, projects gradients as they arrive and frees the state of what
 leaves, as `owlore train` does; learning rate, decay, clipping, accumulation and seed are the Trainer's. What `owlore
-train` does beyond that (backward that recomputes only what it reaches, the loss in chunks, exports that keep frozen
-bits) is not here. The `grad_norm` that Trainer logs is 0, for the gradients are gone before it looks; the callback
-logs `owlore_grad_norm`.
+train` does beyond that (backward that recomputes only what it reaches, gradients projected without being made, the loss
+in chunks, exports that keep frozen bits) is not here. The `grad_norm` that Trainer logs is 0, for the gradients are
+gone before it looks; the callback logs `owlore_grad_norm`.
 """
 
 from __future__ import annotations
