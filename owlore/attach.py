@@ -7,6 +7,7 @@ model it already has, and no shortcut of its (chunked loss, checkpointed blocks)
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,12 @@ def attach(model: nn.Module, config: Any, *, seed: int, takes_from_base: bool = 
     if takes_from_base and device.type != "meta":
         initial = {n: t.detach().cpu().clone() for n, t in get_peft_model_state_dict(wrapper).items()}
     return Attached(wrapper=wrapper, trained=trained, initial=None if initial is None else dict(initial))
+
+
+def holds_adapter(model: nn.Module) -> bool:
+    """Whether PEFT's layers lie in it."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # who has not imported it has none of its layers
+    return peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules())
 
 
 def is_adapter(directory: str | Path) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ TAKEN = frozenset({
     "method", "active", "every", "rank", "refresh", "scale", "project_side", "project_always_on", "draw", "floor",
     "on_switch", "always_on", "weights", "state_bits", "set", "preset",
 })  # fmt: skip
+
+
+_BRIDGED: WeakKeyDictionary[nn.Module, RotatingOptimizer] = WeakKeyDictionary()  # who listens to a model
 
 
 def bridge(
@@ -68,6 +72,8 @@ def bridge(
         ),
     )
     inclusion = None if found is None else run_inclusion(found, active=config.active, floor=config.floor)
+    if (before := _BRIDGED.get(model)) is not None:  # of a training that was broken off
+        before.remove()
     freeze(model)
     strategy = strategy_class(units, hyper_of(config, inclusion, None))
     every = config.every if "every" in strategy_class.reads else None
@@ -77,6 +83,7 @@ def bridge(
         weights=weights_of(config),
         on_switch=config.on_switch,
     )
+    _BRIDGED[model] = inner
     optimizer = LayerSampled(inner, strategy, every=every, clip=config.clip, lr=args.learning_rate)
     return {"optimizers": (optimizer, None), "callbacks": [LayerSampling(optimizer)]}
 
@@ -92,6 +99,7 @@ class LayerSampled(torch.optim.Optimizer):
         self.steps = 0
         self.norm = 0.0
         self.active: tuple[int, ...] = ()
+        self.period = 0  # in which `active` are trained
 
     def begin(self) -> None:
         """Make the period's blocks trainable, unless they are; parameters are where they will be trained."""
@@ -115,17 +123,25 @@ class LayerSampled(torch.optim.Optimizer):
             self._switch()
 
     def _switch(self) -> None:
-        period = self.steps // self.every if self.every else 0
-        if self.steps:
-            self.strategy.close(period - 1, self.active, *self.inner.take_norms())
-        self.strategy.adapt(period)
-        self.active = self.strategy.blocks_at(period)
-        self.inner.switch(self.strategy.rules_at(period), self.steps)
+        self._close()
+        self.period = self.steps // self.every if self.every else 0
+        self.strategy.adapt(self.period)
+        self.active = self.strategy.blocks_at(self.period)
+        self.inner.switch(self.strategy.rules_at(self.period), self.steps)
+
+    def _close(self) -> None:
+        """What the present period saw is recorded; nothing where nobody is trained."""
+        if self.active:
+            self.strategy.close(self.period, self.active, *self.inner.take_norms())
+        self.active = ()
 
     def finish(self) -> None:
-        """Write masters back and free all state; nothing is trainable afterwards."""
+        """Write masters back and free all state; nothing is trainable afterwards, and nothing listens to the model.
+
+        The callback calls it when training ends; after a `Trainer.train()` that was broken off it is the caller's.
+        """
+        self._close()
         self.inner.switch({}, self.steps)
-        self.active = ()
 
     def micro_batch(self, *, last: bool) -> None:
         """Announce whether the next backward is the last of its step."""
@@ -147,6 +163,7 @@ class LayerSampled(torch.optim.Optimizer):
             group.update(saved)
         self.steps, self.active = state_dict["steps"], tuple(state_dict["active"])
         self.strategy.record = Record.from_dict(state_dict["record"])
+        self.period = self.steps // self.every if self.every else 0
         if state_dict["counters"]["active"]:
             rules = self.strategy.rules_at(self.steps // self.every if self.every else 0)
             self.inner.load_state(state_dict["tensors"], state_dict["counters"], rules)

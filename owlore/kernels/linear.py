@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -10,8 +12,10 @@ from torch import Tensor, nn
 def linear_kind(module: nn.Module) -> bool | None:
     """Whether a linear map stores its weight transposed; None for a module that is no plain linear map.
 
-    Plain: its forward is that of its class, so that the map is known.
+    Plain: it computes what its class does (nothing was set on it as `forward`), so that the map is known.
     """
+    if "forward" in vars(module):
+        return None
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return False
     if type(module).__name__ == "Conv1D" and getattr(module, "weight", torch.empty(0)).ndim == 2:
@@ -32,6 +36,12 @@ def input_gradient(grad: Tensor, W: Tensor, transposed: bool) -> Tensor:
     """dx of `apply_linear` from dy."""
     dx = rows_of(grad) @ (W.T if transposed else W)
     return dx.view(*grad.shape[:-1], dx.shape[-1])
+
+
+def input_of(args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
+    """The one tensor that a linear map is called with, by position or by whatever name its class has for it."""
+    (x,) = (*args, *named.values())
+    return x
 
 
 def rows_of(x: Tensor) -> Tensor:

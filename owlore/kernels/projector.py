@@ -114,7 +114,7 @@ def find_basis(
     if side <= 2 * width:
         return _leading(tall.T @ tall, rank)
     fresh = width if start is None else width - start.shape[1]
-    sketch = torch.randn(side, fresh, generator=generator, device=generator.device).to(tall.device)
+    sketch = torch.randn(side, fresh, generator=generator, device=generator.device, dtype=torch.float32).to(tall.device)
     sketch = sketch if start is None else torch.cat([start, sketch], dim=1)
     for _ in range(iterations):
         sketch = _orthonormal(tall.T @ (tall @ sketch))

@@ -50,4 +50,4 @@ def limited(change: Tensor, previous: Tensor, limit: float) -> tuple[Tensor, Ten
 
 def random_basis(side: int, rank: int, *, generator: torch.Generator) -> Tensor:
     """side x rank of N(0, 1 / rank), fp32: R keeps the channels' norms in expectation."""
-    return torch.randn(side, rank, generator=generator) / rank**0.5
+    return torch.randn(side, rank, generator=generator, dtype=torch.float32) / rank**0.5

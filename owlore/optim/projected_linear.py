@@ -9,48 +9,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.linear import apply_linear, input_gradient, linear_kind, rows_of
+from owlore.kernels.forward import replace_forward
+from owlore.kernels.linear import apply_linear, input_gradient, input_of, linear_kind, rows_of
 
 # (left of T x m, right of T x n) -> None where left^T right, the gradient, was taken in; else that gradient.
 Take = Callable[[Tensor, Tensor], Tensor | None]
 
 
-def linear_maps(modules: Iterable[nn.Module]) -> dict[int, nn.Module]:
+class LinearMap(NamedTuple):
+    """A plain linear map, and whether its weight is stored transposed."""
+
+    module: nn.Module
+    transposed: bool
+
+
+def linear_maps(modules: Iterable[nn.Module]) -> dict[int, LinearMap]:
     """The plain linear map of each matrix that only one of them uses, by the matrix's id."""
-    found: dict[int, list[nn.Module]] = {}
+    found: dict[int, list[LinearMap]] = {}
     for module in modules:
         for child in module.modules():
-            if linear_kind(child) is not None:
-                found.setdefault(id(child.weight), []).append(child)
+            transposed = linear_kind(child)
+            if transposed is not None:
+                found.setdefault(id(child.weight), []).append(LinearMap(child, transposed))
     return {matrix: users[0] for matrix, users in found.items() if len(users) == 1}
 
 
-def tap(layer: nn.Module, take: Take) -> Callable[[], None]:
+def tap(layer: LinearMap, take: Take) -> Callable[[], None]:
     """Let `take` have the factors of the gradient of this linear map's matrix; returns what ends that. A gradient that
-    comes from elsewhere (another reader of the matrix, autocast) goes its usual way."""
-    transposed = linear_kind(layer)
-    assert transposed is not None
-    before = vars(layer).get("forward")
-    forward = layer.forward
+    comes from elsewhere (another reader of the matrix, autocast), or on whose way somebody waits with a hook, goes its
+    usual way."""
+    module, transposed = layer
+    forward = module.forward
 
     @wraps(forward)
-    def run(x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-            return forward(x)
-        return _ProjectedLinear.apply(x, layer.weight, layer.bias, transposed, take)
+    def run(*args: Tensor, **named: Tensor) -> Tensor:
+        x = input_of(args, named)
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or module.weight._backward_hooks:
+            plain: Tensor = forward(x)
+            return plain
+        return _ProjectedLinear.apply(x, module.weight, module.bias, transposed, take)
 
-    def end() -> None:
-        del layer.forward  # hides the class's method on the instance only
-        if before is not None:
-            layer.forward = before
-
-    layer.forward = run
-    return end
+    return replace_forward(module, run)
 
 
 class _ProjectedLinear(torch.autograd.Function):

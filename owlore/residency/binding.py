@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.linear import linear_kind
+from owlore.kernels.forward import replace_forward
+from owlore.kernels.linear import input_of, linear_kind
 from owlore.residency.formats import FORMATS, Format, Raw
 from owlore.residency.frozen_linear import PackedWeight, frozen_linear
 from owlore.residency.layout import Layout, Weight
@@ -45,21 +46,18 @@ class Binding:
         self._nowhere = {name: nowhere(p, device) for name, p in self.parameters.items()}
         forms = {weight.name: weight for weight in layout.weights if not weight.form.exact}
         self._packed = {name: PackedWeight(weight, block) for name, weight in forms.items()}
-        self._patched = [m for name, m in module.named_modules() if self._patch(name, m)]
-
-    def _patch(self, path: str, module: nn.Module) -> bool:
-        packed = self._packed.get(f"{path}.weight")
-        transposed = linear_kind(module)
-        if packed is None or transposed is None:
-            return False
-        module.forward = self._wrapped(module, module.forward, packed, transposed)
-        return True
+        self._ends: list[Callable[[], None]] = []
+        for name, m in module.named_modules():
+            packed, transposed = self._packed.get(f"{name}.weight"), linear_kind(m)
+            if packed is not None and transposed is not None:
+                self._ends.append(replace_forward(m, self._wrapped(m, m.forward, packed, transposed)))
 
     def _wrapped(
         self, module: nn.Module, forward: Callable[..., Any], packed: PackedWeight, transposed: bool
     ) -> Callable[..., Any]:
         @wraps(forward)
-        def run(x: Tensor) -> Tensor:
+        def run(*args: Tensor, **named: Tensor) -> Tensor:
+            x = input_of(args, named)
             if self.own:
                 own: Tensor = forward(x)
                 return own
@@ -112,9 +110,8 @@ class Binding:
 
     def remove(self) -> None:
         """Give the linear maps their own forward back."""
-        for module in self._patched:
-            del module.forward
-        self._patched = []
+        for end in self._ends:
+            end()
 
 
 def nowhere(parameter: Tensor, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import BadInput
+from owlore.kernels.forward import replace_forward
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class Chain:
         self._tuple = [False] * len(blocks)
         self._stand_in: Callable[[int, Tensor, Arguments], Tensor] | None = None
         self.on_call: Callable[[int], None] = lambda block: None  # before a block of an ordinary forward is visited
-        for index, block in enumerate(blocks):
-            block.forward = self._wrapped(index, block.forward)
+        self._ends = [replace_forward(block, self._wrapped(i, block.forward)) for i, block in enumerate(blocks)]
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -61,7 +61,7 @@ class Chain:
             self.on_call(index)
             with self._visit(index):
                 result = forward(*args, **kwargs)
-            self._tuple[index] = isinstance(result, tuple)
+            self._tuple[index] = isinstance(result, tuple | list)
             return result
 
         return run
@@ -69,7 +69,7 @@ class Chain:
     def call(self, index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """Run one block; its weights are the caller's concern."""
         result = self._forwards[index](hidden, *arguments.args, **arguments.kwargs)
-        out: Tensor = result[0] if isinstance(result, tuple) else result
+        out: Tensor = result[0] if isinstance(result, tuple | list) else result
         return out
 
     def capture(self, forward: Callable[[], Any], entered: Callable[[], None] = lambda: None) -> Entry:
@@ -127,9 +127,8 @@ class Chain:
 
     def remove(self) -> None:
         """Give the blocks their own forward back."""
-        for block in self._blocks:
-            if "forward" in vars(block):
-                del block.forward
+        for end in self._ends:
+            end()
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:

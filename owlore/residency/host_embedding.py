@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlore.kernels.forward import replace_forward
+
 
 class HostEmbedding:
     """Owns an embedding's forward: looks rows up on the host and gives them to the device.
@@ -19,10 +21,10 @@ class HostEmbedding:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module, self._device, self._forward = module, device, module.forward
+        self._end = replace_forward(module, self._look_up)
         self._ids: dict[int, Tensor] = {}
         self._idle = False
         module.to("cpu")
-        module.forward = self._look_up
 
     def _look_up(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         host = self._ids.get(ids.data_ptr())
@@ -57,4 +59,4 @@ class HostEmbedding:
 
     def remove(self) -> None:
         """Give the module its own forward back."""
-        del self._module.forward
+        self._end()

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from htsr.errors import UsageError
+from owlore.kernels.forward import replace_forward
 
 
 class Compiled:
@@ -37,28 +38,29 @@ class Compiled:
         backend: Any = "inductor",
         always: bool = False,
     ) -> None:
-        self._blocks = tuple(blocks) if enabled else ()
         if enabled and backend == "inductor" and device.type == "cpu" and not cpp_compiler():
             raise UsageError("got --compile without a C++ compiler, expected one on a CPU; install g++")
         functions: dict[type[nn.Module], Callable[..., Any]] = {}
-        for block in self._blocks:
-            kind = type(block)
-            if kind not in functions:
+        self._ends: list[Callable[[], None]] = []
+        for block in blocks if enabled else ():
+            kind, own = type(block), vars(block).get("forward")
+            if own is None and kind not in functions:
                 functions[kind] = _compiled(kind.forward, backend, always)
-            block.forward = partial(functions[kind], block)
+            # What somebody set on this block in place of its class's forward is compiled for it alone.
+            function = partial(functions[kind], block) if own is None else _compiled(own, backend, always)
+            self._ends.append(replace_forward(block, function))
 
     def remove(self) -> None:
         """Give the blocks their own forward back."""
-        for block in self._blocks:
-            vars(block).pop("forward", None)  # hides the class's method on the instance only
-        self._blocks = ()
+        for end in self._ends:
+            end()
 
 
 def _compiled(forward: Callable[..., Any], backend: Any, always: bool) -> Callable[..., Any]:
     compiled = torch.compile(forward, dynamic=True, backend=backend)
 
-    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (compiled if always or torch.is_grad_enabled() else forward)(block, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if always or torch.is_grad_enabled() else forward)(*args, **kwargs)
 
     return run
 

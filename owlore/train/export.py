@@ -63,11 +63,11 @@ def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
-    """The tensor in the checkpoint's dtype; a trained one of fp32 is rounded stochastically where there is a seed."""
+    """The tensor in the checkpoint's dtype; a trained one of fp32 is rounded stochastically to 16 bits where there is a seed."""
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
-    if rounds and seed is not None and tensor.dtype == torch.float32:
+    if rounds and seed is not None and tensor.dtype == torch.float32 and dtype.itemsize == 2:
         return stochastic_round(tensor, dtype, generator_for(seed, "export", name, device=tensor.device))
     return tensor.to(dtype)
 

@@ -15,7 +15,7 @@ from htsr.console import quiet_libraries, silence_stderr
 from htsr.errors import BadInput, UsageError
 from htsr.model.skeleton import CannotStreamError
 from htsr.model.source import Source, locate, open_source
-from owlore.attach import is_adapter
+from owlore.attach import holds_adapter, is_adapter
 from owlore.train.unread import open_unread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -91,6 +91,13 @@ def load(
 def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, tokenizer: Any) -> Loaded:
     if tokenizer is None:
         tokenizer = _tokenizer_of(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if holds_adapter(model):
+        raise BadInput(
+            "the model holds an adapter's layers, expected a plain one: take what PEFT's model around it gives by "
+            "merge_and_unload(), or unload()"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise BadInput("the model was made inside torch.inference_mode, expected weights that can be trained")
     own = next(model.parameters()).dtype
     target = own if dtype == "auto" else DTYPES[dtype]
     stored = {name: p.dtype for name, p in model.named_parameters()}
@@ -213,6 +220,8 @@ def _loaded(
     default: torch.dtype,
     reference: str,
 ) -> Loaded:
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        raise BadInput("got weights in float64, expected float32, bfloat16 or float16: --dtype float32 converts them")
     return Loaded(
         model=model,
         tokenizer=tokenizer,

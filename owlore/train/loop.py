@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
 from owlore.strategies import Record, Strategy
 from owlore.train import checkpoint
-from owlore.train.compiled import Compiled
 from owlore.train.distributed import ALONE, Ranks
 from owlore.train.evaluate import held_out_loss
 from owlore.train.interrupt import Interruptible
@@ -74,7 +74,7 @@ class Trainer:
     optimizer: RotatingOptimizer
     loss: CausalLoss
     recompute: Recompute
-    compiled: Compiled
+    put_on: ExitStack  # what lies on the model and listens to it; closing it takes that off
     pace: Pace
     data: Encoded
     arrangement: Arrangement

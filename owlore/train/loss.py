@@ -61,7 +61,7 @@ class CausalLoss:
     def _hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with _positions(position_ids) as positions:
             hidden: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **positions)[0]
-        return hidden
+        return hidden.to(self.head.weight.dtype)  # some keep fp32 between their 16-bit blocks (Mamba)
 
     def _logits(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         with _positions(position_ids) as positions:

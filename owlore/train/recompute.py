@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from owlore.kernels.forward import replace_forward
+
 
 class Recompute:
     """Wraps the forward of every block; blocks from `lowest` up are recomputed in backward, the others run as they are.
@@ -28,12 +30,8 @@ class Recompute:
         self.lowest = 0
         self._count = len(blocks)
         self._buffer: Tensor | None = None  # of the forward that is running
-        self._originals: list[tuple[nn.Module, Callable[..., Any]]] = []
-        if not enabled:
-            return
-        for index, block in enumerate(blocks):
-            self._originals.append((block, block.forward))
-            block.forward = self._wrapped(block.forward, index)
+        wrapped = blocks if enabled else ()
+        self._ends = [replace_forward(b, self._wrapped(b.forward, index)) for index, b in enumerate(wrapped)]
 
     def _wrapped(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         @wraps(forward)
@@ -63,9 +61,8 @@ class Recompute:
 
     def remove(self) -> None:
         """Give the blocks their own forward back."""
-        for block, _ in self._originals:
-            del block.forward  # the wrapper hides the class's method on the instance only
-        self._originals.clear()
+        for end in self._ends:
+            end()
         self._buffer = None
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ from owlore.train.settings import (
     weights_of,
 )
 from owlore.train.shelf import shelved
-from owlore.train.streaming import open_streaming, streams
+from owlore.train.streaming import Streaming, open_streaming, streams
 from owlore.train.tables import cache_directory, find_table, floor_of, run_inclusion, scanned_table
 from owlore.train.trackers import Tracker, check_trackers, open_trackers
 
@@ -66,6 +67,9 @@ def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **
     of dicts, DataFrame or Dataset. table: `auto`, `uniform`, a file or a `htsr.LayerTable`. settings: any other option
     of the command line by its Python name (`steps=60`, `method="owlore"`, `lr=3e-4` ...).
 
+    A module is trained as it lies; afterwards, and after an error, it is in evaluation mode and none of its parameters
+    requires a gradient. An adapter stays in it (`run.model` is PEFT's model around it).
+
     Raises: the errors of `htsr.errors`, whose classes are also ValueError, FileNotFoundError and so on.
     """
     named: dict[str, Any] = {"quiet": True, **settings}
@@ -77,6 +81,8 @@ def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **
     return train_from_config(config, model=model, data=data, tokenizer=tokenizer, table=table)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_from_config(
     config: TrainConfig, *, model: Any = None, data: Any = None, tokenizer: Any = None, table: Any = None
 ) -> Run:
@@ -86,6 +92,8 @@ def train_from_config(
     works on the run and returns it; the first one writes and speaks.
     """
     started = time.perf_counter()
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise UsageError("got torch.autocast around the run, expected none: dtype='bfloat16' chooses the precision")
     ranks = join(config.device)
     model = config.model if model is None else model
     if not ranks.leads:
@@ -113,6 +121,7 @@ def train_from_config(
         )
         for line in prepared.report.shown():
             say(line)
+    _check_vocabulary(loaded, prepared)
     attached = attach(config, strategy_class, loaded, prepared, place, device)
     units = find_units(loaded.model)
     with ranks.lead_first():
@@ -182,8 +191,21 @@ def assemble(
     say: Callable[[str], None],
     ranks: Ranks = ALONE,
 ) -> Trainer:
-    """The trainer of a run, restored where the run goes on; its directory is not touched yet."""
+    """The trainer of a run, restored where the run goes on; its directory is not touched yet.
+
+    A run that is refused here gives the model back as it came.
+    """
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
+    identity = {
+        "weights_sha256": loaded.weights_sha256,
+        "data_sha256": prepared.provenance["train"]["sha256"],
+        "inclusion": None if inclusion is None else inclusion.tolist(),
+        "processes": ranks.size,
+        "config": config.to_dict(),
+    }
+    ranks.agree("weights, data, table or settings", json.dumps(identity))
+    if place.saved is not None:
+        check_same_run(identity, place.saved.state["identity"])
     strategy = strategy_class(units, hyper_of(config, inclusion, attached))
     candidates = units.parameters(range(units.num_blocks), units.groups)
     if attached is not None:
@@ -198,59 +220,63 @@ def assemble(
         layers=() if config.compile else units.modules,
     )
     arrangement = arrange(config, prepared, ranks.size)
-    # Before the blocks are walked one by one: what is walked is then the compiled block.
-    compiled = Compiled(units.modules, enabled=config.compile, device=device, always=streams(config))
-    streaming = None
-    if streams(config):
-        if ranks.size > 1:
-            raise UsageError(
-                f"{ranks.size} processes with --residency host, --frozen or --offload-activations, expected one: the "
-                "frozen blocks stream in one process only"
+    with ExitStack() as undo:
+        put_on = undo.enter_context(ExitStack())
+        put_on.callback(optimizer.remove)
+        # Before the blocks are walked one by one: what is walked is then the compiled block.
+        compiled = Compiled(units.modules, enabled=config.compile, device=device, always=streams(config))
+        put_on.callback(compiled.remove)
+        streaming = None
+        if streams(config):
+            if ranks.size > 1:
+                raise UsageError(
+                    f"{ranks.size} processes with --residency host, --frozen or --offload-activations, expected one: "
+                    "the frozen blocks stream in one process only"
+                )
+            streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
+            undo.callback(_reunite, streaming, loaded)
+        loss = CausalLoss(loaded.model)
+        if streaming is not None:
+            streaming.connect(loss, optimizer, compiled=config.compile)
+        if config.packing and not loss.keeps_rows_apart():
+            raise BadInput(
+                "--packing: this model lets packed rows see each other, or does not number them anew (tried on two "
+                "rows); use --group-by-length"
             )
-        streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
-    loss = CausalLoss(loaded.model)
-    if streaming is not None:
-        streaming.connect(loss, optimizer, compiled=config.compile)
-    if config.packing and not loss.keeps_rows_apart():
-        raise BadInput(
-            "--packing: this model lets packed rows see each other, or does not number them anew (tried on two rows); "
-            "use --group-by-length"
+        recompute = Recompute(units.modules, enabled=streaming is None and recomputes(config, units))
+        put_on.callback(recompute.remove)
+        trainer = Trainer(
+            units=units,
+            strategy=strategy,
+            optimizer=optimizer,
+            loss=loss,
+            put_on=put_on,
+            recompute=recompute,
+            streaming=streaming,
+            pace=_pace(config, strategy_class, arrangement),
+            data=prepared.train,
+            arrangement=arrangement,
+            eval_data=prepared.heldout,
+            metrics=MetricsLog(
+                place.directory / "metrics.jsonl", more=() if streaming is None else ("weights",), writes=ranks.leads
+            ),
+            checkpoints=place.checkpoints,
+            device=device,
+            identity=identity,
+            tally=Tally(draws=[0] * units.num_blocks),
+            attached=attached,
+            ranks=ranks,
         )
-    identity = {
-        "weights_sha256": loaded.weights_sha256,
-        "data_sha256": prepared.provenance["train"]["sha256"],
-        "inclusion": None if inclusion is None else inclusion.tolist(),
-        "processes": ranks.size,
-        "config": config.to_dict(),
-    }
-    ranks.agree("weights, data, table or settings", json.dumps(identity))
-    if place.saved is not None:
-        check_same_run(identity, place.saved.state["identity"])
-    trainer = Trainer(
-        units=units,
-        strategy=strategy,
-        optimizer=optimizer,
-        loss=loss,
-        compiled=compiled,
-        recompute=Recompute(units.modules, enabled=streaming is None and recomputes(config, units)),
-        streaming=streaming,
-        pace=_pace(config, strategy_class, arrangement),
-        data=prepared.train,
-        arrangement=arrangement,
-        eval_data=prepared.heldout,
-        metrics=MetricsLog(
-            place.directory / "metrics.jsonl", more=() if streaming is None else ("weights",), writes=ranks.leads
-        ),
-        checkpoints=place.checkpoints,
-        device=device,
-        identity=identity,
-        tally=Tally(draws=[0] * units.num_blocks),
-        attached=attached,
-        ranks=ranks,
-    )
-    if place.saved is not None:
-        trainer.restore(place.saved)
+        if place.saved is not None:
+            trainer.restore(place.saved)
+        undo.pop_all()
     return trainer
+
+
+def _reunite(streaming: Streaming | None, loaded: Loaded) -> None:
+    """After a failure: a module of the caller's is in one piece again. What was read from files is only dropped."""
+    if streaming is not None and not loaded.origins:
+        streaming.remove(torch.device("cpu"))
 
 
 def _train(
@@ -286,17 +312,16 @@ def _train(
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
-        trainer.optimizer.remove()
-        if trainer.streaming is not None and not loaded.origins:  # the caller's own module: in one piece again
-            trainer.streaming.remove(torch.device("cpu"))
+        _reunite(trainer.streaming, loaded)
+        trainer.put_on.close()
+        freeze(loaded.model.eval())  # as after a run
         if leads and trainer.step == 0 and not place.existed:
             shutil.rmtree(place.directory, ignore_errors=True)
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(trainer, config, table)) from error
         raise
-    finally:
-        trainer.recompute.remove()
-        trainer.compiled.remove()
+    if trainer.streaming is None:
+        trainer.put_on.close()
     loaded.model.eval()
     record = run_record(config, trainer, loaded, prepared, table, time.perf_counter() - started)
     run = Run(
@@ -322,6 +347,7 @@ def _model_of(config: TrainConfig, trainer: Trainer, loaded: Loaded) -> Any:
     if streaming is not None:
         whole = config.residency == "device" and streaming.exact
         streaming.remove(trainer.device if whole else torch.device("cpu"))
+        trainer.put_on.close()
     return loaded.model if trainer.attached is None else trainer.attached.wrapper
 
 
@@ -377,6 +403,21 @@ def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangemen
         keep=config.keep,
         keep_best=config.keep_best,
     )
+
+
+def _check_vocabulary(loaded: Loaded, prepared: Prepared) -> None:
+    """Has the model a row for every token of the data?
+
+    Raises: BadInput when it has not; a GPU would say no more than that an assertion failed.
+    """
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    sets = [encoded for encoded in (prepared.train, prepared.heldout) if encoded is not None]
+    top = max(max(int(encoded.ids.max(initial=0)), encoded.pad_id) for encoded in sets)
+    if top >= rows:
+        raise BadInput(
+            f"the tokenizer gives token {top}, the model has {rows} embeddings: expected the model's own tokenizer, or "
+            "a model whose embeddings were resized to it"
+        )
 
 
 def _load_dtype(config: TrainConfig) -> str:

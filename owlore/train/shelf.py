@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from owlore.kernels.forward import replace_forward
+
 LEAST = 1 << 9  # bytes; what is smaller is no more than what nodes of the graph take
 ALIGNED = 64  # bytes; where torch's own memory begins, so that kernels take the same way
 
@@ -31,16 +33,12 @@ def shelved(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[Shelves]:
     """While this lasts, activations kept for backward through frozen blocks are put on shelves."""
     shelves = Shelves(blocks)
     wrapped = blocks if enabled else ()
-    before = [vars(block).get("forward") for block in wrapped]
-    for block in wrapped:
-        block.forward = shelves.around(block, block.forward)
+    ends = [replace_forward(block, shelves.around(block, block.forward)) for block in wrapped]
     try:
         yield shelves
     finally:
-        for block, forward in zip(wrapped, before, strict=True):
-            del block.forward  # the wrapper hides the class's method on the instance only
-            if forward is not None:
-                block.forward = forward
+        for end in ends:
+            end()
 
 
 class Shelves:
@@ -110,8 +108,9 @@ class _User:
 
     def __init__(self, shelf: _Shelf | None, leave: frozenset[int] | set[int]) -> None:
         self.shelf, self.leave, self.needed = shelf, leave, 0
-        # By address: the storage, if it still lives (else the address is another's now), and where its copy begins.
-        self.copies: dict[int, tuple[weakref.ref[Any], int | None]] = {}
+        # By address: the storage, if it still lives (else the address is another's now), its version then (else it was
+        # written to after it was copied), and where the copy begins.
+        self.copies: dict[int, tuple[weakref.ref[Any], int, int | None]] = {}
         if shelf is not None:
             shelf.user = weakref.ref(self)
 
@@ -123,10 +122,10 @@ class _User:
         address, size = storage.data_ptr(), storage.nbytes()
         if size < LEAST or address in self.leave:
             return tensor
-        known, begin = self.copies.get(address, (lambda: None, None))
-        if known() is None:
+        known, version, begin = self.copies.get(address, (lambda: None, 0, None))
+        if known() is None or version != tensor._version:
             begin = self._copied(storage, size)
-            self.copies[address] = (weakref.ref(storage), begin)
+            self.copies[address] = (weakref.ref(storage), tensor._version, begin)
         if begin is None or self.shelf is None:
             return tensor
         item = tensor.element_size()

@@ -1,10 +1,12 @@
 """transformers' Trainer: our engine follows it, and it can follow our engine."""
 
+import copy
+
 import pytest
 import torch
 from makers import byte_tokenizer, save_tiny
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import owlore
 from htsr.errors import UsageError
@@ -152,3 +154,37 @@ def test_a_table_is_scanned_when_none_is_given(tmp_path):
 
     pieces = bridge(tiny_llama(), arguments(tmp_path, 2), tokenizer=byte_tokenizer(), active=2, quiet=True)
     assert sum(pieces["optimizers"][0].strategy.hyper.inclusion) == pytest.approx(2)
+
+
+def test_a_training_that_was_broken_off_leaves_nothing_that_listens_to_the_next_one(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    place = save_tiny(tmp_path / "model", blocks=3)
+    model, args = AutoModelForCausalLM.from_pretrained(place), arguments(tmp_path, 4)
+    given = bridge(model, args, table="uniform", quiet=True, **SAMPLED)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(model, args, 4, place, optimizers=given["optimizers"],
+                   callbacks=[*given["callbacks"], Stop()]).train()  # fmt: skip
+    copied = copy.deepcopy(model)
+    trainers = [trainer_of(m, args, 4, place, **bridge(m, args, table="uniform", quiet=True, **SAMPLED))
+                for m in (model, copied)]  # fmt: skip
+    for trainer in trainers:
+        trainer.train()
+    assert losses_of(trainers[0]) == losses_of(trainers[1])
+    given["optimizers"][0].finish()  # what a caller does who goes on without a bridge
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_training_twice_records_each_period_that_trained_something_once_a_training(tmp_path):
+    place = save_tiny(tmp_path / "model", blocks=3)
+    model, args = AutoModelForCausalLM.from_pretrained(place), arguments(tmp_path, 4)
+    given = bridge(model, args, table="uniform", quiet=True, **SAMPLED)
+    trainer = trainer_of(model, args, 4, place, **given)
+    trainer.train()
+    trainer.train()
+    past = given["optimizers"][0].strategy.record.past
+    assert [(finished.period, finished.steps) for finished in past] == [(0, 3), (1, 1), (1, 2), (2, 2)]
+    assert all(len(finished.blocks) == 1 for finished in past)

@@ -121,3 +121,25 @@ def test_what_is_kept_is_on_the_shelf_and_a_storage_is_copied_once():
         assert begin <= factor.data_ptr() < begin + shelves.size
     # x * 2, its square, the sine and the repeated half: four storages of 16 KiB.
     assert shelves.size == 4 * 64 * 64 * 4
+
+
+def test_a_storage_that_is_written_to_and_saved_again_is_copied_again():
+    """h is saved, its result detached, h changed in place and saved anew: what autograd allows."""
+
+    class InPlace(torch.nn.Module):
+        def forward(self, h):
+            h = h + 1
+            _ = (h * h).mean().detach()
+            h += 1
+            return h * h
+
+    block, x = InPlace(), torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient():
+        given = x.clone().requires_grad_()
+        block(given).sum().backward()
+        return given.grad
+
+    expected = gradient()
+    with shelved([block], enabled=True):
+        assert all(torch.equal(gradient(), expected) for _ in range(3))
