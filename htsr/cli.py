@@ -183,6 +183,7 @@ def say_aloud(result: ScanResult, *, quiet: bool) -> None:
     failed = result.frame[result.frame["status"] == "failed"]
     if len(failed):
         first = failed.iloc[0]
-        console.notice(f"{len(failed)} matrices failed, the first {first['tensor']}: {first['reason']}", quiet=quiet)
+        which = "1 matrix failed," if len(failed) == 1 else f"{len(failed)} matrices failed, the first"
+        console.notice(f"{which} {first['tensor']}: {first['reason']}", quiet=quiet)
     if result.default_table is not None and result.default_table.note:
         console.notice(result.default_table.note, quiet=quiet)

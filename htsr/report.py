@@ -122,7 +122,8 @@ def describe(result: ScanResult) -> list[str]:
     sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
     sentences += _outliers(result)
     if reason := result.provenance.get("lod_reason"):
-        sentences.append(f"LOD was not computed: {reason}.")
+        whole = "was not computed" if result.blocks["lod"].isna().all() else "lacks blocks"
+        sentences.append(f"LOD {whole}: {reason}.")
     if result.default_table is not None and result.default_table.note:
         sentences.append(f"Layer table: {result.default_table.note}.")
     return sentences
@@ -142,7 +143,7 @@ def _outliers(result: ScanResult) -> list[str]:
                 f"LOD at tau {tau:g} orders the blocks as the table's does with a correlation of {rank:+.2f}."
             )
     halves = calibration.get("convergence")
-    if halves and halves["block"] is not None:
+    if halves and halves["block"] is not None and not result.provenance.get("lod_reason"):
         rank, (first, second) = halves["spearman"], halves["windows"]
         alike = "" if rank is None else f"rank correlation over the blocks {rank:+.3f}, "
         sentences.append(

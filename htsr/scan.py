@@ -113,6 +113,8 @@ def scan(
     clock.lap("alpha")
     alone = weight_lod(source, layers, taus, lod_scope, workers) if outliers is None else {}
     frame = assemble(rows, layers, outliers, alone, taus)
+    if outliers is not None:
+        lod_reason = blocks_without_lod(frame)
     clock.lap("lod")
     if nulls:
         from htsr.nulls import null_rows, with_nulls
@@ -278,6 +280,14 @@ def pick_device(device: str) -> str:
             f"device: got {device!r}, expected auto, cpu or a CUDA device that this machine has"
         ) from error
     return device
+
+
+def blocks_without_lod(frame: pd.DataFrame) -> str:
+    """Why a calibration left blocks without LOD; empty where it left none."""
+    empty = frame[frame["block"].notna()].groupby("block")["lod"].agg(lambda lod: lod.isna().all())
+    if not empty.any():
+        return ""
+    return f"what enters block {empty.idxmax()} is not finite; a weight there or before it holds NaN or infinity"
 
 
 def assemble(

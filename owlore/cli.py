@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from htsr import console
-from htsr.errors import UsageError
+from htsr.errors import NotFound, OutOfMemory, UsageError
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name
 from owlore.methods import METHODS
 from owlore.options import bytes_of
@@ -78,11 +78,24 @@ def train(file: str | None, **options: Any) -> None:
 def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]) -> TrainConfig:
     """The configuration of a command line; UsageError when something that it needs is nowhere said."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    config = TrainConfig.build(given, find_config(file) if file else None)
+    resumed = _resumed(given) if file is None and "model" not in given else None
+    config = TrainConfig.build(given, find_config(file) if file else resumed)
     for name in needs:
         if getattr(config, name) is None:
             raise UsageError(f"{flag_name(name)} is missing; expected it on the command line or in --config")
     return config
+
+
+def _resumed(given: dict[str, Any]) -> Path | None:
+    """The configuration of the run that --resume names, whose settings it goes on with where none are given."""
+    named = given.get("resume")
+    directory = Path(named) if isinstance(named, str) else Path(given["out"]) if named and "out" in given else None
+    if directory is None:
+        return None
+    if not directory.is_dir():
+        raise NotFound(f"--resume {directory}: no such run directory")
+    run = directory.parent.parent if directory.parent.name == "checkpoints" else directory
+    return found if (found := run / "config.yaml").is_file() else None
 
 
 @cli.command()
@@ -119,6 +132,8 @@ def plan(
     found = fit_from_config(config, limit, say, rates)
     made = found.plan.to_dict() | {"fit": found.to_dict()}
     click.echo(jsonlib.dumps(made) if config.json else f"{render_fit(made['fit'])}\n\n{render_plan(made)}")
+    if not made["fit"]["fits"]:
+        raise OutOfMemory(f"--fit {fit}: nothing fits, the least is {size_text(made['bytes']['total'])}")
 
 
 def render_fit(fit: dict[str, Any]) -> str:

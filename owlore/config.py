@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import BadInput, NotFound, UsageError
+from htsr.errors import NotFound, UsageError
 from owlore.methods import METHODS
 from owlore.options import (
     Parser,
@@ -233,7 +233,7 @@ def known_name(name: Any) -> str:
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file by field name; at most 1 MB, safe types only.
 
-    Raises: NotFound, BadInput (not YAML, not a mapping, too large), UsageError (unknown key).
+    Raises: NotFound, UsageError (not YAML, not a mapping, too large, unknown key).
     """
     import yaml
 
@@ -241,13 +241,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotFound(f"--config {path}: no such file; give a YAML file, as config.yaml of a run")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise BadInput(f"{path}: {path.stat().st_size:,} bytes; expected a configuration of at most 1 MB")
+        raise UsageError(f"{path}: {path.stat().st_size:,} bytes; expected a configuration of at most 1 MB")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
-        raise BadInput(f"{path}: holds {type(content).__name__}; expected keys with values")
+        raise UsageError(f"{path}: holds {type(content).__name__}; expected keys with values")
     return {known_name(name): value for name, value in (content or {}).items()}
 
 
@@ -275,9 +275,10 @@ def refuse_unread(config: TrainConfig, given: Iterable[str], reads: Iterable[str
     own = {name for name, spec in SETTINGS.items() if spec.metadata.get("method")}
     unread = [name for name in SETTINGS if name in own & set(given) and name not in set(reads)]
     if unread:
-        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(reads)) or "none of its own"
+        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(reads)) or "the common ones"
         raise UsageError(
-            f"{flag_name(unread[0])} is not read by the method {config.method} (its options: {known}); leave it out"
+            f"{flag_name(unread[0])} is not read by the method {config.method} (its options: {known}, and with --set "
+            f"those of `owlore methods {config.method}`); leave it out"
         )
 
 

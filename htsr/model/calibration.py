@@ -238,16 +238,22 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
     folder, extra = _folder(source.path)
     try:
         with quiet_libraries(prints=True):
-            model: nn.Module = AutoModel.from_pretrained(
+            read: Any = AutoModel.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
                 experts_implementation="eager",
+                output_loading_info=True,
                 **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
         raise BadInput(f"{source.id}: transformers cannot load it ({_brief(error)})") from error
+    model: nn.Module = read[0]
+    inside = {id(parameter) for block in find_blocks(model).modules for parameter in block.parameters()}
+    parameters = dict(model.named_parameters())
+    if missing := sorted(n for n in read[1]["missing_keys"] if id(parameters.get(n)) in inside):
+        raise BadInput(f"{source.id}: holds no {missing[0]}, which its configuration asks for")  # random otherwise
     return model.to(device)
 
 

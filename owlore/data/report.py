@@ -12,6 +12,7 @@ from htsr.errors import BadInput
 from owlore.data.tokenise import Encoded
 
 SAMPLE_CHARACTERS = 1200
+WARNED_FROM = 0.05  # share of rows that train nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,12 @@ class DataReport:
 
     def shown(self) -> list[str]:
         """The report as lines for a terminal, the sample set in below the counts."""
-        head = ["a row; what is trained stands between « and »:"]
+        useless = self.empty / self.rows
+        warned = [
+            f"note: {self.empty:,} of {self.rows:,} rows ({useless:.0%}) train nothing: their answer is empty or "
+            "beyond --seq-len"
+        ]
+        head = [*(warned if useless >= WARNED_FROM else []), "a row; what is trained stands between « and »:"]
         return [f"data: {self}", *head, *(f"  | {line}" for line in self.sample.split("\n"))]
 
     def __str__(self) -> str:

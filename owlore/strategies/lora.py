@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from htsr.errors import UsageError
 from owlore.attach import Attached, attach, smallest_side
 from owlore.options import Own, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
@@ -29,6 +30,7 @@ PROTOCOL: dict[str, Any] = {
     "schedule": "linear",
     "set": {"r": 32, "alpha": 64, "target_modules": TARGETS},
 }
+USUAL = (16, 32)  # ranks that nobody asked for (the default, the presets'): smaller where the model is
 
 
 class LoRA(AdapterStrategy):
@@ -60,7 +62,10 @@ class LoRA(AdapterStrategy):
         from peft import LoraConfig
 
         own = start.own
-        rank = min(own["r"], smallest_side(model, own["target_modules"]))
+        side = smallest_side(model, own["target_modules"])
+        if own["r"] > max(side, *USUAL):
+            raise UsageError(f"--set r got {own['r']}, expected at most {side}, the smallest side of a target")
+        rank = min(own["r"], side)
         only_shapes = start.batches is None and own["init"] == "pissa"  # there is nothing to decompose
         init: Any = "default" if only_shapes else own["init"]
         return LoraConfig(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class _CallablePackage(ModuleType):
     def __call__(self, model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **settings: Any) -> Run:
-        """Fine-tune a causal language model: see `owlore.train.run.train`."""
+        """Fine-tune a causal language model: see `owlore.train.run.train`; settings are those of `owlore train`."""
         from owlore.train.run import train
 
         return train(model, data, tokenizer=tokenizer, table=table, **settings)

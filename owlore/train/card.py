@@ -42,6 +42,9 @@ def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str
     config, data = run["config"], run["data"]
     before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
     losses = "not measured" if before is None else f"{before:.4f} before, {after:.4f} after"
+    if (frozen := run.get("eval_loss_last_frozen")) is not None:
+        form = run["residency"]["frozen"]
+        losses = f"{before:.4f} before, {frozen:.4f} after, with frozen blocks in {form}; {after:.4f} as exported"
     if run.get("exported_step", run["steps"]) != run["steps"]:
         losses += (
             f"; `model/` is the best evaluation, {run['eval_best']['loss']:.4f} at step {run['eval_best']['step']}"

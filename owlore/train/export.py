@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from htsr.console import quiet_libraries
-from owlore.attach import Attached
+from owlore.attach import CONFIG_FILE, Attached
 from owlore.kernels.rounding import stochastic_round
 from owlore.kernels.seeds import generator_for
 from owlore.train.loading import Loaded
@@ -52,6 +53,7 @@ def export(
         model.save_pretrained(directory, state_dict=tensors)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
+    _readable(directory, "config.json")
 
 
 def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
@@ -60,10 +62,18 @@ def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
     if loaded.tokenizer is not None:
         with quiet_libraries():
             loaded.tokenizer.save_pretrained(directory)
+    _readable(directory, CONFIG_FILE)
+
+
+def _readable(directory: Path, like: str) -> None:
+    """Weights are readable by whom the other files are: safetensors writes them for their owner alone."""
+    mode = stat.S_IMODE((directory / like).stat().st_mode)
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
-    """The tensor in the checkpoint's dtype; a trained one of fp32 is rounded stochastically to 16 bits where there is a seed."""
+    """The tensor in the checkpoint's dtype; with a seed a trained one of fp32 is rounded stochastically to 16 bits."""
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor

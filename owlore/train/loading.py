@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,9 +135,17 @@ def _read(
         with quiet_libraries(), silence_stderr() if gguf else nullcontext():
             model, origins = _without_blocks(ref, source, place, DTYPES.get(dtype), attn, leave)
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, **attention(attn), **gguf)
+                read: Any = AutoModelForCausalLM.from_pretrained(
+                    place, dtype=wanted, output_loading_info=True, **attention(attn), **gguf
+                )
+                model, found_out = read
+                _check_complete(ref, found_out["missing_keys"])
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
+    except BadInput:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if attn != "sdpa" and "attention" in str(error).lower():
+            raise UsageError(f"--attn {attn}: {_first_line(error)}") from error
         raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
     if gguf:
         model = without_quantisation(model)
@@ -145,6 +153,15 @@ def _read(
     default = model.dtype if gguf else DTYPES.get(str(source.config and source.config.get("dtype")), model.dtype)
     found = _loaded(model.to(device), tokenizer, source, {} if gguf else known, default, _reference(ref))
     return replace(found, origins=origins)
+
+
+def _check_complete(ref: str | Path, missing: Iterable[str]) -> None:
+    """Raises: BadInput for a model that the weights do not fill; transformers draws what is missing at random."""
+    if names := sorted(missing):
+        raise BadInput(
+            f"{ref} holds no {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else "") + " of what a "
+            "causal language model of its configuration has: expected a complete one (not an encoder, nor a part)"
+        )
 
 
 def _without_blocks(

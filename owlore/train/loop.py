@@ -60,6 +60,7 @@ class Tally:
     lost_norm: list[float] = field(default_factory=list)  # a switch: norm that rounding masters back lost
     step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
+    idle_tokens: int = 0  # of steps without a trained token, which have no part in the speed
     # Step and loss of the best evaluation after step 0. The last one of a run comes after its last checkpoint, so a run
     # that is made longer does not count the one with which the shorter run ended.
     best: dict[str, Any] | None = None
@@ -121,7 +122,9 @@ class Trainer:
                     self.save()
                 if asked and not last:
                     name = interruption.asked.name if interruption.asked else "a signal to another rank"
-                    raise Interrupted(f"{name} at step {self.step}: checkpoint written, go on with --resume")
+                    raise Interrupted(
+                        f"{name} at step {self.step}: checkpoint written, go on with --resume {self.checkpoints.parent}"
+                    )
         self.finish()
         on_row(self.evaluate())
         if self.pace.keep_best:
@@ -240,7 +243,10 @@ class Trainer:
         return loss
 
     def _record(self, seconds: float, tokens: int, **values: Any) -> dict[str, Any]:
-        self.tally.step_seconds.append(seconds)
+        if values["loss"] is not None:  # a step without a trained token takes no time to speak of
+            self.tally.step_seconds.append(seconds)
+        else:
+            self.tally.idle_tokens += tokens
         self.tally.tokens += tokens
         self.tally.trainable_steps += sum(slot.parameter.numel() for slot in self.optimizer.slots.values())
         return self.metrics.write(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from owlore.train.model_shape import Shape
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Run:
     """A finished run.
 
@@ -43,6 +43,12 @@ class Run:
     record: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
     leads: bool = True
+
+    def __repr__(self) -> str:
+        record = self.record
+        before, after = record["eval_loss_first"], record["eval_loss_last"]
+        held_out = "" if before is None else f", held-out loss {before:.4f} -> {after:.4f}"
+        return f"Run({str(self.directory)!r}: {record['config']['method']}, {record['steps']} steps{held_out})"
 
     @cached_property
     def model(self) -> Any:
@@ -115,8 +121,8 @@ def run_record(
         "steps": trainer.step,
         "tokens": tally.tokens,
         "seconds": seconds,
-        "median_step_seconds": statistics.median(tally.step_seconds),
-        "tokens_per_s": tally.tokens / sum(tally.step_seconds),
+        "median_step_seconds": statistics.median(tally.step_seconds or [0.0]),
+        "tokens_per_s": (tally.tokens - tally.idle_tokens) / (sum(tally.step_seconds) or 1.0),
         "peak_state_bytes": held,
         "parked_bytes": trainer.optimizer.parked_bytes(),
         "lost_norm": tally.lost_norm,

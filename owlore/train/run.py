@@ -77,6 +77,8 @@ def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **
     named |= {"data": data if isinstance(data, str | Path) else "(data in memory)"}
     if isinstance(table, str | Path):
         named["table"] = str(table)
+    elif table is not None:
+        named["table"] = "(table in memory)"
     config = TrainConfig.build(named)
     return train_from_config(config, model=model, data=data, tokenizer=tokenizer, table=table)
 

@@ -91,7 +91,7 @@ def test_a_failed_matrix_is_a_row_and_a_notice_and_no_failure(htsr: Any, text: P
     makers.save_tiny(tmp_path / "broken", broken)
     done = htsr("scan", tmp_path / "broken", "--calibration", text, "--seq-len", 32, "--no-plots")
     assert done.code == 0
-    assert "1 matrices failed" in done.err
+    assert "1 matrix failed" in done.err
     assert "up_proj" in done.err
     frame = pd.read_csv(tmp_path / "reports/scans/broken/scan.csv")
     failed = frame[frame["status"] == "failed"]

@@ -232,3 +232,29 @@ def test_the_result_names_what_changed_and_where_it_lies(tmp_path: Path) -> None
     assert "not measured" in render_run(tmp_path, {**record, "eval_loss_first": None})
     best = {"steps": 9, "exported_step": 4, "eval_best": {"step": 4, "loss": 1.25}}
     assert "the best evaluation: 1.2500 at step 4" in render_run(tmp_path, {**record, **best})
+
+
+def test_a_run_goes_on_by_its_directory_alone(tmp_path: Path) -> None:
+    model = makers.save_tiny(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": a, "completion": a * 3}) + "\n" for a in "abcdef"))
+    run = tmp_path / "run"
+    first = owlore("train", model, "--data", rows, "--table", "uniform", "--steps", "2", "--lr", "0.001", "--out", run)
+    assert first.returncode == 0, first.stderr
+    for number, again in enumerate((["--resume", run], ["--resume", "--out", run])):
+        longer = owlore("train", *again, "--steps", str(4 + number), "--json")
+        assert longer.returncode == 0, longer.stderr
+        assert json.loads(longer.stdout)["steps"] == 4 + number
+        assert json.loads(longer.stdout)["config"]["lr"] == 0.001
+    gone = owlore("train", "--resume", tmp_path / "gone")
+    assert (gone.returncode, gone.stderr.count("\n")) == (5, 1) and "no such run directory" in gone.stderr
+    (run / "run.json").unlink()
+    unfinished = owlore("compare", run)
+    assert unfinished.returncode == 4 and f"owlore train --resume {run}" in unfinished.stderr
+
+
+def test_a_plan_that_nothing_fits_is_out_of_memory(tmp_path: Path) -> None:
+    model = makers.save_tiny(tmp_path / "model")
+    done = owlore("plan", model, "--batch", "64", "--fit", "1MB", "--json")
+    assert done.returncode == 3 and "nothing fits" in done.stderr
+    assert json.loads(done.stdout)["fit"]["fits"] is False

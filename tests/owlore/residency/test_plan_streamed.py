@@ -11,6 +11,7 @@ from streaming import Streamed, batches, deep_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from owlore.blocks import find_units
 from owlore.config import TrainConfig
 from owlore.optim import Weights
 from owlore.residency.ports import CpuPort
@@ -50,7 +51,7 @@ def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_
     homes = HOMES[case]
     streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), homes)
     residency = streamed.residency
-    planned = StreamedModel(streamed.units, homes).device_bytes(drawn)
+    planned = StreamedModel(find_units(deep_llama(13, dtype=torch.bfloat16)), homes).device_bytes(drawn)
     seen = []
 
     def count(*_):
@@ -182,7 +183,6 @@ def seven_b(**settings):
     """Traffic of a Llama-2-7B shape from the configuration alone, without measuring a block."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from owlore.blocks import find_units
     from owlore.train.streaming_plan import traffic
 
     with torch.device("meta"):
