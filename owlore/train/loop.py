@@ -75,7 +75,7 @@ class Trainer:
     optimizer: RotatingOptimizer
     loss: CausalLoss
     recompute: Recompute
-    put_on: ExitStack  # what lies on the model and listens to it; closing it takes that off
+    put_on: ExitStack  # what lies on the blocks; closing it takes that off
     pace: Pace
     data: Encoded
     arrangement: Arrangement

@@ -224,7 +224,6 @@ def assemble(
     arrangement = arrange(config, prepared, ranks.size)
     with ExitStack() as undo:
         put_on = undo.enter_context(ExitStack())
-        put_on.callback(optimizer.remove)
         # Before the blocks are walked one by one: what is walked is then the compiled block.
         compiled = Compiled(units.modules, enabled=config.compile, device=device, always=streams(config))
         put_on.callback(compiled.remove)
@@ -237,6 +236,7 @@ def assemble(
                 )
             streaming = open_streaming(config, units, loaded, device=device, directory=place.directory, say=say)
             undo.callback(_reunite, streaming, loaded)
+        undo.callback(optimizer.remove)  # it lies on top of what reads a quantised block
         loss = CausalLoss(loaded.model)
         if streaming is not None:
             streaming.connect(loss, optimizer, compiled=config.compile)
@@ -314,6 +314,7 @@ def _train(
         ):
             trainer.run(_reporter(bar, say, trainer.pace.steps, trackers))
     except BaseException as error:
+        trainer.optimizer.remove()
         _reunite(trainer.streaming, loaded)
         trainer.put_on.close()
         freeze(loaded.model.eval())  # as after a run

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from htsr.errors import BadInput, NotFound, UsageError
+from htsr.errors import NotFound, UsageError
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name, load_yaml, refuse_unread
 from owlore.methods import METHODS
 
@@ -129,15 +129,15 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(NotFound):
         load_yaml(path)
-    for content, error in [
-        ("- a\n- b\n", BadInput),
-        ("a: [", BadInput),
-        ("!!python/object/apply:os.getcwd []", BadInput),
-        ("# " + "x" * 1_000_001, BadInput),
-        ("mehtod: owlore\n", UsageError),
-    ]:
+    for content in (
+        "- a\n- b\n",
+        "a: [",
+        "!!python/object/apply:os.getcwd []",
+        "# " + "x" * 1_000_001,
+        "mehtod: owlore\n",
+    ):
         path.write_text(content)
-        with pytest.raises(error):
+        with pytest.raises(UsageError):
             load_yaml(path)
     path.write_text("")
     assert load_yaml(path) == {}
@@ -146,7 +146,7 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
 def test_an_option_that_the_method_does_not_read_is_refused() -> None:
     config = TrainConfig.build({"method": "lisa", "rank": 128, "lr": 1e-3})
     assert config.given == {"method", "rank", "lr"}  # 128 is the default, and was asked for all the same
-    with pytest.raises(UsageError, match=r"--rank is not read by the method lisa \(its options: --active, --every\)"):
+    with pytest.raises(UsageError, match=r"--rank is not read by the method lisa \(its options: --active, --every,"):
         refuse_unread(config, config.given, {"every", "active"})
     refuse_unread(config, config.given, {"rank"})
     refuse_unread(config, {"lr", "batch", "method"}, ())  # common settings are read by every method
