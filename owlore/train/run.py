@@ -25,6 +25,7 @@ from owlore.data.arrange import Arrangement, Grouped
 from owlore.data.files import locate_data
 from owlore.data.packing import Packed
 from owlore.data.prepare import Prepared, prepare
+from owlore.data.tokenise import Encoded
 from owlore.kernels.cross_entropy import IGNORED
 from owlore.optim import RotatingOptimizer
 from owlore.strategies import Start, Strategy
@@ -123,7 +124,7 @@ def train_from_config(
         )
         for line in prepared.report.shown():
             say(line)
-    _check_vocabulary(loaded, prepared)
+    prepared = _within_vocabulary(prepared, loaded.model.get_input_embeddings().weight.shape[0])
     attached = attach(config, strategy_class, loaded, prepared, place, device)
     units = find_units(loaded.model)
     with ranks.lead_first():
@@ -408,19 +409,23 @@ def _pace(config: TrainConfig, strategy: type[Strategy], arrangement: Arrangemen
     )
 
 
-def _check_vocabulary(loaded: Loaded, prepared: Prepared) -> None:
-    """Has the model a row for every token of the data?
+def _within_vocabulary(prepared: Prepared, rows: int) -> Prepared:
+    """The data for a model with that many embeddings. Padding is read by nobody: one beyond them becomes the last.
 
-    Raises: BadInput when it has not; a GPU would say no more than that an assertion failed.
+    Raises: BadInput when a token is beyond them; a GPU would say no more than that an assertion failed.
     """
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    sets = [encoded for encoded in (prepared.train, prepared.heldout) if encoded is not None]
-    top = max(max(int(encoded.ids.max(initial=0)), encoded.pad_id) for encoded in sets)
-    if top >= rows:
-        raise BadInput(
-            f"the tokenizer gives token {top}, the model has {rows} embeddings: expected the model's own tokenizer, or "
-            "a model whose embeddings were resized to it"
-        )
+
+    def checked(encoded: Encoded) -> Encoded:
+        top = int(encoded.ids.max(initial=0))
+        if top >= rows:
+            raise BadInput(
+                f"the tokenizer gives token {top}, the model has {rows} embeddings: expected the model's own "
+                "tokenizer, or a model whose embeddings were resized to it"
+            )
+        return replace(encoded, pad_id=min(encoded.pad_id, rows - 1))
+
+    heldout = None if prepared.heldout is None else checked(prepared.heldout)
+    return replace(prepared, train=checked(prepared.train), heldout=heldout)
 
 
 def _load_dtype(config: TrainConfig) -> str:

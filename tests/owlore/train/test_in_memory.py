@@ -153,6 +153,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_pat
         train(tiny_llama(vocab=20), tmp_path / "run")
 
 
+def test_a_padding_token_beyond_the_models_rows_is_never_read(tmp_path):
+    """Llama tokenizers that were given a <pad> the model has no row for."""
+    padded, plain = byte_tokenizer(), byte_tokenizer()
+    padded.add_special_tokens({"pad_token": "<padding>"})
+    runs = [
+        train(tiny_llama(vocab=padded.pad_token_id), tmp_path / str(number), tokenizer=tokenizer)
+        for number, tokenizer in enumerate((padded, plain))
+    ]
+    assert losses(runs[0]) == losses(runs[1])
+
+
 def test_a_model_that_keeps_fp32_between_16_bit_blocks_is_trained(tmp_path):
     from transformers import MambaConfig, MambaForCausalLM
 
