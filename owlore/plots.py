@@ -10,6 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a3f", "#b8bec4"
 
@@ -19,12 +20,15 @@ def plot_loss(history: pd.DataFrame, ax: Axes) -> Axes:
     train = history[history["split"] == "train"].dropna(subset=["loss"])
     held_out = history[history["split"] == "eval"]
     window = max(1, len(train) // 20)
-    ax.plot(train["step"], train["loss"], color=GREY, linewidth=0.8, label="train, a step")
+    steps = "train, a step"
+    if window > 1:
+        ax.plot(train["step"], train["loss"], color=GREY, linewidth=0.8, label=steps)
     smooth = train["loss"].rolling(window, min_periods=1).mean()
-    ax.plot(train["step"], smooth, color=BLUE, linewidth=1.8, label=f"train, mean of {window}")
+    ax.plot(train["step"], smooth, color=BLUE, linewidth=1.8, label=f"train, mean of {window}" if window > 1 else steps)
     if len(held_out):
         ax.plot(held_out["step"], held_out["loss"], "o-", color=ORANGE, markersize=5, label="held out")
     ax.set(xlabel="optimizer step", ylabel="loss (nats a trained token)")
+    _count(ax.xaxis)
     return _tidy(ax, "Loss")
 
 
@@ -38,6 +42,7 @@ def plot_draws(history: pd.DataFrame, num_blocks: int, ax: Axes) -> Axes:
     ax.imshow(raster, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest",
               extent=(first - 0.5, last + 0.5, -0.5, num_blocks - 0.5))  # fmt: skip
     ax.set(xlabel="optimizer step", ylabel="block (0 is nearest the input)")
+    _count(ax.xaxis, ax.yaxis)
     ax.set_title("Which blocks were trained when", loc="left", fontweight="bold", fontsize=11)
     return ax
 
@@ -51,7 +56,16 @@ def plot_draw_counts(draws: Sequence[int], inclusion: Sequence[float] | None, ax
         ax.plot(blocks, np.asarray(inclusion) * periods, "_", color=ORANGE, markersize=12, markeredgewidth=2.5,
                 label="expected")  # fmt: skip
     ax.set(xlabel="block (0 is nearest the input)", ylabel="periods")
+    _count(ax.xaxis, ax.yaxis)
     return _tidy(ax, "How often each block was drawn")
+
+
+def _count(*axes: Axis) -> None:
+    """Ticks at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _tidy(ax: Axes, title: str) -> Axes:

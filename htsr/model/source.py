@@ -231,7 +231,8 @@ def _open_path(model: str | Path, path: Path, allow_pickle: bool) -> Source:
         return _open_gguf(ggufs[0], id_)
     if ggufs:
         raise BadInput(f"{id_}: got a directory of {len(ggufs)} .gguf files, expected one model; name the file")
-    raise BadInput(f"{id_}: got a directory without weights, expected *.safetensors (or .gguf) files in it")
+    below = f"; {id_}/model has some" if list((path / "model").glob("*.safetensors")) else ""
+    raise BadInput(f"{id_}: got a directory without weights, expected *.safetensors (or .gguf) files in it{below}")
 
 
 def _open_adapter(path: Path, id_: str, revision: str | None, allow_pickle: bool) -> Source:

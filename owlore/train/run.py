@@ -68,6 +68,8 @@ def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **
     of dicts, DataFrame or Dataset. table: `auto`, `uniform`, a file or a `htsr.LayerTable`. settings: any other option
     of the command line by its Python name (`steps=60`, `method="owlore"`, `lr=3e-4` ...).
 
+    Nothing is said aloud (`quiet=False` shows the data, the steps and what is noteworthy as the command does).
+
     A module is trained as it lies; afterwards, and after an error, it is in evaluation mode and none of its parameters
     requires a gradient. An adapter stays in it (`run.model` is PEFT's model around it).
 

@@ -306,3 +306,11 @@ def test_wrong_adapters_and_bases_have_the_contracts_exit_codes(
         done = htsr("scan", *arguments, "--out", tmp_path / "out", "--quiet")
         assert (done.code, done.err.count("\n")) == (code, 1), done.err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_directory_says_where_its_model_lies(htsr: Any, model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(model, tmp_path / "run/model")
+    done = htsr("scan", tmp_path / "run")
+    assert done.code == 4 and "run/model has some" in done.err

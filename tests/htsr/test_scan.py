@@ -341,3 +341,25 @@ def test_memory_of_the_alpha_pass_does_not_grow_with_the_model(tmp_path: Path) -
     assert analysed == 16
     assert peak - before < 3 * largest + 40e6 < size
     assert peak < 3 * largest + 700 * 2**20
+
+
+def test_blocks_whose_lod_a_broken_weight_took_away_are_named(tmp_path: Path) -> None:
+    model = makers.tiny_llama(blocks=4)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    makers.save_tiny(tmp_path / "model", model)
+    result = scan_function(str(tmp_path / "model"), plots=False, quiet=True)
+    assert result.blocks["lod"].isna().tolist() == [False, False, True, True]
+    assert "block 2 is not finite" in result.provenance["lod_reason"]
+
+
+def test_a_checkpoint_that_lacks_a_blocks_tensor_has_no_lod(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = makers.save_tiny(tmp_path / "model", blocks=3) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    result = scan_function(str(tmp_path / "model"), plots=False, quiet=True)
+    assert result.blocks["lod"].isna().all()
+    assert "holds no layers.1.mlp.up_proj.weight" in result.provenance["lod_reason"]

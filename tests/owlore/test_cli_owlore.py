@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,8 +250,10 @@ def test_a_run_goes_on_by_its_directory_alone(tmp_path: Path) -> None:
     gone = owlore("train", "--resume", tmp_path / "gone")
     assert (gone.returncode, gone.stderr.count("\n")) == (5, 1) and "no such run directory" in gone.stderr
     (run / "run.json").unlink()
-    unfinished = owlore("compare", run)
-    assert unfinished.returncode == 4 and f"owlore train --resume {run}" in unfinished.stderr
+    shutil.rmtree(run / "model")
+    for command in (["compare", run], ["generate", run, "--prompt", "a"]):
+        unfinished = owlore(*command)
+        assert unfinished.returncode == 4 and f"owlore train --resume {run}" in unfinished.stderr
 
 
 def test_a_plan_that_nothing_fits_is_out_of_memory(tmp_path: Path) -> None:
