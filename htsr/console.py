@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import io
 import os
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_MEMORY, EXIT_NOT_FOUND, EXIT_INTERRUPTED = 1, 2, 3, 5, 130
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 LIBRARY_ENVIRONMENT = {  # read when a library is first imported
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -72,8 +70,8 @@ def describe(error: Exception) -> tuple[int, str]:
         return EXIT_MEMORY, f"out of memory: {error or 'the host had no more'}"
     if isinstance(error, FileNotFoundError):
         return EXIT_NOT_FOUND, f"{error.filename or error}: not found"
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return EXIT_FAILURE, f"{error.filename or 'a file'}: {error.strerror}; name another place or make room"
+    if isinstance(error, OSError) and error.filename:
+        return EXIT_FAILURE, f"{error.filename}: {error.strerror}"
     detail = str(error) or "no message"
     return EXIT_FAILURE, f"{type(error).__name__}: {detail} (the traceback is shown with -v)"
 

@@ -47,9 +47,9 @@ def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Pat
 
 
 def check_target(directory: Path) -> None:
-    """Raise UsageError when a scan could not be written there; asked before hours of work and not after."""
+    """Raise UsageError when nothing could be written there; asked before hours of work and not after."""
     if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: got a file, expected a directory to write the scan to")
+        raise UsageError(f"{directory}: got a file, expected a directory to write to")
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise UsageError(f"{directory}: {existing} is a file, expected a directory; give another --out")

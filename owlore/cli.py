@@ -206,11 +206,13 @@ def size_text(size: float) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
     """Hold finished runs against each other: held-out loss, time, memory."""
-    from owlore.compare import compare_runs, data_differ, plot_held_out
+    from owlore.compare import begun_quantised, compare_runs, data_differ, plot_held_out
 
     table = compare_runs(runs)
     if data_differ(runs):
         console.notice("note: the runs saw different data; their losses cannot be held against each other")
+    if mixed := begun_quantised(runs):
+        console.notice(f"note: before is with quantised frozen blocks, after as exported: {', '.join(mixed)}")
     if out is not None:
         _save_comparison(runs, Path(out), plot_held_out)
     click.echo(jsonlib.dumps({"runs": table}) if as_json else render_comparison(table))
@@ -243,11 +245,10 @@ def render_comparison(table: list[dict[str, Any]]) -> str:
 
 def render_run(directory: Path, record: dict[str, Any]) -> str:
     """The end of a run in a few lines."""
-    before, after = record.get("eval_loss_first"), record.get("eval_loss_last")
-    change = "not measured (give --eval-data)" if before is None else f"{before:.4f} -> {after:.4f} nats a token"
-    if (quantised := record.get("eval_loss_last_frozen")) is not None:  # the first one is of quantised blocks too
-        form = record["residency"]["frozen"]
-        change = f"{before:.4f} -> {quantised:.4f} nats a token, frozen blocks in {form}; {after:.4f} as exported"
+    from owlore.train.card import held_out_change
+
+    measured = held_out_change(record)
+    change = "not measured (give --eval-data)" if measured is None else f"{measured} (nats a token)"
     lines = {
         "held-out loss": change,
         "peak memory": size_text(record["peak_bytes"]),

@@ -18,6 +18,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def refuse_unfinished(path: Path) -> None:
+    """Raises: BadInput for the directory of a run that was begun and has not finished."""
+    if (path / "config.yaml").is_file() and not (path / "run.json").is_file():
+        raise BadInput(f"{path} is a run that has not finished: go on with `owlore train --resume {path}`")
+
+
 def read_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """run.json and the rows of metrics.jsonl of a finished run.
 
@@ -26,8 +32,7 @@ def read_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]
     path = Path(directory)
     if not path.exists():
         raise NotFound(f"{path}: no such run directory")
-    if (path / "config.yaml").is_file() and not (path / "run.json").is_file():
-        raise BadInput(f"{path} is a run that has not finished: go on with `owlore train --resume {path}`")
+    refuse_unfinished(path)
     try:
         record = json.loads((path / "run.json").read_text())
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -57,6 +62,11 @@ def data_differ(directories: Sequence[str | Path]) -> bool:
     records = [read_run(directory)[0] for directory in directories]
     seen = {json.dumps([r["data"]["sha256"], (r["eval_data"] or {}).get("sha256")]) for r in records}
     return len(seen) > 1
+
+
+def begun_quantised(directories: Sequence[str | Path]) -> list[str]:
+    """Names of the runs whose first loss is of quantised frozen blocks and whose last is of the exported weights."""
+    return [Path(d).name for d in directories if read_run(d)[0].get("eval_loss_last_frozen") is not None]
 
 
 def plot_held_out(directories: Sequence[str | Path], ax: Axes, *, against: str = "step") -> Axes:

@@ -124,10 +124,13 @@ class LayerSampled(torch.optim.Optimizer):
 
     def _switch(self) -> None:
         self._close()
-        self.period = self.steps // self.every if self.every else 0
+        self.period = self._period_of_steps()
         self.strategy.adapt(self.period)
         self.active = self.strategy.blocks_at(self.period)
         self.inner.switch(self.strategy.rules_at(self.period), self.steps)
+
+    def _period_of_steps(self) -> int:
+        return self.steps // self.every if self.every else 0
 
     def _close(self) -> None:
         """What the present period saw is recorded; nothing where nobody is trained."""
@@ -163,9 +166,9 @@ class LayerSampled(torch.optim.Optimizer):
             group.update(saved)
         self.steps, self.active = state_dict["steps"], tuple(state_dict["active"])
         self.strategy.record = Record.from_dict(state_dict["record"])
-        self.period = self.steps // self.every if self.every else 0
+        self.period = self._period_of_steps()
         if state_dict["counters"]["active"]:
-            rules = self.strategy.rules_at(self.steps // self.every if self.every else 0)
+            rules = self.strategy.rules_at(self.period)
             self.inner.load_state(state_dict["tensors"], state_dict["counters"], rules)
 
 

@@ -110,6 +110,7 @@ class RotatingOptimizer:
         layer = self._linear_maps.get(id(parameter)) if slot.takes_products else None
         ends = [parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None)).remove]
         if layer is not None:
+            # Looked up when it is called, as `receive` is: who measures may put himself in between.
             ends.append(tap(layer, lambda left, other: slot.receive_product(left, other)))
         self._ends[name] = ends
 

@@ -30,7 +30,7 @@ PROTOCOL: dict[str, Any] = {
     "schedule": "linear",
     "set": {"r": 32, "alpha": 64, "target_modules": TARGETS},
 }
-USUAL = (16, 32)  # ranks that nobody asked for (the default, the presets'): smaller where the model is
+USUAL = (OPTIONS["r"].default, PROTOCOL["set"]["r"])  # ranks that nobody asked for: smaller where the model is
 
 
 class LoRA(AdapterStrategy):

@@ -37,14 +37,22 @@ ADAPTER = """`model/` holds an adapter; `import owlore.adapters`, load the base 
 `PeftModel.from_pretrained(base, "model")`. `owlore merge` makes a plain model of both."""
 
 
+def held_out_change(run: dict[str, Any]) -> str | None:
+    """Held-out loss before and after, of the same weights: quantised blocks are told from what was exported. None
+    where it was not measured."""
+    before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
+    if before is None:
+        return None
+    if (quantised := run.get("eval_loss_last_frozen")) is None:
+        return f"{before:.4f} -> {after:.4f}"
+    form = run["residency"]["frozen"]
+    return f"{before:.4f} -> {quantised:.4f} with frozen blocks in {form}, {after:.4f} as exported"
+
+
 def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str:
     """The card as Markdown, from the contents of run.json."""
     config, data = run["config"], run["data"]
-    before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
-    losses = "not measured" if before is None else f"{before:.4f} before, {after:.4f} after"
-    if (frozen := run.get("eval_loss_last_frozen")) is not None:
-        form = run["residency"]["frozen"]
-        losses = f"{before:.4f} before, {frozen:.4f} after, with frozen blocks in {form}; {after:.4f} as exported"
+    losses = held_out_change(run) or "not measured"
     if run.get("exported_step", run["steps"]) != run["steps"]:
         losses += (
             f"; `model/` is the best evaluation, {run['eval_best']['loss']:.4f} at step {run['eval_best']['step']}"

@@ -12,6 +12,7 @@ import torch
 
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput
+from owlore.compare import refuse_unfinished
 from owlore.train.loading import Loaded, load
 
 
@@ -30,8 +31,8 @@ def load_finished(ref: str | Path, *, device: torch.device, dtype: str = "auto",
     Raises: NotFound, BadInput as `owlore.train.loading.load`; BadInput for an adapter that PEFT cannot put on its base.
     """
     place = place_of(ref)
-    if place == str(ref) and (Path(ref) / "checkpoints").is_dir():
-        raise BadInput(f"{ref} is a run that has not finished: go on with `owlore train --resume {ref}`")
+    if place == str(ref):
+        refuse_unfinished(Path(ref))
     if not (Path(place) / "adapter_config.json").is_file():
         loaded = load(place, dtype=dtype, attn=attn, device=device)
         return Finished(model=loaded.model.eval(), tokenizer=loaded.tokenizer, sha256=loaded.weights_sha256)

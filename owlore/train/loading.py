@@ -130,23 +130,23 @@ def _read(
     wanted: Any = "auto" if dtype == "auto" else DTYPES[dtype]
     if gguf and dtype == "auto":
         wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
+    missing: Iterable[str] = ()
     try:
         # transformers draws a bar of its own while it dequantises, terminal or not.
         with quiet_libraries(), silence_stderr() if gguf else nullcontext():
             model, origins = _without_blocks(ref, source, place, DTYPES.get(dtype), attn, leave)
             if model is None:
-                read: Any = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     place, dtype=wanted, output_loading_info=True, **attention(attn), **gguf
                 )
-                model, found_out = read
-                _check_complete(ref, found_out["missing_keys"])
+                model, told = loaded
+                missing = told["missing_keys"]
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
-    except BadInput:
-        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if attn != "sdpa" and "attention" in str(error).lower():
             raise UsageError(f"--attn {attn}: {_first_line(error)}") from error
         raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    _check_complete(ref, missing)
     if gguf:
         model = without_quantisation(model)
     known = {t.name: DTYPES[t.dtype] for t in source.tensors if t.dtype in DTYPES}

@@ -16,6 +16,7 @@ from htsr.errors import HtsrError
 from owlore.config import TrainConfig
 from owlore.data.prepare import Prepared
 from owlore.strategies import STRATEGIES
+from owlore.train.card import held_out_change
 from owlore.train.loading import DTYPES, Loaded
 from owlore.train.loop import Trainer
 from owlore.train.metrics import memory_peak
@@ -46,8 +47,7 @@ class Run:
 
     def __repr__(self) -> str:
         record = self.record
-        before, after = record["eval_loss_first"], record["eval_loss_last"]
-        held_out = "" if before is None else f", held-out loss {before:.4f} -> {after:.4f}"
+        held_out = "" if (change := held_out_change(record)) is None else f", held-out loss {change}"
         return f"Run({str(self.directory)!r}: {record['config']['method']}, {record['steps']} steps{held_out})"
 
     @cached_property

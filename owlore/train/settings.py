@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from htsr.errors import NotFound, UsageError
+from htsr.store import check_target
 from owlore.attach import Attached
 from owlore.blocks import Units
 from owlore.config import TrainConfig, refuse_unread
@@ -111,10 +111,8 @@ def find_place(config: TrainConfig, model_slug: str) -> Place:
             f"{directory} holds a run with a complete checkpoint (step {checkpoint.step_of(found[-1])}): "
             "go on with --resume, or name another --out"
         )
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not os.access(existing, os.W_OK):
-        raise UsageError(f"{directory}: {existing} cannot be written to: name another --out")
-    if directory.is_file() or (directory.is_dir() and _foreign(directory)):
+    check_target(directory)
+    if directory.is_dir() and _foreign(directory):
         raise UsageError(f"{directory} exists and is not a run directory: name another --out")
     return Place(directory=directory, saved=None, existed=directory.exists())
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from htsr import console
+
 PROGRAM = """
 import sys, warnings, logging, os
 import click
@@ -139,3 +141,8 @@ def test_a_lazy_command_is_imported_only_when_it_is_asked_for(tmp_path: Path) ->
         for name in ("light", "heavy")
     }
     assert out == {"light": "light\n", "heavy": "imported\n"}
+
+
+def test_what_the_system_refuses_is_said_with_the_files_name_and_without_a_traceback() -> None:
+    error = PermissionError(13, "Permission denied", "models/a.safetensors")
+    assert console.describe(error) == (1, "models/a.safetensors: Permission denied")

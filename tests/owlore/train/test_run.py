@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import htsr
 import owlore
 from htsr.errors import BadInput, NotFound, UsageError
+from owlore.compare import begun_quantised
 from owlore.train.finished import load_finished
 from owlore.train.metrics import spans
 
@@ -105,7 +106,22 @@ def test_losses_of_quantised_and_exact_blocks_are_told_apart_on_the_card(tmp_pat
     run = owlore.train(save_tiny(tmp_path / "model"), ROWS, table="uniform", frozen="nf4", eval_data=0.3, steps=2,
                        out=tmp_path / "run")  # fmt: skip
     record, card = run.record, (run.directory / "README.md").read_text()
-    assert (
-        f"{record['eval_loss_first']:.4f} before, {record['eval_loss_last_frozen']:.4f} after, with frozen blocks in "
-        f"nf4; {record['eval_loss_last']:.4f} as exported"
-    ) in card
+    change = (
+        f"{record['eval_loss_first']:.4f} -> {record['eval_loss_last_frozen']:.4f} with frozen blocks in nf4, "
+        f"{record['eval_loss_last']:.4f} as exported"
+    )
+    assert change in card and change in repr(run)
+    assert begun_quantised([run.directory]) == ["run"]
+
+
+def test_an_attention_that_is_not_installed_is_wrong_usage(tmp_path):
+    with pytest.raises(UsageError, match="--attn flash_attention_2: "):
+        owlore.train(save_tiny(tmp_path / "model"), ROWS, table="uniform", steps=1, attn="flash_attention_2",
+                     out=tmp_path / "run")  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_beside_a_folder_of_checkpoints_is_no_unfinished_run(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    (model / "checkpoints").mkdir()
+    assert load_finished(str(model), device=torch.device("cpu")).tokenizer is not None
