@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from htsr.numerics.powerlaw import fit_power_law as fit_power_law
     from htsr.numerics.spectrum import eigenvalues as eigenvalues
     from htsr.probability import LayerTable as LayerTable
-    from htsr.scan import scan as scan
+    from htsr.result import ScanResult as ScanResult
+    from htsr.result import compare as compare
+    from htsr.scanner import scan as scan
     from htsr.store import load_scan as load_scan
-    from htsr.table import ScanResult as ScanResult
-    from htsr.table import compare as compare
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LayerTable": "htsr.probability",
     "PowerLawFit": "htsr.numerics.powerlaw",
-    "ScanResult": "htsr.table",
-    "compare": "htsr.table",
+    "ScanResult": "htsr.result",
+    "compare": "htsr.result",
     "eigenvalues": "htsr.numerics.spectrum",
     "fit_power_law": "htsr.numerics.powerlaw",
     "load_scan": "htsr.store",
-    "scan": "htsr.scan",
+    "scan": "htsr.scanner",
 }
 __all__ = sorted(["__version__", *_HOMES])
 
@@ -51,7 +51,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_VIEWS = {"probability": ("LayerTable", "table_html"), "table": ("ScanResult", "notebook_html")}  # of htsr.report
+_VIEWS = {"probability": ("LayerTable", "table_html"), "result": ("ScanResult", "notebook_html")}  # of htsr.report
 
 
 def _view(function: str) -> Any:

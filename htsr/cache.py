@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from htsr.matrix_row import cost, empty_row
 from htsr.model.layers import LayerView
 from htsr.model.parts import Part
 from htsr.model.source import Source
-from htsr.rows import cost, empty_row
 
 Work = Callable[[LayerView], tuple[dict[str, Any], "np.ndarray | None"]]
 MIN_FLOPS = 1e7  # below, computing costs no more than reading an entry
@@ -68,7 +68,7 @@ def code_version() -> str:
     """A hash of the code that entries depend on: every numeric kernel, and how rows are made of them."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for file in sorted([*(root / "numerics").glob("*.py"), root / "rows.py", root / "model" / "parts.py"]):
+    for file in sorted([*(root / "numerics").glob("*.py"), root / "matrix_row.py", root / "model" / "parts.py"]):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

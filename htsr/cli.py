@@ -12,7 +12,7 @@ from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
 
 if TYPE_CHECKING:
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -58,9 +58,9 @@ def main() -> None:
 def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
     """Scan MODEL: a directory (an adapter's too), a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
     from htsr.files import read_json
-    from htsr.scan import scan as run_scan
+    from htsr.render import json_text, render_scan, scan_record
+    from htsr.scanner import scan as run_scan
     from htsr.store import check_target
-    from htsr.text import json_text, render_scan, scan_record
 
     directory = Path(out) if out is not None else Path("reports/scans") / directory_name(model, options["base"])
     check_target(directory)
@@ -85,8 +85,8 @@ def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: 
 @quiet_option
 def table(scan_dir: str, output: str | None, quiet: bool, **options: Any) -> None:
     """Make a layer table of the scan in SCAN_DIR."""
+    from htsr.render import json_text, render_table
     from htsr.store import load_scan
-    from htsr.text import json_text, render_table
 
     made = load_scan(scan_dir).table(**options)
     if made.note:
@@ -110,9 +110,9 @@ def compare(
     scan_a: str, scan_b: str, models: tuple[str, str] | None, rank: int, out: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Compare two scans, SCAN_A and SCAN_B, matrix by matrix."""
+    from htsr.render import json_text, records, render_comparison
+    from htsr.result import compare as compare_scans
     from htsr.store import check_target, load_scan, save_comparison
-    from htsr.table import compare as compare_scans
-    from htsr.text import json_text, records, render_comparison
 
     if out is not None:
         check_target(Path(out))
@@ -137,8 +137,8 @@ def compare(
 def show(path: str, as_json: bool, quiet: bool) -> None:
     """Show the scan in a directory, or a layer table."""
     from htsr.probability import LayerTable
+    from htsr.render import json_text, render_scan, render_table, scan_record
     from htsr.store import load_scan
-    from htsr.text import json_text, render_scan, render_table, scan_record
 
     if (Path(path).is_dir() and not (Path(path) / "table.json").is_file()) or (Path(path) / "scan.csv").is_file():
         result = load_scan(path)
@@ -157,7 +157,7 @@ def show(path: str, as_json: bool, quiet: bool) -> None:
 @quiet_option
 def verify(model: str, as_json: bool, **options: Any) -> None:
     """Check the numbers of MODEL against weightwatcher, matrix by matrix; fails when a row differs."""
-    from htsr.text import json_text, records, render_verification
+    from htsr.render import json_text, records, render_verification
     from htsr.verify import verify as verify_model
 
     rows = verify_model(model, **options)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from htsr.plots import BLUE, INK, LIGHT, ORANGE, depth_axis, new_axes, role_key, style
 
 if TYPE_CHECKING:
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 
 def blocks_side_by_side(a: pd.DataFrame, b: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:

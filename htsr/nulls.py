@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from htsr.console import progress
+from htsr.matrix_row import slices
 from htsr.model.layers import LayerView
 from htsr.model.source import Source
 from htsr.null_columns import NULL_COLUMNS, TEXT_COLUMNS, WHOLE_COLUMNS
@@ -26,7 +27,6 @@ from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, effective_rank
 from htsr.numerics.permutation import measure_entries, permutation_p
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
 from htsr.numerics.thresholds import alpha_average, alpha_range, ks_curve
-from htsr.rows import slices
 from htsr.workers import run
 
 MAX_ENTRIES = 1 << 28  # 1 GiB as float32; a larger matrix is neither held nor permuted

@@ -10,15 +10,15 @@ import pandas as pd
 
 from htsr.console import progress
 from htsr.errors import BadInput, UsageError
+from htsr.matrix_row import cost, slices
 from htsr.model.layers import views
 from htsr.model.source import open_source
 from htsr.numerics.subspace import leading_vectors, overlap
-from htsr.rows import cost, slices
 
 if TYPE_CHECKING:
     from htsr.model.layers import LayerView
     from htsr.model.source import Source
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 COLUMNS = ("overlap_outputs", "overlap_inputs", "overlap_rank", "chance_outputs", "chance_inputs")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from htsr.probability import LayerTable
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 INK, GREY, LIGHT = "#22303c", "#7b8794", "#d9dee3"
 BLUE, ORANGE, GREEN = "#2f6fab", "#d9822b", "#3a8f6b"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
     from htsr.probability import LayerTable
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 CAPTIONS = {
     "alpha": "Each dot is a matrix, the line is the mean of a block. Between 2 and 6 is where trained layers of large "

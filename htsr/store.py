@@ -21,7 +21,7 @@ from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
 from htsr.taus import LOD_COLUMNS, is_tau_column
 
 if TYPE_CHECKING:
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
 SCHEMA = "htsr-scan/1"
 WHOLE = ("block", "rows", "cols", "n_tail", *WHOLE_COLUMNS)  # columns of whole numbers, empty where unknown
@@ -66,7 +66,7 @@ def load_scan(directory: str | Path) -> ScanResult:
         NotFound: no such directory.
         BadInput: not the files of a scan.
     """
-    from htsr.table import ScanResult
+    from htsr.result import ScanResult
 
     directory = Path(directory)
     if not directory.exists():

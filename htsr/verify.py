@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from htsr import engine
+from htsr import weightwatcher_engine as ww
 from htsr.console import progress
+from htsr.matrix_row import analyse, cost
 from htsr.model.layers import views
 from htsr.model.source import open_source
-from htsr.rows import analyse, cost
 
 # how far a column may differ, relative to the larger of 1 and weightwatcher's number
-TOLERANCE = dict.fromkeys(engine.SAME, 1e-6) | {"n_tail": 0.0, "alpha_hat": 1e-5, "entropy": 1e-5}
+TOLERANCE = dict.fromkeys(ww.SAME, 1e-6) | {"n_tail": 0.0, "alpha_hat": 1e-5, "entropy": 1e-5}
 
 
 def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = None, quiet: bool = False) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = Non
     with progress(round(sum(map(cost, layers)) / 1e9, 3), "verify", "Gflop", quiet=quiet) as bar:
         for view in layers:
             native, _ = analyse(source, view)
-            theirs, _ = engine.analyse(source, view)
+            theirs, _ = ww.analyse(source, view)
             records.append(compare_rows(native, theirs))
             bar.update(round(cost(view) / 1e9, 3))
     return pd.DataFrame.from_records(records, columns=list(compared_columns()))
@@ -40,17 +40,17 @@ def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = Non
 
 def compared_columns() -> tuple[str, ...]:
     """The columns of `verify`."""
-    pairs = [name for ours in engine.SAME for name in (ours, f"ww_{ours}")]
+    pairs = [name for ours in ww.SAME for name in (ours, f"ww_{ours}")]
     return ("tensor", *pairs, "alpha_difference", "differ", "agrees", "note")
 
 
 def compare_rows(native: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Both sides of a matrix in one record."""
     row: dict[str, Any] = {"tensor": native["tensor"]}
-    for name in engine.SAME:
+    for name in ww.SAME:
         row[name], row[f"ww_{name}"] = float(native[name]), float(theirs[name])
     left_out = theirs["status"] == "skipped"
-    apart = [] if left_out else [name for name in engine.SAME if differs(name, row[name], row[f"ww_{name}"])]
+    apart = [] if left_out else [name for name in ww.SAME if differs(name, row[name], row[f"ww_{name}"])]
     row["alpha_difference"] = abs(row["alpha"] - row["ww_alpha"])
     row["differ"], row["agrees"] = ", ".join(apart), not apart
     row["note"] = theirs["reason"] or native["reason"]
@@ -63,5 +63,5 @@ def differs(name: str, ours: float, theirs: float) -> bool:
     Part of the fit that only one side has differs; a norm or entropy that does not exist (of a zero matrix) does not.
     """
     if np.isnan(ours) or np.isnan(theirs):
-        return name in engine.OF_THE_FIT and np.isnan(ours) != np.isnan(theirs)
+        return name in ww.OF_THE_FIT and np.isnan(ours) != np.isnan(theirs)
     return bool(abs(ours - theirs) > TOLERANCE[name] * max(1.0, abs(theirs)))

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from owlore import sampling
-    from owlore.train.record import Run
-    from owlore.train.run import train
+    from owlore.run.api import train
+    from owlore.run.result import Run
 
 __version__ = "0.1.0"
+_DEFINED_IN = {"Run": "owlore.run.result", "train": "owlore.run.api"}
 __all__ = ["Run", "__version__", "sampling", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for when it is asked for (PEP 562)."""
-    match name:
-        case "train" | "sampling":
-            return import_module(f"owlore.{name}")
-        case "Run":
-            return import_module("owlore.train.record").Run
-        case _:
-            raise AttributeError(f"module 'owlore' has no attribute {name!r}")
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "sampling":
+        return import_module("owlore.sampling")
+    if name in _DEFINED_IN:
+        return getattr(import_module(_DEFINED_IN[name]), name)
+    raise AttributeError(f"module 'owlore' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -66,7 +66,7 @@ def _click_settings(name: str) -> dict[str, Any]:
 def train(file: str | None, **options: Any) -> None:
     """Fine-tune MODEL. Settings come from the defaults, then --config, then the command line."""
     config = _config(file, options, needs=("model", "data"))
-    from owlore.train.run import train_from_config
+    from owlore.run.api import train_from_config
 
     run = train_from_config(config)
     if config.json and run.leads:
@@ -116,9 +116,9 @@ def plan(
     limit = None if fit is None else bytes_of(fit, "--fit")
     if limit is not None and processes > 1:
         raise UsageError("got --fit and --processes, expected one of them: what is found is for one process")
-    from owlore.train.fit import fit_from_config
-    from owlore.train.planner import plan_from_config
-    from owlore.train.speed import rates_for
+    from owlore.plan.device_rates import rates_for
+    from owlore.plan.fit import fit_from_config
+    from owlore.plan.planner import plan_from_config
 
     rates = rates_for(config.device, bus=bus, tflops=tflops)
 
@@ -245,7 +245,7 @@ def render_comparison(table: list[dict[str, Any]]) -> str:
 
 def render_run(directory: Path, record: dict[str, Any]) -> str:
     """The end of a run in a few lines."""
-    from owlore.train.card import held_out_change
+    from owlore.run.model_card import held_out_change
 
     measured = held_out_change(record)
     change = "not measured (give --eval-data)" if measured is None else f"{measured} (nats a token)"
@@ -362,7 +362,7 @@ def merge(adapter: str, out: str, device: str, as_json: bool, quiet: bool) -> No
     """Make a plain model of an adapter and its base, in fp32 from the unquantised base."""
     del quiet  # console.Command has seen to it
     from owlore.merge import merge as make
-    from owlore.train.loading import pick_device
+    from owlore.models.loading import pick_device
 
     made = make(adapter, out, device=pick_device(device)).to_dict()
     click.echo(jsonlib.dumps(made) if as_json else render_merge(made))
@@ -396,8 +396,8 @@ def generate(
     """Print what MODEL, the model of a run directory or an adapter writes after a prompt."""
     del quiet  # console.Command has seen to it
     from owlore.generate import generate as write
-    from owlore.train.finished import load_finished
-    from owlore.train.loading import pick_device
+    from owlore.models.loading import pick_device
+    from owlore.models.trained import load_finished
 
     loaded = load_finished(model, device=pick_device(device))
     text = write(loaded.model, loaded.tokenizer, prompt, form=form or "plain", **settings)

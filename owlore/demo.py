@@ -17,8 +17,8 @@ from owlore.config import TrainConfig, find_config, load_yaml
 
 if TYPE_CHECKING:
     from htsr import LayerTable
-    from htsr.table import ScanResult
-    from owlore.train.record import Run
+    from htsr.result import ScanResult
+    from owlore.run.result import Run
 
 MARKER = "demo.json"
 HELD_OUT_EVERY = 5  # each fifth row is never trained on
@@ -96,7 +96,7 @@ def _divide(out: Path) -> tuple[Path, Path, list[dict[str, str]]]:
 
 
 def _fine_tune(out: Path, train_file: Path, heldout_file: Path, quiet: bool) -> Run:
-    from owlore.train.run import train_from_config
+    from owlore.run.api import train_from_config
 
     recipe = find_config("demo")
     asked = {
@@ -118,7 +118,7 @@ def _answers(model: str | Run, rows: list[dict[str, str]]) -> list[str]:
     if isinstance(model, str):
         import torch
 
-        from owlore.train.loading import load
+        from owlore.models.loading import load
 
         loaded = load(model, dtype="auto", attn="sdpa", device=torch.device("cpu"))
         network, tokenizer = loaded.model, loaded.tokenizer

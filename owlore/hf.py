@@ -25,10 +25,10 @@ from htsr.errors import NotFinite, UsageError
 from htsr.model.source import open_source
 from owlore.blocks import find_units, freeze
 from owlore.config import TrainConfig
+from owlore.layer_table import find_table, run_inclusion, scanned_table
 from owlore.optim import RotatingOptimizer
+from owlore.settings import hyper_of, resolve, weights_of
 from owlore.strategies import Record, Strategy
-from owlore.train.settings import hyper_of, resolve, weights_of
-from owlore.train.tables import find_table, run_inclusion, scanned_table
 
 TAKEN = frozenset({
     "method", "active", "every", "rank", "refresh", "scale", "project_side", "project_always_on", "draw", "floor",

@@ -12,8 +12,8 @@ from torch import Tensor
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput, NotFound, UsageError
 from owlore.attach import CONFIG_FILE, is_adapter
-from owlore.train.export import export
-from owlore.train.finished import adapter_on_base, base_of, load_finished
+from owlore.io.export import export
+from owlore.models.trained import adapter_on_base, base_of, load_finished
 
 PROBE_TOKENS = 64
 

@@ -20,9 +20,9 @@ from owlore.residency.formats import FORMATS
 from owlore.residency.masters import Overlay
 from owlore.residency.pinned import unlocked
 from owlore.residency.ports import CudaPort
-from owlore.train.blockwise import BlockMajor
-from owlore.train.loop import _seeded
-from owlore.train.loss import CausalLoss
+from owlore.training.loss import CausalLoss
+from owlore.training.streamed_step import BlockMajor
+from owlore.training.trainer import _seeded
 
 SHAPES = ("llama", "qwen2", "gpt2", "gemma")
 LOW_LR = 1e-2

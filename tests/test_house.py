@@ -52,12 +52,15 @@ def test_numerics_and_kernels_do_no_io_models_plots_or_configuration(path):
     assert not uses(path, "transformers", "matplotlib", "click", "pandas", "htsr.config", "owlore.config", "htsr.model")
 
 
-NUMBERS = [*in_package("htsr.model"), *(ROOT / "htsr" / f"{n}.py" for n in ("probability", "rows", "nulls", "cache"))]
+NUMBERS = [
+    *in_package("htsr.model"),
+    *(ROOT / "htsr" / f"{n}.py" for n in ("probability", "matrix_row", "nulls", "cache")),
+]
 
 
 @pytest.mark.parametrize("path", NUMBERS, ids=name_of)
 def test_numbers_know_nothing_of_how_they_are_shown(path):
-    shown = ("report", "plots", "comparison_plots", "text", "store", "table", "cli")
+    shown = ("report", "plots", "comparison_plots", "render", "store", "result", "cli")
     assert not uses(path, "matplotlib", "jinja2", *(f"htsr.{name}" for name in shown))
 
 
@@ -76,18 +79,19 @@ STRATEGY_FILES = [p for p in in_package("owlore.strategies") if p.stem not in ("
 @pytest.mark.parametrize("path", STRATEGY_FILES, ids=name_of)
 def test_a_strategy_imports_no_other_and_not_the_engine(path):
     others = {f"owlore.strategies.{p.stem}" for p in STRATEGY_FILES if p != path}
-    assert not uses(path, "owlore.train", *others)
+    assert not uses(path, "owlore.training", *others)
 
 
 @pytest.mark.parametrize("path", in_package("owlore.optim") + in_package("owlore.kernels"), ids=name_of)
 def test_optimizer_and_kernels_know_neither_strategies_nor_the_loop(path):
-    assert not uses(path, "owlore.strategies", "owlore.train", "owlore.config", "owlore.data")
+    assert not uses(path, "owlore.strategies", "owlore.training", "owlore.config", "owlore.data")
 
 
 def test_no_method_is_named_in_the_engine():
     from owlore.methods import METHODS
 
-    for path in in_package("owlore.train"):
+    engine = ("training", "activations", "residency", "io", "models", "plan", "run", "optim")
+    for path in [path for package in engine for path in in_package(f"owlore.{package}")]:
         words = [node.value for node in ast.walk(ast.parse(path.read_text()))
                  if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
         named = {method for method in METHODS if method not in ("full", "owlore") and method in words}
@@ -96,7 +100,7 @@ def test_no_method_is_named_in_the_engine():
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_one_module_may_talk_to_other_ranks(path):
-    assert name_of(path) == "owlore.train.distributed" or not uses(path, "torch.distributed")
+    assert name_of(path) == "owlore.training.distributed" or not uses(path, "torch.distributed")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

@@ -16,7 +16,7 @@ from htsr.errors import BadInput, HtsrError
 from htsr.model.convergence import Convergence, convergence
 from htsr.model.layers import find_blocks
 from htsr.model.meters import MeasuredBlock
-from htsr.model.pool import Outliers, block_outliers, fused_shares
+from htsr.model.outlier_pooling import Outliers, block_outliers, fused_shares
 from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
 from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
 from htsr.model.walk import loaded_blocks, record_calls, stream_blocks

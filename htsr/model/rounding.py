@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from htsr.model.pool import Outliers
+from htsr.model.outlier_pooling import Outliers
 
 PROBE_WINDOWS = 2
 MOST_SHARE = 0.007  # of a block's share of the table, relative

@@ -68,9 +68,9 @@ def command(model: str, tasks: str, as_json: bool, **options: Any) -> None:
 def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dict[str, Any]) -> dict[str, Any]:
     from owlore.evaluation.mt_bench import read_bench
     from owlore.evaluation.run import check_data, evaluate
-    from owlore.train.finished import load_finished
-    from owlore.train.loading import pick_device
-    from owlore.train.tables import cache_directory
+    from owlore.layer_table import cache_directory
+    from owlore.models.loading import pick_device
+    from owlore.models.trained import load_finished
 
     keys = ("data_dir", "protocol", "limit", "shots", "shuffle")
     chosen = {key: options[key] for key in keys}

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.forward import replace_forward
 from owlore.kernels.linear import apply_linear, input_gradient, input_of, linear_kind, rows_of
+from owlore.patches import replace_forward
 
 # (left of T x m, right of T x n) -> None where left^T right, the gradient, was taken in; else that gradient.
 Take = Callable[[Tensor, Tensor], Tensor | None]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.forward import replace_forward
 from owlore.kernels.linear import input_of, linear_kind
+from owlore.patches import replace_forward
 from owlore.residency.formats import FORMATS, Format, Raw
 from owlore.residency.frozen_linear import PackedWeight, frozen_linear
 from owlore.residency.layout import Layout, Weight

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import BadInput
-from owlore.kernels.forward import replace_forward
+from owlore.patches import replace_forward
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.kernels.forward import replace_forward
+from owlore.patches import replace_forward
 
 
 class HostEmbedding:

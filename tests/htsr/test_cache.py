@@ -32,7 +32,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tensors whose spectra were really computed."""
     import sys
 
-    scanner, seen = sys.modules["htsr.scan"], []
+    scanner, seen = sys.modules["htsr.scanner"], []
     exact = scanner.analyse
     monkeypatch.setattr(
         scanner, "analyse", lambda s, v, p: (seen.append(v.tensor) if not v.reason else None) or exact(s, v, p)
@@ -80,7 +80,7 @@ def test_an_interrupted_scan_goes_on_where_it_was(
     save_file(weights(), tmp_path / "model.safetensors")
     import sys
 
-    scanner = sys.modules["htsr.scan"]
+    scanner = sys.modules["htsr.scanner"]
     counting = scanner.analyse
 
     def stop_half_way(source: Any, view: Any, precision: str) -> Any:

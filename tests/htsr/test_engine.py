@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from htsr import engine
 from htsr import scan as scan_function
+from htsr import weightwatcher_engine as ww
 from htsr.errors import UsageError
 from htsr.verify import compare_rows, compared_columns, differs, verify
 
@@ -71,28 +71,38 @@ def test_verify_agrees_on_everything_that_both_can_analyse(capfd: pytest.Capture
     [("alpha", 2e-5), ("n_tail", 1), ("log10_norm", 2e-5), ("entropy", 1e-3), ("ks_d", 2e-5), ("stable_rank", 1e-3)],
 )
 def test_a_planted_difference_in_any_column_is_named(column: str, change: float) -> None:
-    row = {**dict.fromkeys(engine.SAME, 3.0), "tensor": "t", "status": "ok", "reason": ""}
+    row = {**dict.fromkeys(ww.SAME, 3.0), "tensor": "t", "status": "ok", "reason": ""}
     assert compare_rows(row, row)["agrees"]
     found = compare_rows(row, {**row, column: 3.0 + change})
     assert (found["agrees"], found["differ"]) == (False, column)
 
 
 def test_a_fit_that_one_side_lacks_differs_and_a_missing_norm_does_not() -> None:
-    row = {**dict.fromkeys(engine.SAME, 3.0), "tensor": "t", "status": "ok", "reason": ""}
-    failed = {**row, **dict.fromkeys(engine.OF_THE_FIT, np.nan), "status": "failed", "reason": engine.FIT_FAILED}
-    assert set(compare_rows(row, failed)["differ"].split(", ")) == set(engine.OF_THE_FIT)
+    row = {**dict.fromkeys(ww.SAME, 3.0), "tensor": "t", "status": "ok", "reason": ""}
+    failed = {
+        **row,
+        **dict.fromkeys(ww.OF_THE_FIT, np.nan),
+        "status": "failed",
+        "reason": ww.FIT_FAILED,
+    }
+    assert set(compare_rows(row, failed)["differ"].split(", ")) == set(ww.OF_THE_FIT)
     assert compare_rows(failed, failed)["agrees"]
     assert not differs("entropy", np.nan, 0.3)
-    left_out = {**dict.fromkeys(engine.SAME, np.nan), "tensor": "t", "status": "skipped", "reason": engine.LEFT_OUT}
+    left_out = {
+        **dict.fromkeys(ww.SAME, np.nan),
+        "tensor": "t",
+        "status": "skipped",
+        "reason": ww.LEFT_OUT,
+    }
     assert compare_rows(row, left_out)["agrees"]
-    assert compare_rows(row, left_out)["note"] == engine.LEFT_OUT
+    assert compare_rows(row, left_out)["note"] == ww.LEFT_OUT
 
 
 def test_what_weightwatcher_leaves_out_is_a_row_with_its_reason() -> None:
     wide = {"layers.0.a.weight": torch.ones(50_001, 8), "layers.0.b.weight": torch.eye(9)}
     frame = scan_function(wide, calibration=None, quiet=True, engine="weightwatcher").frame.set_index("tensor")
     assert frame.loc["layers.0.a.weight", "status"] == "skipped"
-    assert frame.loc["layers.0.a.weight", "reason"] == engine.LEFT_OUT
+    assert frame.loc["layers.0.a.weight", "reason"] == ww.LEFT_OUT
 
 
 def test_verify_of_nothing_keeps_its_columns() -> None:

@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 import torch
 
-from htsr import console, engine
+from htsr import console
+from htsr import weightwatcher_engine as ww
 from htsr.cli import cli, slug
 from htsr.probability import LayerTable
-from htsr.scan import scan
+from htsr.scanner import scan
 
 
 class Result:
@@ -169,12 +170,12 @@ def test_verify_agrees_with_weightwatcher_row_by_row(htsr: Any, tmp_path: Path) 
 
 
 def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = engine.whole
+    read = ww.whole
 
     def planted(source: Any, view: Any) -> Any:
         return read(source, view) * (1.001 if view.tensor == "model.layers.1.mlp.up_proj.weight" else 1)
 
-    monkeypatch.setattr(engine, "whole", planted)
+    monkeypatch.setattr(ww, "whole", planted)
     done = htsr("verify", model, "--json")
     assert done.code == 1
     assert "1 of 23 matrices differ from weightwatcher" in done.err

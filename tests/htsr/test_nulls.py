@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
+from htsr.matrix_row import COLUMNS
 from htsr.null_columns import NULL_COLUMNS
 from htsr.nulls import with_nulls
 from htsr.report import describe, report_html
-from htsr.rows import COLUMNS
-from htsr.scan import scan
+from htsr.result import ScanResult
+from htsr.scanner import scan
 from htsr.store import load_scan
-from htsr.table import ScanResult
 from htsr.verdict import null_sentences
 
 

@@ -17,7 +17,7 @@ from htsr.errors import BadInput, NotFound
 from htsr.numerics.thresholds import ks_curve
 from htsr.plots import esd, ks_by_xmin, new_axes
 from htsr.probability import LayerTable
-from htsr.table import ScanResult
+from htsr.result import ScanResult
 
 
 @pytest.fixture

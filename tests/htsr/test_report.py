@@ -13,8 +13,8 @@ import pytest
 from makers import scan_rows as rows
 
 from htsr.report import cells, describe, notebook_html, report_html
+from htsr.result import ScanResult
 from htsr.store import pictures
-from htsr.table import ScanResult
 
 EVIL = '<script>alert("x")</script>'
 

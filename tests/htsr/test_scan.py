@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import htsr
-from htsr import rows as rows_module
+from htsr import matrix_row as rows_module
 from htsr import scan as scan_function
 from htsr.errors import BadInput, NotFound, UsageError
 from htsr.model.layers import views
@@ -256,7 +256,7 @@ def test_the_largest_matrices_come_first_and_the_bar_knows_their_cost(
 ) -> None:
     seen: list[float] = []
     bars: list[Any] = []
-    scanner = sys.modules["htsr.scan"]
+    scanner = sys.modules["htsr.scanner"]
     exact, make = scanner.analyse, scanner.progress
     monkeypatch.setattr(
         scanner, "analyse", lambda s, v, p: seen.append(0 if v.reason else scanner.cost(v)) or exact(s, v, p)
@@ -330,7 +330,7 @@ def test_memory_of_the_alpha_pass_does_not_grow_with_the_model(tmp_path: Path) -
     save_file(state, tmp_path / "model.safetensors")
     size, largest = 16 * block.nbytes, block.nbytes
     code = (
-        "import json, scipy.linalg, htsr, htsr.scan as scan, htsr.table\n"
+        "import json, scipy.linalg, htsr, htsr.scanner as scan, htsr.result\n"
         "from htsr.provenance import peak_bytes\n"
         "before = peak_bytes()\n"
         f"result = htsr.scan({str(tmp_path)!r}, calibration=None, quiet=True, workers=2)\n"

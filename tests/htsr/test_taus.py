@@ -12,8 +12,8 @@ import pytest
 from htsr import console, load_scan
 from htsr.cli import cli
 from htsr.errors import UsageError
-from htsr.scan import scan
-from htsr.table import BLOCK_COLUMNS, ScanResult
+from htsr.result import BLOCK_COLUMNS, ScanResult
+from htsr.scanner import scan
 from htsr.taus import check_taus
 
 TAUS = (3.0, 1.5, 5.0)

@@ -63,7 +63,7 @@ def test_every_setting_is_an_option_with_its_help() -> None:
 
 def captured(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> TrainConfig:
     """The configuration that `owlore train ARGUMENTS` hands on."""
-    import owlore.train.run as engine
+    import owlore.run.api as engine
 
     seen: list[TrainConfig] = []
 

@@ -14,7 +14,7 @@ import owlore
 from owlore.config import TrainConfig
 from owlore.methods import METHODS
 from owlore.strategies import STRATEGIES
-from owlore.train.loop import Trainer
+from owlore.training.trainer import Trainer
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 COMMON = {"steps": 7, "batch": 8, "lr": 1e-2, "seed": 1, "save_every": 5, "keep": 3, "eval_data": 0.25}
@@ -52,7 +52,7 @@ def finished(model, tmp_path_factory):
 def without_pictures():
     """A run's three plots take longer than its seven steps, and other tests look at them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.train.run.save_plots", lambda run: None)
+        patch.setattr("owlore.run.api.save_plots", lambda run: None)
         yield
 
 
@@ -157,8 +157,8 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(model, tmp_pa
 @pytest.mark.parametrize("method", METHODS)
 def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, method):
     """Weights, masters, moments and projectors, at every step; a sampled method's draws have blocks of one size."""
-    from owlore.train.model_shape import weight_bytes
-    from owlore.train.planner import plan_from_config
+    from owlore.plan.model_spec import weight_bytes
+    from owlore.plan.planner import plan_from_config
 
     counted = []
     advance = Trainer.advance
@@ -180,7 +180,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_plans_trainable_share_is_the_runs(model, finished, method):
-    from owlore.train.planner import plan_from_config
+    from owlore.plan.planner import plan_from_config
 
     planned = plan_from_config(TrainConfig.build({"model": str(model), **settings(method)}), lambda message: None)
     assert planned.trainable["per_step"] == pytest.approx(finished(method).record["trainable"], rel=1e-6)

@@ -11,7 +11,7 @@ from owlore import demo
 @pytest.fixture
 def short(monkeypatch):
     """The demo with a few steps and questions; the text for LOD is cut too."""
-    import htsr.scan
+    import htsr
 
     settings = demo.load_yaml
 

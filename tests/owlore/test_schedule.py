@@ -2,7 +2,7 @@
 
 import pytest
 
-from owlore.train.schedule import learning_rate
+from owlore.training.schedule import learning_rate
 
 
 def rates(schedule, steps=10, warmup=0):

@@ -83,7 +83,7 @@ def _made(name: str, like: torch.Tensor) -> torch.Tensor:
 CHILD = """
 import json, sys
 from pathlib import Path
-import owlore.train.run as run
+import owlore.run.api as run
 from owlore.config import TrainConfig
 
 def peak():  # ru_maxrss would begin with the parent's

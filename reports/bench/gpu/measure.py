@@ -15,12 +15,12 @@ from rows import HOMES, Row
 from shapes import filled, skeleton
 
 from owlore.optim import Weights
+from owlore.plan.device_rates import STEP_SHARE, measured_rates
+from owlore.plan.model_spec import Shape, shape_of
+from owlore.plan.plan import Plan, make_plan
+from owlore.plan.streamed import Rates
 from owlore.strategies import STRATEGIES
-from owlore.train.model_shape import Shape, shape_of
-from owlore.train.plan import Plan, make_plan
-from owlore.train.speed import STEP_SHARE, measured_rates
-from owlore.train.streaming import available_memory
-from owlore.train.streaming_plan import Rates
+from owlore.training.streamed import available_memory
 
 LONG = 50  # steps of a real period; here they are short, and a step that draws costs more than others
 CONTEXT = 700_000_000  # bytes beside what is planned: the CUDA context and the allocator's rounding

@@ -11,6 +11,7 @@ import torch
 from shapes import block_weights, filled, skeleton
 from torch import Tensor
 
+from owlore.activations.checkpointing import Recompute
 from owlore.blocks import find_units, freeze
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import generator_for
@@ -26,9 +27,8 @@ from owlore.residency.pinned import pin, unlocked
 from owlore.residency.ports import open_port
 from owlore.sampling import draw
 from owlore.strategies import STRATEGIES, Hyper
-from owlore.train.blockwise import BlockMajor
-from owlore.train.loss import CausalLoss
-from owlore.train.recompute import Recompute
+from owlore.training.loss import CausalLoss
+from owlore.training.streamed_step import BlockMajor
 
 EVERY = 2  # steps of a period: short, so that L / gamma periods are soon over
 

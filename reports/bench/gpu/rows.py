@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from owlore.train.streaming_plan import Homes
+from owlore.plan.streamed import Homes
 
 
 @dataclass(frozen=True, kw_only=True)

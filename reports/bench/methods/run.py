@@ -78,9 +78,9 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import owlore
+    from owlore.models.loading import load
     from owlore.strategies import STRATEGIES
-    from owlore.train.loading import load
-    from owlore.train.loop import Trainer
+    from owlore.training.trainer import Trainer
 
     torch.set_num_threads(args.threads)
     method = args.one
@@ -130,7 +130,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
 def planned(model: str, result: dict[str, Any]) -> int:
     """Bytes at the peak beside the weights of the model, by plan."""
     from owlore.config import TrainConfig
-    from owlore.train.planner import plan_from_config
+    from owlore.plan.planner import plan_from_config
 
     settings = {name: value for name, value in result["settings"].items() if name not in ("threads", "table")}
     config = TrainConfig.build({"model": model, "method": result["method"], **settings})

@@ -18,16 +18,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from owlore.activations.checkpointing import Recompute
 from owlore.blocks import find_units, freeze
 from owlore.config import TrainConfig
+from owlore.layer_table import find_table, run_inclusion
+from owlore.models.loading import load
 from owlore.optim import RotatingOptimizer
-from owlore.train.loading import load
-from owlore.train.loss import CausalLoss
-from owlore.train.model_shape import shape_of
-from owlore.train.planner import Planner
-from owlore.train.recompute import Recompute
-from owlore.train.settings import hyper_of, recomputes, resolve, weights_of
-from owlore.train.tables import find_table, run_inclusion
+from owlore.plan.model_spec import shape_of
+from owlore.plan.planner import Planner
+from owlore.settings import hyper_of, recomputes, resolve, weights_of
+from owlore.training.loss import CausalLoss
 
 ARMS: dict[str, dict[str, Any]] = {
     "owlore": {"method": "owlore", "table": "uniform", "active": 2},

@@ -26,21 +26,21 @@ PERIOD = 50  # steps of a real period, the first of which draws and finds the ba
 
 def imports() -> None:
     """Modules whose code is not to be charged to the first step."""
-    import owlore.train.run  # noqa: F401
+    import owlore.run.api  # noqa: F401
 
 
 def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str, Any]:
     """Seconds and losses by step, the first step (warm-up) apart."""
     import torch
 
+    from owlore.activations.checkpointing import Recompute
+    from owlore.activations.compiled import Compiled
+    from owlore.activations.malloc_trim import trimmed_heap
+    from owlore.activations.saved_tensors import shelved
     from owlore.blocks import find_units, freeze
     from owlore.kernels.adamw import AdamW
     from owlore.optim import RotatingOptimizer, Rule
-    from owlore.train.compiled import Compiled
-    from owlore.train.heap import trimmed_heap
-    from owlore.train.loss import CausalLoss
-    from owlore.train.recompute import Recompute
-    from owlore.train.shelf import shelved
+    from owlore.training.loss import CausalLoss
 
     freeze(model)
     units = find_units(model)
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace, model: Any) -> None:
 
     from owlore.blocks import find_units, freeze
     from owlore.optim import RotatingOptimizer, Rule
-    from owlore.train.loss import CausalLoss
+    from owlore.training.loss import CausalLoss
 
     ids = token_batches(args)[0][:1, :64]
     own = model(input_ids=ids, labels=ids).loss

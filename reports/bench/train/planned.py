@@ -59,16 +59,16 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     import torch
 
     from htsr.model.locate import locate
+    from owlore.activations.checkpointing import Recompute
+    from owlore.activations.malloc_trim import trimmed_heap
+    from owlore.activations.saved_tensors import shelved
     from owlore.blocks import find_units, freeze
     from owlore.config import TrainConfig
     from owlore.optim import RotatingOptimizer
-    from owlore.train.heap import trimmed_heap
-    from owlore.train.loss import CausalLoss
-    from owlore.train.model_shape import shape_of
-    from owlore.train.plan import make_plan
-    from owlore.train.recompute import Recompute
-    from owlore.train.settings import hyper_of, resolve, weights_of
-    from owlore.train.shelf import shelved
+    from owlore.plan.model_spec import shape_of
+    from owlore.plan.plan import make_plan
+    from owlore.settings import hyper_of, resolve, weights_of
+    from owlore.training.loss import CausalLoss
 
     warnings.simplefilter("ignore")
     args.model = str(locate(args.model))

@@ -135,7 +135,7 @@ def update_norms(trained: Any, model: str) -> list[float]:
     import torch
 
     from owlore.blocks import find_units
-    from owlore.train.loading import load
+    from owlore.models.loading import load
 
     final = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
     base = load(model, dtype="auto", attn="sdpa", device=torch.device("cpu")).model

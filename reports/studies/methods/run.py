@@ -25,7 +25,7 @@ import report
 from analyse import choose, chosen, read_results
 from study import Cell, Rows, Study, divide, read_study, scan_tables, without_tables
 
-PRELOADED = ["torch", "transformers", "owlore.train.run", "cell"]
+PRELOADED = ["torch", "transformers", "owlore.run.api", "cell"]
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from htsr.model.layers import num_blocks, views
 from htsr.model.parts import read_block
 from htsr.model.source import open_source
 from htsr.numerics.spectrum import Block, eigenvalues
-from htsr.scan import scan
+from htsr.scanner import scan
 
 gguf = pytest.importorskip("gguf")
 KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")

@@ -12,7 +12,7 @@ import torch
 
 from htsr.model import calibration, rounding
 from htsr.model.calibration import calibrate
-from htsr.model.pool import Outliers
+from htsr.model.outlier_pooling import Outliers
 from htsr.model.rounding import judge, relative_change
 from htsr.model.source import open_source
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import htsr
-from htsr import rows
+from htsr import matrix_row
 from htsr.errors import BadInput
 from htsr.model.layers import views
 from htsr.model.memory import ModuleSource
@@ -163,9 +163,9 @@ def test_a_row_on_a_device_is_the_row_of_the_cpu_and_its_weights_go_there_as_the
 ) -> None:
     source = open_source({"layers.0.q_proj.weight": torch.from_numpy(heavy(*shape)).to(dtype)})
     (view,) = views(source)
-    here = rows.analyse(source, view)[0]
+    here = matrix_row.analyse(source, view)[0]
     monkeypatch.delattr(ModuleSource, "window")
-    there = rows.analyse(source, view, device="cpu:0")[0]
+    there = matrix_row.analyse(source, view, device="cpu:0")[0]
     assert there["n_tail"] == here["n_tail"]
     assert there["alpha"] == pytest.approx(here["alpha"], rel=1e-9)
     assert there["entropy"] == pytest.approx(here["entropy"], rel=1e-9)

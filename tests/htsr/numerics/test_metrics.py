@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from htsr.matrix_row import measure
 from htsr.numerics.metrics import alpha_hill, matrix_entropy, matrix_rank, spectrum_metrics
 from htsr.numerics.spectrum import eigenvalues
-from htsr.rows import measure
 
 
 def test_a_flat_spectrum_has_closed_forms() -> None:

@@ -13,9 +13,9 @@ from torch import nn
 
 import owlore
 from htsr.model.safetensors_files import SafetensorsSource
+from owlore.io import checkpoint, export_files, safetensors_writer
 from owlore.residency.store import Store
-from owlore.train import checkpoint, export_files, tensor_file
-from owlore.train.streaming import Streaming
+from owlore.training.streamed import Streaming
 
 BLOCKS = 16
 ROWS = [{"prompt": f"the {a} and {b}: ", "completion": f"{b}, {a}."} for a in "abc" for b in "mn"]
@@ -66,7 +66,7 @@ def watched(monkeypatch):
 
         return run
 
-    pieces = tensor_file.pieces
+    pieces = safetensors_writer.pieces
     monkeypatch.setattr(SafetensorsSource, "rows", counting(SafetensorsSource.rows))
     monkeypatch.setattr(Store, "fill", counting(Store.fill))
     for module in (export_files, checkpoint):
@@ -78,8 +78,8 @@ def watched(monkeypatch):
         phase[0] = "train"
 
     monkeypatch.setattr(Streaming, "connect", connected)
-    monkeypatch.setattr("owlore.train.run.export_files", staged("export", export_files.export_files))
-    monkeypatch.setattr("owlore.train.loop.checkpoint.save", staged("checkpoint", checkpoint.save))
+    monkeypatch.setattr("owlore.run.api.export_files", staged("export", export_files.export_files))
+    monkeypatch.setattr("owlore.training.trainer.checkpoint.save", staged("checkpoint", checkpoint.save))
     yield most
     gc.unfreeze()
 
@@ -98,7 +98,7 @@ def test_loading_and_exporting_hold_the_store_what_was_trained_and_two_blocks(
     del model
     gc.collect()
     if overlay == "disk":
-        monkeypatch.setattr("owlore.train.streaming.available_memory", lambda: 0)
+        monkeypatch.setattr("owlore.training.streamed.available_memory", lambda: 0)
     run = owlore.train(tmp_path / "model", ROWS, out=tmp_path / "run", residency="host", frozen=frozen, **SETTINGS)
     record = run.record["residency"]
     drawn = len({b for blocks in run.history["active_blocks"] for b in blocks})

@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_flatten
 from owlore.blocks import find_units
 from owlore.config import TrainConfig
 from owlore.optim import Weights
+from owlore.plan.fit import fit_from_config
+from owlore.plan.model_spec import shape_of
+from owlore.plan.plan import make_plan
+from owlore.plan.planner import plan_from_config
+from owlore.plan.streamed import Homes, Rates, StreamedModel
 from owlore.residency.ports import CpuPort
 from owlore.strategies import STRATEGIES, Hyper
-from owlore.train.fit import fit_from_config
-from owlore.train.model_shape import shape_of
-from owlore.train.plan import make_plan
-from owlore.train.planner import plan_from_config
-from owlore.train.streaming_plan import Homes, Rates, StreamedModel
 
 HOMES = {
     "host": Homes(residency="host"),
@@ -183,7 +183,7 @@ def seven_b(**settings):
     """Traffic of a Llama-2-7B shape from the configuration alone, without measuring a block."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from owlore.train.streaming_plan import traffic
+    from owlore.plan.streamed import traffic
 
     with torch.device("meta"):
         units = find_units(LlamaForCausalLM(LlamaConfig(intermediate_size=11008)).to(torch.bfloat16))

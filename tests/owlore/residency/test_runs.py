@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from streaming import SHAPES
 
 import owlore
-from owlore.train.loop import Trainer
+from owlore.training.trainer import Trainer
 
 ROWS = [{"prompt": f"the {a} and {b}: ", "completion": f"{b}, {a}."} for a in "abcdefg" for b in "mno"]
 SETTINGS = {"steps": 20, "every": 4, "active": 2, "rank": 4, "batch": 2, "accum": 2, "lr": 5e-3, "table": "uniform",
@@ -58,8 +58,8 @@ def test_with_quantised_frozen_blocks_what_was_never_drawn_leaves_with_its_own_b
     from transformers import AutoModelForCausalLM
 
     from owlore.data.prepare import prepare
-    from owlore.train.evaluate import held_out_loss
-    from owlore.train.loss import CausalLoss
+    from owlore.training.evaluate import held_out_loss
+    from owlore.training.loss import CausalLoss
 
     model = save_tiny(tmp_path / "model", tiny_llama(blocks=6, dtype=dtype))
     run = owlore.train(model, ROWS, out=tmp_path / "run", **{**SETTINGS, "steps": 8, "every": 3}, **extra)
@@ -106,7 +106,7 @@ def test_trained_blocks_may_lie_in_files_while_a_run_lasts(tmp_path, monkeypatch
     settings = {**SETTINGS, "steps": 11, "schedule": "constant", "residency": "host", "frozen": "nf4"}
     memory = owlore.train(model, ROWS, out=tmp_path / "memory", **settings)
     assert memory.record["residency"]["host_bytes"]["overlay"] > 0
-    monkeypatch.setattr("owlore.train.streaming.available_memory", lambda: 0)
+    monkeypatch.setattr("owlore.training.streamed.available_memory", lambda: 0)
     first = owlore.train(model, ROWS, out=tmp_path / "run", **{**settings, "steps": 6})
     assert list((first.directory / "overlay").iterdir())
     del first  # a model that nobody asks for is not put together, and its blocks need not be kept

@@ -105,8 +105,8 @@ def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
 def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
     from owlore.blocks import find_units
     from owlore.config import TrainConfig
-    from owlore.train.loading import load
-    from owlore.train.streaming import open_streaming
+    from owlore.models.loading import load
+    from owlore.training.streamed import open_streaming
 
     directory = save_tiny(tmp_path / "model", blocks=3)
     config = TrainConfig.build({"model": str(directory), "residency": "host"})

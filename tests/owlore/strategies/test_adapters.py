@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 def test_smts_blocks_are_those_with_the_largest_gradients_of_the_first_batches(tmp_path):
     """The map against whole gradients of the same micro-batches, taken with plain autograd."""
     from owlore.data.prepare import prepare
-    from owlore.train.loading import load
-    from owlore.train.loop import collated
-    from owlore.train.run import arrange
+    from owlore.models.loading import load
+    from owlore.run.api import arrange
+    from owlore.training.trainer import collated
 
     directory = save_tiny(tmp_path / "model", blocks=3, width=64)
     run = owlore.train(directory, ROWS, method="smt", steps=1, set={"warmup_batches": 3}, out=tmp_path / "run")
@@ -147,7 +147,7 @@ def test_the_best_evaluation_comes_back(tmp_path):
                        schedule="constant", out=tmp_path / "run")  # fmt: skip
     best = run.record["eval_best"]
     assert run.record["exported_step"] == best["step"]
-    from owlore.train.checkpoint import load
+    from owlore.io.checkpoint import load
 
     saved = load(run.directory / f"checkpoints/step-{best['step']:06d}").weights
     named = dict(run.model.get_base_model().named_parameters())
@@ -163,8 +163,8 @@ def test_planned_activations_are_what_autograd_keeps(method):
     from makers import tiny_llama
 
     from owlore.blocks import freeze
+    from owlore.plan.footprint import measure_footprint, saved_bytes
     from owlore.strategies import Start
-    from owlore.train.footprint import measure_footprint, saved_bytes
 
     own = {key: one.default for key, one in STRATEGIES[method].own.items()}
 

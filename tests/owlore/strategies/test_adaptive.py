@@ -16,8 +16,8 @@ from owlore.optim import RotatingOptimizer, Rule
 from owlore.sampling import draw, inclusion
 from owlore.strategies import STRATEGIES
 from owlore.strategies.base import Sampled
-from owlore.train.loop import Trainer
-from owlore.train.loss import CausalLoss
+from owlore.training.loss import CausalLoss
+from owlore.training.trainer import Trainer
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 SETTINGS = {"method": "badam", "steps": 14, "every": 3, "active": 2, "draw": "exact", "lr": 1e-3, "batch": 4}

@@ -19,9 +19,9 @@ def trained_by_hand(directory, config, run):
     from owlore.config import TrainConfig
     from owlore.data.prepare import prepare
     from owlore.kernels.seeds import seed_for
-    from owlore.train.loop import collated
-    from owlore.train.run import arrange
-    from owlore.train.schedule import learning_rate
+    from owlore.run.api import arrange
+    from owlore.training.schedule import learning_rate
+    from owlore.training.trainer import collated
 
     settings = TrainConfig.build({"steps": STEPS, "batch": 4})
     model = AutoModelForCausalLM.from_pretrained(directory)

@@ -6,8 +6,8 @@ from makers import save_tiny
 import owlore
 from owlore.config import TrainConfig
 from owlore.methods import METHODS
+from owlore.settings import resolve
 from owlore.strategies import STRATEGIES
-from owlore.train.settings import resolve
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 LOW_RANK = [

@@ -1,0 +1,1 @@
+"""Models as they are loaded for training and as training left them."""

@@ -1,0 +1,1 @@
+"""A whole run: inputs, assembly, lifecycle, and what is left behind."""

@@ -1,0 +1,202 @@
+"""What a run leaves behind: run.json, its plots, and the object that Python gets."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from htsr.errors import HtsrError
+from owlore.config import TrainConfig
+from owlore.data.prepare import Prepared
+from owlore.io.metrics import memory_peak
+from owlore.models.loading import DTYPES, Loaded
+from owlore.run.model_card import held_out_change
+from owlore.strategies import STRATEGIES
+from owlore.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from htsr import LayerTable
+    from owlore.plan.model_spec import Shape
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Run:
+    """A finished run.
+
+    record is the content of run.json. model is the trained model, on its device, in evaluation mode; one whose blocks
+    never lay in memory together is put together when it is first asked for (`give`). leads: whether this process is
+    the one that wrote the directory; the only one unless several train together.
+    """
+
+    directory: Path
+    give: Callable[[], Any]
+    tokenizer: Any
+    table: LayerTable | None
+    record: dict[str, Any]
+    rows: tuple[dict[str, Any], ...]
+    leads: bool = True
+
+    def __repr__(self) -> str:
+        record = self.record
+        held_out = "" if (change := held_out_change(record)) is None else f", held-out loss {change}"
+        return f"Run({str(self.directory)!r}: {record['config']['method']}, {record['steps']} steps{held_out})"
+
+    @cached_property
+    def model(self) -> Any:
+        return self.give()
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """metrics.jsonl as a frame, one row an optimizer step or evaluation."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows))
+
+    @property
+    def plot(self) -> RunPlots:
+        return RunPlots(self)
+
+
+class RunPlots:
+    """`run.plot.loss()`, `run.plot.draws()`, `run.plot.draw_counts()`: each returns matplotlib Axes."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def loss(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_loss(self._run.history, _axes(ax))
+
+    def draws(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_draws(self._run.history, len(self._run.record["draws"]), _axes(ax))
+
+    def draw_counts(self, ax: Any = None) -> Any:
+        from owlore import plots
+
+        return plots.plot_draw_counts(self._run.record["draws"], self._run.record["inclusion"], _axes(ax))
+
+
+def run_record(
+    config: TrainConfig, trainer: Trainer, loaded: Loaded, prepared: Prepared, table: LayerTable | None, seconds: float
+) -> dict[str, Any]:
+    """The content of run.json: provenance, and what was counted and measured."""
+    import transformers
+
+    import htsr
+    import owlore
+
+    tally = trainer.tally
+    parameters = loaded.parameters
+    evals = [row["loss"] for row in trainer.metrics.rows if row["split"] == "eval"]
+    held = max((row["state_bytes"] for row in trainer.metrics.rows), default=0)
+    return {
+        "schema": "owlore-run/1",
+        "status": "finished",
+        "config": config.to_dict(),
+        "model": {"id": loaded.id, "revision": loaded.revision, "weights_sha256": loaded.weights_sha256,
+                  "config_sha256": loaded.config_sha256, "parameters": parameters,
+                  "num_blocks": trainer.units.num_blocks},
+        "data": prepared.provenance["train"],
+        "eval_data": prepared.provenance.get("eval"),
+        "data_report": prepared.report.to_dict(),
+        "table": None if table is None else {"rule": table.rule, "model": table.model, "gamma": table.gamma},
+        "inclusion": trainer.identity["inclusion"],
+        "draws": tally.draws,
+        "periods": [finished.to_dict() for finished in trainer.strategy.record.past],
+        "tables": trainer.strategy.record.tables,
+        "trained_parameters": len(trainer.trained),
+        "trainable": tally.trainable_steps / max(1, trainer.step) / parameters,
+        "steps": trainer.step,
+        "tokens": tally.tokens,
+        "seconds": seconds,
+        "median_step_seconds": statistics.median(tally.step_seconds or [0.0]),
+        "tokens_per_s": (tally.tokens - tally.idle_tokens) / (sum(tally.step_seconds) or 1.0),
+        "peak_state_bytes": held,
+        "parked_bytes": trainer.optimizer.parked_bytes(),
+        "lost_norm": tally.lost_norm,
+        "eval_loss_first": evals[0] if evals else None,
+        "eval_loss_last": evals[-1] if evals else None,
+        "eval_best": tally.best,
+        "exported_step": trainer.step if trainer.exported_step is None else trainer.exported_step,
+        "loss": "chunked" if trainer.loss.chunked else "whole logits: the model's own differ from head(decoder(x))",
+        "residency": None if trainer.streaming is None else trainer.streaming.record(),
+        "eval_loss_last_frozen": trainer.frozen_loss,
+        "device": str(trainer.device),
+        "processes": trainer.ranks.size,
+        "versions": {"owlore": owlore.__version__, "htsr": htsr.__version__, "torch": torch.__version__,
+                     "transformers": transformers.__version__, "python": platform.python_version()},
+        **memory_peak(trainer.device),
+    }  # fmt: skip
+
+
+def save_plots(run: Run) -> None:
+    """plots/loss.png, draws.png and draw_counts.png."""
+    from matplotlib.figure import Figure
+
+    directory = run.directory / "plots"
+    directory.mkdir(exist_ok=True)
+    for name in ("loss", "draws", "draw_counts"):
+        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
+        getattr(run.plot, name)(figure.add_subplot())
+        figure.savefig(directory / f"{name}.png")
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
+    """What is held, as counted, and what other settings would save, as planned; one line."""
+    weights = sum(p.numel() * p.element_size() for p in trainer.units.model.parameters())
+    held = trainer.optimizer.held()
+    peak = memory_peak(trainer.device)["peak_bytes"]
+    rest = max(0, peak - weights - held.total)
+    return (
+        f"out of memory at step {trainer.step + 1}: weights {weights / 1e9:.2f} GB, masters {held.masters / 1e9:.2f}, "
+        f"moments {held.moments / 1e9:.2f}, projectors {held.projectors / 1e9:.2f}, activations and the rest up to "
+        f"{rest / 1e9:.2f}; {_savings(trainer, config, table)}"
+    )
+
+
+def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
+    """The five changes that would save most, each alone."""
+    from owlore.plan.model_spec import shape_of_config
+    from owlore.plan.planner import Planner
+
+    model, strategy = trainer.units.model, STRATEGIES[config.method]
+
+    def describe(other: TrainConfig) -> Shape:
+        dtype = DTYPES[other.dtype] if other.dtype != "auto" else next(model.parameters()).dtype
+        return shape_of_config(model.config, torch.float32 if other.weights == "fp32" else dtype, other, strategy)
+
+    longest = config.seq_len if config.packing else int(trainer.arrangement.lengths.max())
+    planner = Planner(
+        strategy, describe, device=trainer.device.type, table=table, tokens=longest, processes=trainer.ranks.size
+    )
+    try:
+        advice = planner.advised(config).advice
+    except (HtsrError, RuntimeError, ValueError, MemoryError):  # the error that it explains must not be lost over it
+        return "see `owlore plan` for what other settings would save"
+    named = ", ".join(f"{piece.change} {piece.saves / 1e9:.2f} GB ({piece.price})" for piece in advice[:5])
+    return f"planned savings, each alone: {named}" if named else "no setting of this method saves more"

@@ -1,0 +1,1 @@
+"""The training engine: one step, one rotation, two backends, and the loop around them."""
