@@ -11,7 +11,6 @@ gone before it looks; the callback logs `owlore_grad_norm`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,14 +20,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from htsr.console import notice
-from htsr.errors import NotFinite, UsageError
+from htsr.errors import UsageError
 from htsr.model.source import open_source
 from owlore.blocks import find_units, freeze
 from owlore.config import TrainConfig
 from owlore.layer_table import find_table, run_inclusion, scanned_table
 from owlore.optim import RotatingOptimizer
 from owlore.settings import hyper_of, resolve, weights_of
-from owlore.strategies import Record, Strategy
+from owlore.strategies import Record
+from owlore.training.rotation import Rotation
+from owlore.training.step import clipped_update
 
 TAKEN = frozenset({
     "method", "active", "every", "rank", "refresh", "scale", "project_side", "project_always_on", "draw", "floor",
@@ -36,7 +37,8 @@ TAKEN = frozenset({
 })  # fmt: skip
 
 
-_BRIDGED: WeakKeyDictionary[nn.Module, RotatingOptimizer] = WeakKeyDictionary()  # who listens to a model
+# The optimizer whose hooks are on a model.
+_BRIDGED: WeakKeyDictionary[nn.Module, RotatingOptimizer] = WeakKeyDictionary()
 
 
 def bridge(
@@ -75,8 +77,6 @@ def bridge(
     if (before := _BRIDGED.get(model)) is not None:  # of a training that was broken off
         before.remove()
     freeze(model)
-    strategy = strategy_class(units, hyper_of(config, inclusion, None))
-    every = config.every if "every" in strategy_class.reads else None
     inner = RotatingOptimizer(
         units.parameters(range(units.num_blocks), units.groups),
         seed=config.seed,
@@ -84,92 +84,83 @@ def bridge(
         on_switch=config.on_switch,
     )
     _BRIDGED[model] = inner
-    optimizer = LayerSampled(inner, strategy, every=every, clip=config.clip, lr=args.learning_rate)
+    rotation = Rotation(
+        strategy=strategy_class(units, hyper_of(config, inclusion, None)),
+        optimizer=inner,
+        every=config.every if "every" in strategy_class.reads else None,
+    )
+    optimizer = LayerSampled(rotation, clip=config.clip, lr=args.learning_rate)
     return {"optimizers": (optimizer, None), "callbacks": [LayerSampling(optimizer)]}
 
 
 class LayerSampled(torch.optim.Optimizer):
-    """`RotatingOptimizer` as a torch optimizer: one group, whose learning rate a scheduler may set."""
+    """`RotatingOptimizer` as a torch optimizer: one group, whose learning rate a scheduler may set.
 
-    def __init__(
-        self, inner: RotatingOptimizer, strategy: Strategy, *, every: int | None, clip: float | None, lr: float
-    ) -> None:
-        super().__init__(list(inner.parameters.values()), {"lr": lr})
-        self.inner, self.strategy, self.every, self.clip = inner, strategy, every, clip
+    Args:
+        rotation: the active set over the periods, with its strategy and optimizer.
+        clip: limit of the gradient norm, None for none.
+        lr: first learning rate.
+    """
+
+    def __init__(self, rotation: Rotation, *, clip: float | None, lr: float) -> None:
+        super().__init__(list(rotation.optimizer.parameters.values()), {"lr": lr})
+        self.rotation, self.clip = rotation, clip
         self.steps = 0
         self.norm = 0.0
-        self.active: tuple[int, ...] = ()
-        self.period = 0  # in which `active` are trained
 
     def begin(self) -> None:
-        """Make the period's blocks trainable, unless they are; parameters are where they will be trained."""
-        if not self.inner.slots:
-            self._switch()
+        """Make the period's blocks trainable, unless they are; the parameters are where they will be trained."""
+        if not self.rotation.optimizer.slots:
+            self.rotation.begin(self.steps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update from what the hooks gathered; at the end of a period the next blocks are drawn.
+        """Update from the gathered gradients; at the end of a period the next blocks are drawn.
 
-        Raises: NotFinite before an update that would spoil the weights.
+        Args:
+            closure: must be None, as gradients are gathered while backward runs.
+
+        Raises:
+            NotFinite: the gradient norm is not finite; no update was applied.
         """
         assert closure is None, "no closure: gradients are gathered while backward runs"
-        norm = self.inner.gradient_norm()
-        self.norm = float(norm)
-        if not math.isfinite(self.norm):
-            raise NotFinite(f"gradient norm {self.norm} at step {self.steps + 1}: lower the learning rate or use bf16")
-        self.inner.update(self.param_groups[0]["lr"], self.clip, norm)
+        lr = self.param_groups[0]["lr"]
+        self.norm = clipped_update(self.rotation.optimizer, step=self.steps, lr=lr, clip=self.clip)
         self.steps += 1
-        if self.every and self.steps % self.every == 0:
-            self._switch()
-
-    def _switch(self) -> None:
-        self._close()
-        self.period = self._period_of_steps()
-        self.strategy.adapt(self.period)
-        self.active = self.strategy.blocks_at(self.period)
-        self.inner.switch(self.strategy.rules_at(self.period), self.steps)
-
-    def _period_of_steps(self) -> int:
-        return self.steps // self.every if self.every else 0
-
-    def _close(self) -> None:
-        """What the present period saw is recorded; nothing where nobody is trained."""
-        if self.active:
-            self.strategy.close(self.period, self.active, *self.inner.take_norms())
-        self.active = ()
+        if self.rotation.is_due(self.steps):
+            self.rotation.begin(self.steps)
 
     def finish(self) -> None:
-        """Write masters back and free all state; nothing is trainable afterwards, and nothing listens to the model.
+        """Write masters back and free all state; nothing is trainable afterwards and no hook is left on the model.
 
-        The callback calls it when training ends; after a `Trainer.train()` that was broken off it is the caller's.
+        The callback calls it when training ends; after a `Trainer.train()` that failed the caller has to.
         """
-        self._close()
-        self.inner.switch({}, self.steps)
+        self.rotation.finish(self.steps)
 
     def micro_batch(self, *, last: bool) -> None:
-        """Announce whether the next backward is the last of its step."""
-        self.inner.micro_batch(self.steps, last=last)
+        """Announce the next backward; `last` says whether it is the last of its step."""
+        self.rotation.optimizer.micro_batch(self.steps, last=last)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gradients are taken as they arrive: there is nothing to clear."""
+        """Do nothing: gradients are freed as they arrive."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and words alone, so that it loads with `weights_only`."""
-        tensors, counters = self.inner.state()
+        """Tensors, numbers and strings alone, so that it loads with `weights_only`."""
+        tensors, counters = self.rotation.optimizer.state()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        return {"tensors": tensors, "counters": counters, "record": self.strategy.record.to_dict(),
-                "steps": self.steps, "active": list(self.active), "param_groups": groups}  # fmt: skip
+        return {"tensors": tensors, "counters": counters, "record": self.rotation.strategy.record.to_dict(),
+                "steps": self.steps, "active": list(self.rotation.active), "param_groups": groups}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`, inside a period too."""
+        """Go on from what `state_dict` gave, inside a period too."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
-        self.steps, self.active = state_dict["steps"], tuple(state_dict["active"])
-        self.strategy.record = Record.from_dict(state_dict["record"])
-        self.period = self._period_of_steps()
+        self.steps = state_dict["steps"]
         if state_dict["counters"]["active"]:
-            rules = self.strategy.rules_at(self.period)
-            self.inner.load_state(state_dict["tensors"], state_dict["counters"], rules)
+            period = self.rotation.period_of(self.steps)
+            self.rotation.restore(period, state_dict["record"], state_dict["tensors"], state_dict["counters"])
+        else:
+            self.rotation.strategy.record = Record.from_dict(state_dict["record"])
 
 
 class LayerSampling(TrainerCallback):

@@ -1,31 +1,19 @@
-"""From what the user said to what the run does: method defaults, presets, refused options, the run directory."""
+"""From the configuration to what a run does: method defaults, presets, refused options."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from htsr.errors import NotFound, UsageError
-from htsr.store import check_target
+from htsr.errors import UsageError
 from owlore.attach import Attached
 from owlore.blocks import Units
 from owlore.config import TrainConfig, refuse_unread
-from owlore.io import checkpoint
 from owlore.optim import Weights
 from owlore.options import read_own
+from owlore.residency.placement import Placement
 from owlore.strategies import STRATEGIES, Hyper, Strategy
-from owlore.training.streamed import check_streaming
 
 CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
-
-# A continued run may be longer, look more often, keep more or move; anything else would make it another run. Model,
-# data and table are compared by content, not by name.
-MAY_CHANGE = frozenset({
-    "steps", "epochs", "out", "eval_every", "save_every", "keep", "preset", "device", "checkpointing",
-    "model", "data", "table", "log_to", "residency", "resident_share", "offload_activations",
-})  # fmt: skip
 
 
 def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
@@ -35,7 +23,7 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     """
     strategy = STRATEGIES[config.method]
     refuse_unread(config, config.given, strategy.reads)
-    check_streaming(config, adapts=strategy.adapts)
+    check_placement(config, adapts=strategy.adapts)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
     own = read_own(strategy.own, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
@@ -77,82 +65,34 @@ def recomputes(config: TrainConfig, units: Units) -> bool:
     return sum(p.numel() for p in units.model.parameters()) >= CHECKPOINTING_FROM
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The run directory and, when the run goes on from a checkpoint, that checkpoint."""
-
-    directory: Path
-    saved: checkpoint.Checkpoint | None
-    existed: bool
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+def placement_of(config: TrainConfig) -> Placement:
+    """Where the configuration wants frozen blocks to live."""
+    return Placement(
+        residency=config.residency,
+        resident_share=config.resident_share,
+        frozen=config.frozen,
+        offload=config.offload_activations,
+    )
 
 
-def find_place(config: TrainConfig, model_slug: str) -> Place:
-    """Where the run lives.
+def check_placement(config: TrainConfig, *, adapts: bool) -> None:
+    """Refuse settings of residency that do not go together.
 
-    Raises: UsageError when `--out` already holds a run (a complete checkpoint) and `--resume` was not given, or holds
-    something else; NotFound when there is nothing to resume.
+    Args:
+        config: the settings.
+        adapts: whether the method trains an adapter.
+
+    Raises:
+        UsageError: with the options that exclude each other.
     """
-    named = Path(config.resume) if isinstance(config.resume, str) else None
-    if named is not None and named.parent.name == "checkpoints":
-        directory = Path(config.out) if config.out else named.parent.parent
-        return Place(directory=directory, saved=checkpoint.load(named), existed=directory.exists())
-    directory = named or (Path(config.out) if config.out else _free(model_slug, config.method))
-    found = checkpoint.complete(directory / "checkpoints")
-    if config.resume:
-        if not found:
-            raise NotFound(f"nothing to resume: no complete checkpoint below {directory / 'checkpoints'}")
-        return Place(directory=directory, saved=checkpoint.load(found[-1]), existed=True)
-    if found:
+    if config.resident_share and config.residency != "host":
+        raise UsageError("--resident-share was given without --residency host; on the device all blocks are resident")
+    if config.compile and config.frozen != "bf16":
         raise UsageError(
-            f"{directory} holds a run with a complete checkpoint (step {checkpoint.step_of(found[-1])}): "
-            "go on with --resume, or name another --out"
+            f"got --compile with --frozen {config.frozen}, expected one of them: a quantised block is not compiled"
         )
-    check_target(directory)
-    if directory.is_dir() and _foreign(directory):
-        raise UsageError(f"{directory} exists and is not a run directory: name another --out")
-    return Place(directory=directory, saved=None, existed=directory.exists())
-
-
-def check_same_run(identity: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse to continue with other settings, data or weights than the checkpoint's.
-
-    Raises: UsageError that names the first difference.
-    """
-    what = {"weights_sha256": "model's weights differ", "data_sha256": "data differ",
-            "inclusion": "layer table differs", "processes": "number of processes differs"}  # fmt: skip
-    for part in (*what, "config"):
-        ours, theirs = _json(identity[part]), saved.get(part)
-        if part == "config":
-            ours = {key: value for key, value in ours.items() if key not in MAY_CHANGE}
-            theirs = {key: value for key, value in dict(theirs or {}).items() if key not in MAY_CHANGE}
-            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            if differing:
-                key = differing[0]
-                raise UsageError(
-                    f"--resume: {key} is {ours.get(key)!r} and the checkpoint was made with {theirs.get(key)!r}; "
-                    "give the same settings, or start a new run"
-                )
-        elif ours != theirs:
-            raise UsageError(f"--resume: the {what[part]} from the checkpoint's; give the same, or start a new run")
-
-
-def _free(model_slug: str, method: str) -> Path:
-    """runs/<model>-<method>-<n> with the first n that is not taken."""
-    number = 1
-    while (path := Path("runs") / f"{model_slug}-{method}-{number}").exists():
-        number += 1
-    return path
-
-
-def _foreign(directory: Path) -> bool:
-    """Not empty, and without the file that every run directory begins with."""
-    return any(directory.iterdir()) and not (directory / "config.yaml").is_file()
-
-
-def _json(value: Any) -> Any:
-    """As it looks after a round trip through JSON, which is what a checkpoint holds."""
-    return json.loads(json.dumps(value))
+    if adapts and placement_of(config).streams:
+        raise UsageError(
+            f"--residency host, --frozen and --offload-activations are for methods that train the model's own weights, "
+            f"not for {config.method}; leave them out"
+        )

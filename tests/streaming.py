@@ -11,7 +11,6 @@ from torch import nn
 from owlore.blocks import find_units, freeze
 from owlore.data.batches import IGNORED, MicroBatch
 from owlore.kernels import int8, nf4
-from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer, Rule
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.build import empty_residency, move_in
@@ -21,8 +20,10 @@ from owlore.residency.masters import Overlay
 from owlore.residency.pinned import unlocked
 from owlore.residency.ports import CudaPort
 from owlore.training.loss import CausalLoss
+from owlore.training.resident import ResidentBackend
+from owlore.training.step import train_step
+from owlore.training.streamed import StreamedBackend
 from owlore.training.streamed_step import BlockMajor
-from owlore.training.trainer import _seeded
 
 SHAPES = ("llama", "qwen2", "gpt2", "gemma")
 LOW_LR = 1e-2
@@ -68,7 +69,7 @@ class Side:
     def draw(self, blocks):
         self.active = tuple(sorted(blocks))
         rules = dict.fromkeys(self.units.parameters(blocks, self.groups), Rule(rank=self.rank))
-        self.optimizer.switch(rules, self.step, between=self.settle)
+        self.optimizer.switch(rules, self.step, between=lambda: self.backend.set_active(rules))
         for name, slot in self.optimizer.slots.items() if self.watches else ():
             if not hasattr(slot, "watched"):
                 slot.watched, receive = True, slot.receive
@@ -81,22 +82,14 @@ class Side:
 
         return take
 
-    def settle(self):
-        pass
-
-    @property
-    def bottom(self):
-        return "embeddings" in self.groups
-
     def take_step(self, parts, *, context=nullcontext):
         """Loss of every micro-batch; gradients are in `gradients`, the update is done."""
         self.gradients.clear()
-        tokens = sum(part.num_trained for part in parts)
         with context():
-            losses = self.gather(parts, tokens)
-        self.optimizer.update(LOW_LR, 1.0)
+            result = train_step(self.backend, self.optimizer, dict(enumerate(parts)), step=self.step, lr=LOW_LR,
+                                clip=1.0, seed=7)  # fmt: skip
         self.step += 1
-        return losses
+        return torch.tensor(result.losses)
 
     def by_name(self):
         found = {}
@@ -111,16 +104,7 @@ class Resident(Side):
     def __init__(self, model, **settings):
         super().__init__(model, **settings)
         self.loss = CausalLoss(model)
-
-    def gather(self, parts, tokens):
-        losses = []
-        for index, part in enumerate(parts):
-            self.optimizer.micro_batch(self.step, last=index == len(parts) - 1)
-            with _seeded(seed_for(7, "dropout", self.step, index), self.model.device):
-                mean = self.loss(**part.on(self.model.device), num_trained=part.num_trained) / tokens
-                mean.backward()
-            losses.append(mean.detach())
-        return torch.stack(losses)
+        self.backend = ResidentBackend(self.units, self.optimizer, self.loss, model.device)
 
 
 class Streamed(Side):
@@ -139,17 +123,9 @@ class Streamed(Side):
         self.boundaries = Boundaries(self.port, offload=offload, pin=pin)
         self.loss = CausalLoss(model)
         self.walk = BlockMajor(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
-
-    def settle(self):
-        self.residency.settle(self.active)
-        low = min(self.active, default=self.units.num_blocks)
-        ends = [self.units.groups[group] for group in ("embeddings", "head")]
-        tied = {name for name, _ in ends[0]} & {name for name, _ in ends[1]}
-        outside = self.units.parameters((), self.groups)
-        self.walk.aim(low, bottom=self.bottom, held=list(outside.values()) if self.bottom and tied else ())
-
-    def gather(self, parts, tokens):
-        return self.walk.gather(dict(enumerate(parts)), tokens, seed=7, step=self.step)
+        self.backend = StreamedBackend(units=self.units, residency=self.residency, chain=self.chain, frozen=form,
+                                       boundaries=self.boundaries, overlay=self.overlay, embedding=None,
+                                       _walk=self.walk)  # fmt: skip
 
 
 def pair(make, *, resident=None, **settings):

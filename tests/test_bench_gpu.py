@@ -80,5 +80,5 @@ def test_every_row_that_the_issue_asks_for_is_there(bench):
     assert sorted(wanted.values()) == [4.0, 4.0, 6.3, 8.5, 12.0, 17.0, 19.0]
     for load, tokens in (("1x512", 512), ("16x512", 8192), ("4x2048", 8192)):
         of_load = [row for name, row in names.items() if f"7b {load}" in name]
-        assert {row.homes for row in of_load if row.kind == "ours"} == set(rows.HOMES.values())
+        assert {row.placement for row in of_load if row.kind == "ours"} == set(rows.PLACEMENTS.values())
         assert {row.batch * row.accum * row.tokens for row in of_load} == {tokens}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 
 
 class Recompute:
@@ -26,12 +26,14 @@ class Recompute:
     last tensor that backward wants: of a frozen block the last product, a quarter of a Llama block, is not done again.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], *, enabled: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], *, enabled: bool, patches: PatchStack | None = None) -> None:
         self.lowest = 0
         self._count = len(blocks)
         self._buffer: Tensor | None = None  # of the forward that is running
-        wrapped = blocks if enabled else ()
-        self._ends = [replace_forward(b, self._wrapped(b.forward, index)) for index, b in enumerate(wrapped)]
+        self.patches = PatchStack() if patches is None else patches
+        self.patches.add(self._release)
+        for index, block in enumerate(blocks if enabled else ()):
+            self.patches.replace_forward(block, self._wrapped(block.forward, index))
 
     def _wrapped(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         @wraps(forward)
@@ -59,10 +61,7 @@ class Recompute:
         self._buffer = buffer if index < self._count - 1 else None
         return buffer[row].copy_(hidden).requires_grad_(hidden.requires_grad)
 
-    def remove(self) -> None:
-        """Give the blocks their own forward back."""
-        for end in self._ends:
-            end()
+    def _release(self) -> None:
         self._buffer = None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from htsr.errors import UsageError
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 
 
 class Compiled:
@@ -37,23 +37,19 @@ class Compiled:
         device: torch.device,
         backend: Any = "inductor",
         always: bool = False,
+        patches: PatchStack | None = None,
     ) -> None:
         if enabled and backend == "inductor" and device.type == "cpu" and not cpp_compiler():
             raise UsageError("got --compile without a C++ compiler, expected one on a CPU; install g++")
         functions: dict[type[nn.Module], Callable[..., Any]] = {}
-        self._ends: list[Callable[[], None]] = []
+        self.patches = PatchStack() if patches is None else patches
         for block in blocks if enabled else ():
             kind, own = type(block), vars(block).get("forward")
             if own is None and kind not in functions:
                 functions[kind] = _compiled(kind.forward, backend, always)
             # What somebody set on this block in place of its class's forward is compiled for it alone.
             function = partial(functions[kind], block) if own is None else _compiled(own, backend, always)
-            self._ends.append(replace_forward(block, function))
-
-    def remove(self) -> None:
-        """Give the blocks their own forward back."""
-        for end in self._ends:
-            end()
+            self.patches.replace_forward(block, function)
 
 
 def _compiled(forward: Callable[..., Any], backend: Any, always: bool) -> Callable[..., Any]:

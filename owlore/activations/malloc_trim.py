@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlore.patches import PatchStack
+
 GROWTH = 128 << 20  # bytes of free memory that may stay resident
 
 _STATM = Path("/proc/self/statm")
@@ -60,12 +62,10 @@ def trimmed_heap(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.register_hook(look)
 
-    handles = [block.register_forward_hook(look_now_and_in_backward) for block in blocks]
-    try:
+    with PatchStack() as patches:
+        for block in blocks:
+            patches.add(block.register_forward_hook(look_now_and_in_backward).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _resident() -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 
 LEAST = 1 << 9  # bytes; what is smaller is no more than what nodes of the graph take
 ALIGNED = 64  # bytes; where torch's own memory begins, so that kernels take the same way
@@ -32,13 +32,10 @@ ALIGNED = 64  # bytes; where torch's own memory begins, so that kernels take the
 def shelved(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[Shelves]:
     """While this lasts, activations kept for backward through frozen blocks are put on shelves."""
     shelves = Shelves(blocks)
-    wrapped = blocks if enabled else ()
-    ends = [replace_forward(block, shelves.around(block, block.forward)) for block in wrapped]
-    try:
+    with PatchStack() as patches:
+        for block in blocks if enabled else ():
+            patches.replace_forward(block, shelves.around(block, block.forward))
         yield shelves
-    finally:
-        for end in ends:
-            end()
 
 
 class Shelves:

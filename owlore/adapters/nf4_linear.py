@@ -6,6 +6,7 @@ same codes; elsewhere plain torch does.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -95,10 +96,13 @@ def has_bitsandbytes() -> bool:
 
 
 def dequantise_by_bitsandbytes(quantised: Nf4, dtype: torch.dtype) -> Tensor:
-    """The same values through bitsandbytes' kernel of the tensors' device."""
+    """The same values through bitsandbytes' kernel of the tensors' device.
+
+    The kernel is given a flat shape: blocks run on over the rows, and the one for AVX-512 begins a block anew in each.
+    """
     import bitsandbytes  # noqa: F401
 
-    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        quantised.packed, magnitudes(quantised), quantised.block, "nf4", quantised.shape, dtype
+    flat: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        quantised.packed, magnitudes(quantised), quantised.block, "nf4", (math.prod(quantised.shape),), dtype
     )
-    return found
+    return flat.view(quantised.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from owlore.kernels.linear import apply_linear, input_gradient, input_of, linear_kind, rows_of
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack, Undo
 
 # (left of T x m, right of T x n) -> None where left^T right, the gradient, was taken in; else that gradient.
 Take = Callable[[Tensor, Tensor], Tensor | None]
@@ -39,7 +39,7 @@ def linear_maps(modules: Iterable[nn.Module]) -> dict[int, LinearMap]:
     return {matrix: users[0] for matrix, users in found.items() if len(users) == 1}
 
 
-def tap(layer: LinearMap, take: Take) -> Callable[[], None]:
+def tap(layer: LinearMap, take: Take, patches: PatchStack) -> Undo:
     """Let `take` have the factors of the gradient of this linear map's matrix; returns what ends that. A gradient that
     comes from elsewhere (another reader of the matrix, autocast), or on whose way somebody waits with a hook, goes its
     usual way."""
@@ -54,7 +54,7 @@ def tap(layer: LinearMap, take: Take) -> Callable[[], None]:
             return plain
         return _ProjectedLinear.apply(x, module.weight, module.bias, transposed, take)
 
-    return replace_forward(module, run)
+    return patches.replace_forward(module, run)
 
 
 class _ProjectedLinear(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from owlore.optim.projected_linear import linear_maps, tap
 from owlore.optim.slot import HeldBytes, Rule, Slot, Weights
+from owlore.patches import PatchStack, Undo
 
 ON_SWITCH = ("drop", "host", "keep")
 
@@ -46,6 +47,7 @@ class RotatingOptimizer:
     factor that the loss was multiplied with (fp16), divided out of each gradient. add_up: replaces each tensor of a
     list by its sum over the processes that train together; None for one process. layers: modules whose linear maps give
     their matrix's gradient projected, where it is (`projected_linear`); what a compiler traces has to stay out.
+    patches: the run's stack, on which hooks and forwards are registered; a stack of its own by default.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RotatingOptimizer:
         grad_scale: float = 1.0,
         add_up: Callable[[Sequence[Tensor]], None] | None = None,
         layers: Iterable[nn.Module] = (),
+        patches: PatchStack | None = None,
     ) -> None:
         if on_switch not in ON_SWITCH:
             raise ValueError(f"on_switch must be one of {', '.join(ON_SWITCH)}, got {on_switch!r}")
@@ -67,7 +70,8 @@ class RotatingOptimizer:
         self.slots: dict[str, Slot] = {}
         self.parked: dict[str, Parked] = {}
         self._linear_maps = linear_maps(layers)
-        self._ends: dict[str, list[Callable[[], None]]] = {}  # by active parameter: what makes its gradient unheard
+        self._patches = PatchStack() if patches is None else patches
+        self._listeners: dict[str, list[Undo]] = {}  # by active parameter: what takes its hook and forward off
         self._last_micro_batch = True
         self._step = 0
         self._squares: Tensor | None = None  # of this step, by slot: squared norm of what was gathered
@@ -108,11 +112,12 @@ class RotatingOptimizer:
         self.slots[name] = slot
         parameter.requires_grad_(True)
         layer = self._linear_maps.get(id(parameter)) if slot.takes_products else None
-        ends = [parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None)).remove]
+        hook = parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None))
+        listeners = [self._patches.add(hook.remove)]
         if layer is not None:
-            # Looked up when it is called, as `receive` is: who measures may put himself in between.
-            ends.append(tap(layer, lambda left, other: slot.receive_product(left, other)))
-        self._ends[name] = ends
+            # The method is looked up when it is called, so that a measurement can replace it.
+            listeners.append(tap(layer, lambda left, other: slot.receive_product(left, other), self._patches))
+        self._listeners[name] = listeners
 
     def _leave(self, name: str, step: int) -> float:
         slot = self.slots.pop(name)
@@ -126,12 +131,12 @@ class RotatingOptimizer:
         return lost
 
     def _stop_listening(self, name: str) -> None:
-        for end in self._ends.pop(name, ()):
-            end()
+        for take_off in self._listeners.pop(name, ()):
+            take_off()
 
     def remove(self) -> None:
         """Listen to no gradient any more; what is held stays. For a run that ends with parameters active."""
-        for name in list(self._ends):
+        for name in list(self._listeners):
             self._stop_listening(name)
 
     def _taker(self, slot: Slot, *, tapped: bool) -> Callable[[Tensor], None]:

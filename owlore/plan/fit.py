@@ -15,7 +15,7 @@ from owlore.config import SETTINGS, TrainConfig, flag_name
 from owlore.plan.plan import Plan
 from owlore.plan.planner import planner_of
 from owlore.plan.streamed import Rates
-from owlore.settings import resolve
+from owlore.settings import placement_of, resolve
 
 LEVELS = ("every bit stays as it is", "states and weights are rounded more coarsely", "frozen blocks are quantised")
 
@@ -82,14 +82,14 @@ def _candidates(config: TrainConfig, level: int, *, adapts: bool) -> Iterator[di
         now = getattr(config, name)
         return list(dict.fromkeys([now, *values])) if name in open_ else [now]
 
-    homes = {
+    placement = {
         "residency": choices("residency", "host"),
         "resident_share": choices("resident_share", 0.25, 0.5, 0.75),
         "offload_activations": choices("offload_activations", True),
     }
     options = {
         "checkpointing": choices("checkpointing", "on"),
-        **({} if adapts else homes),
+        **({} if adapts else placement),
         "state_bits": choices("state_bits", 8) if level >= 1 else [config.state_bits],
         "weights": choices("weights", "bf16-sr") if level >= 1 else [config.weights],
         "frozen": choices("frozen", "int8", "nf4") if level >= 2 and not adapts else [config.frozen],
@@ -98,8 +98,7 @@ def _candidates(config: TrainConfig, level: int, *, adapts: bool) -> Iterator[di
         chosen = dict(zip(options, values, strict=True))
         if chosen.get("resident_share") and chosen["residency"] != "host":
             continue
-        streams = chosen.get("residency") == "host" or chosen.get("offload_activations") or chosen["frozen"] != "bf16"
-        if streams and chosen["checkpointing"] != config.checkpointing:
+        if placement_of(replace(config, **chosen)).streams and chosen["checkpointing"] != config.checkpointing:
             continue  # a streamed block is recomputed whatever is asked for
         changed = {name: value for name, value in chosen.items() if value != getattr(config, name)}
         for batch, accum in _splits(config):

@@ -25,7 +25,8 @@ from owlore.optim.slot import HeldBytes, planned_bytes
 from owlore.plan.advice import Advice
 from owlore.plan.model_spec import Shape, weight_bytes
 from owlore.plan.resident import logits_bytes, resident_moments
-from owlore.plan.streamed import Homes, Load, Moments, Rates, StreamedModel, Traffic, traffic, walk_moments
+from owlore.plan.streamed import Load, Moments, Rates, StreamedModel, Traffic, traffic, walk_moments
+from owlore.residency.placement import Placement
 from owlore.sampling import DRAWS
 from owlore.strategies import Hyper, Strategy
 
@@ -66,7 +67,7 @@ def make_plan(
     accum: int,
     tokens: int,
     recompute: bool,
-    homes: Homes = Homes(),  # noqa: B008 - frozen
+    placement: Placement = Placement(),  # noqa: B008 - frozen
     rates: Rates = Rates(),  # noqa: B008
     processes: int = 1,
 ) -> Plan:
@@ -75,7 +76,7 @@ def make_plan(
     A process holds what a single one does, and gathers as with accumulation: a new basis waits for the gradients of
     all. Raises: UsageError for blocks that stream in several.
     """
-    if processes > 1 and homes.streams:
+    if processes > 1 and placement.streams:
         raise UsageError(f"got {processes} processes and streamed blocks, expected one process; leave --processes out")
     together = max(accum, min(processes, 2))  # is what a new basis has to see more than one micro-batch of one process?
     units = shape.units
@@ -88,10 +89,10 @@ def make_plan(
     state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes())
     bottom = any(name in outside for name, _ in units.groups["embeddings"])
     low = 0 if bottom else min(min(draw) for draw in draws)
-    model = StreamedModel(units, homes)
-    recompute = recompute or homes.streams
+    model = StreamedModel(units, placement)
+    recompute = recompute or placement.streams
     optimizer = state.moments + state.projectors
-    if homes.streams:
+    if placement.streams:
         held, moments, host = _streamed(shape, model, worst, low, rules, parameters, hyper, batch, accum, tokens)
         gradients, activations, logits = moments.gradients, moments.activations, moments.logits
         peak = held + state.masters + optimizer + moments.peak

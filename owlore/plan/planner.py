@@ -16,8 +16,8 @@ from owlore.models.loading import pick_device
 from owlore.plan.advice import advise
 from owlore.plan.model_spec import Shape, model_shape
 from owlore.plan.plan import Plan, make_plan, parked_bytes
-from owlore.plan.streamed import Homes, Rates
-from owlore.settings import hyper_of, recomputes, resolve, weights_of
+from owlore.plan.streamed import Rates
+from owlore.settings import hyper_of, placement_of, recomputes, resolve, weights_of
 from owlore.strategies import Strategy
 
 
@@ -106,23 +106,13 @@ class Planner:
             processes=self.processes,
             tokens=min(self.tokens, config.seq_len),
             recompute=recomputes(config, shape.units),
-            homes=homes_of(config),
+            placement=placement_of(config),
             rates=self.rates,
         )
         if config.on_switch == "keep" or (config.on_switch == "host" and self.device == "cpu"):
             parked = parked_bytes(shape, self.strategy(shape.units, hyper), hyper, weights_of(config))
             made = replace(made, bytes=made.bytes | {k: made.bytes[k] + parked for k in ("optimizer", "total")})
         return made
-
-
-def homes_of(config: TrainConfig) -> Homes:
-    """Where the configuration wants frozen blocks to live."""
-    return Homes(
-        residency=config.residency,
-        resident_share=config.resident_share,
-        frozen=config.frozen,
-        offload=config.offload_activations,
-    )
 
 
 def _table(

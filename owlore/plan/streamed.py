@@ -21,28 +21,14 @@ from owlore.kernels.projector import projected_shape
 from owlore.optim import Rule
 from owlore.residency.binding import layout_of
 from owlore.residency.boundaries import AHEAD
-from owlore.residency.build import resident_blocks
 from owlore.residency.formats import FORMATS, NF4
 from owlore.residency.layout import Layout
 from owlore.residency.pinned import locked_bytes
+from owlore.residency.placement import Placement
 from owlore.residency.plan import Loads, loads_of_step
 
 NUM_SLOTS = 2
 DRAWS_FOR_LOADS = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Homes:
-    """Where frozen blocks live: the four settings, and whether the input embedding may stay on the host."""
-
-    residency: str = "device"
-    resident_share: float = 0.0
-    frozen: str = "bf16"
-    offload: bool = False
-
-    @property
-    def streams(self) -> bool:
-        return self.residency == "host" or self.frozen != "bf16" or self.offload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +63,12 @@ class Moments:
 
 
 class StreamedModel:
-    """Layouts of a model's blocks under given homes."""
+    """Layouts of a model's blocks under given placement."""
 
-    def __init__(self, units: Units, homes: Homes) -> None:
-        self.units, self.homes = units, homes
-        self.layouts: list[Layout] = [layout_of(module, FORMATS[homes.frozen]) for module in units.modules]
-        share = homes.resident_share if homes.residency == "host" else 1.0
-        self.resident = set(resident_blocks(units.num_blocks, share))
+    def __init__(self, units: Units, placement: Placement) -> None:
+        self.units, self.placement = units, placement
+        self.layouts: list[Layout] = [layout_of(module, FORMATS[placement.frozen]) for module in units.modules]
+        self.resident = set(placement.resident_blocks(units.num_blocks))
         self.streamed = set(range(units.num_blocks)) - self.resident
         self.own = [sum(p.numel() * p.element_size() for _, p in block) for block in units.blocks]
 
@@ -106,7 +91,7 @@ class StreamedModel:
         access: Any = getattr(self.units.model, "get_input_embeddings", None)
         table = {id(p) for p in access().parameters()} if access is not None else set()
         inputs = {name: p for name, p in self.units.groups["embeddings"] if id(p) in table}
-        if self.homes.residency != "host" or "embeddings" in always_on or inputs.keys() & head:
+        if self.placement.residency != "host" or "embeddings" in always_on or inputs.keys() & head:
             return total, 0
         left = sum(p.numel() * p.element_size() for p in inputs.values())
         return total - left, left
@@ -114,7 +99,7 @@ class StreamedModel:
     def host_bytes(self, load: Load, low: int, embedding: int) -> dict[str, int]:
         """Host memory by kind. overlay: exact bits of all blocks, what it grows to when each has been trained."""
         blobs = [self.layouts[block].num_bytes for block in self.streamed]
-        boundaries = (self.units.num_blocks - low) * load.accum * load.boundary if self.homes.offload else 0
+        boundaries = (self.units.num_blocks - low) * load.accum * load.boundary if self.placement.offload else 0
         return {
             "store": sum(blobs),
             "locked": sum(locked_bytes(size) for size in blobs) + boundaries,
@@ -161,7 +146,7 @@ def walk_moments(
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
         count = max(0, down_to - low + 1) * load.accum
-        return load.boundary * (min(count, AHEAD + 1) if model.homes.offload else count)
+        return load.boundary * (min(count, AHEAD + 1) if model.placement.offload else count)
 
     passing = load.accum * load.boundary  # hidden states on the way up, their gradients on the way down
     top = kept(blocks - 1) + passing + load.boundary + load.outside

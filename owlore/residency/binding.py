@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from owlore.kernels.linear import input_of, linear_kind
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 from owlore.residency.formats import FORMATS, Format, Raw
 from owlore.residency.frozen_linear import PackedWeight, frozen_linear
 from owlore.residency.layout import Layout, Weight
@@ -37,7 +37,13 @@ class Binding:
     """The parameters of one block. `names` are those that the whole model knows them by, in the module's order."""
 
     def __init__(
-        self, block: int, module: nn.Module, names: Sequence[str], layout: Layout, device: torch.device
+        self,
+        block: int,
+        module: nn.Module,
+        names: Sequence[str],
+        layout: Layout,
+        device: torch.device,
+        patches: PatchStack,
     ) -> None:
         self.parameters = dict(module.named_parameters())
         self.local = dict(zip(names, self.parameters, strict=True))
@@ -46,11 +52,10 @@ class Binding:
         self._nowhere = {name: nowhere(p, device) for name, p in self.parameters.items()}
         forms = {weight.name: weight for weight in layout.weights if not weight.form.exact}
         self._packed = {name: PackedWeight(weight, block) for name, weight in forms.items()}
-        self._ends: list[Callable[[], None]] = []
         for name, m in module.named_modules():
             packed, transposed = self._packed.get(f"{name}.weight"), linear_kind(m)
             if packed is not None and transposed is not None:
-                self._ends.append(replace_forward(m, self._wrapped(m, m.forward, packed, transposed)))
+                patches.replace_forward(m, self._wrapped(m, m.forward, packed, transposed))
 
     def _wrapped(
         self, module: nn.Module, forward: Callable[..., Any], packed: PackedWeight, transposed: bool
@@ -107,11 +112,6 @@ class Binding:
         if not self.own or self._borrowed:
             return 0
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
-
-    def remove(self) -> None:
-        """Give the linear maps their own forward back."""
-        for end in self._ends:
-            end()
 
 
 def nowhere(parameter: Tensor, device: torch.device) -> Tensor:

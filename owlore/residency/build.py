@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from owlore.patches import PatchStack
 from owlore.residency.binding import layout_of
 from owlore.residency.formats import Format
 from owlore.residency.masters import FileMasters, Masters, Overlay, Read, Unread
@@ -17,11 +17,6 @@ from owlore.residency.run import Residency, StoreMasters
 from owlore.residency.store import Store
 
 Find = Callable[[str], str | None]  # a parameter's name -> its name in the checkpoint
-
-
-def resident_blocks(num_blocks: int, share: float) -> range:
-    """The top blocks that stay on the device: those are the ones that a step visits twice."""
-    return range(num_blocks - math.floor(share * num_blocks + 1e-9), num_blocks)
 
 
 def empty_residency(
@@ -34,11 +29,18 @@ def empty_residency(
     pin: Pin,
     num_slots: int = 2,
     masters: Masters | None = None,
+    patches: PatchStack | None = None,
 ) -> Residency:
     """Blocks without weights yet: `Residency.occupy` gives each its own. masters: None where the store is exact."""
     store = Store([layout_of(m, form) for m in modules], device=port.device, resident=resident, pin=pin)
     return Residency(
-        modules, names, store=store, masters=masters or StoreMasters(store), port=port, num_slots=num_slots
+        modules,
+        names,
+        store=store,
+        masters=masters or StoreMasters(store),
+        port=port,
+        num_slots=num_slots,
+        patches=patches,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import BadInput
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class Entry:
 class Chain:
     """Owns the forwards of the blocks. `visit(block)` holds the block's weights wherever a block is run."""
 
-    def __init__(self, blocks: Sequence[nn.Module], visit: Callable[[int], Any]) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], visit: Callable[[int], Any], patches: PatchStack | None = None
+    ) -> None:
         self._blocks, self._visit = tuple(blocks), visit
         self._forwards = [block.forward for block in blocks]
         self._tuple = [False] * len(blocks)
         self._stand_in: Callable[[int, Tensor, Arguments], Tensor] | None = None
-        self.on_call: Callable[[int], None] = lambda block: None  # before a block of an ordinary forward is visited
-        self._ends = [replace_forward(block, self._wrapped(i, block.forward)) for i, block in enumerate(blocks)]
+        patches = PatchStack() if patches is None else patches
+        for index, block in enumerate(blocks):
+            patches.replace_forward(block, self._wrapped(index, block.forward))
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -58,7 +61,6 @@ class Chain:
             if self._stand_in is not None:
                 out = self._stand_in(index, hidden, arguments)
                 return (out,) if self._tuple[index] else out
-            self.on_call(index)
             with self._visit(index):
                 result = forward(*args, **kwargs)
             self._tuple[index] = isinstance(result, tuple | list)
@@ -124,11 +126,6 @@ class Chain:
                 hidden = self.call(index, hidden, arguments)
         if not torch.equal(self.inject(hidden, forward), own):
             raise BadInput("this model's blocks are not a plain chain; train it with --residency device --frozen bf16")
-
-    def remove(self) -> None:
-        """Give the blocks their own forward back."""
-        for end in self._ends:
-            end()
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.patches import replace_forward
+from owlore.patches import PatchStack
 
 
 class HostEmbedding:
@@ -19,9 +19,9 @@ class HostEmbedding:
     waits for nothing.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, patches: PatchStack | None = None) -> None:
         self._module, self._device, self._forward = module, device, module.forward
-        self._end = replace_forward(module, self._look_up)
+        (PatchStack() if patches is None else patches).replace_forward(module, self._look_up)
         self._ids: dict[int, Tensor] = {}
         self._idle = False
         module.to("cpu")
@@ -56,7 +56,3 @@ class HostEmbedding:
     def num_bytes(self) -> int:
         """Bytes in host memory."""
         return sum(p.numel() * p.element_size() for p in self._module.parameters())
-
-    def remove(self) -> None:
-        """Give the module its own forward back."""
-        self._end()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from owlore.patches import PatchStack
 from owlore.residency.binding import Binding
 from owlore.residency.masters import Exact, Masters
 from owlore.residency.plan import next_loads
@@ -47,12 +48,14 @@ class Residency:
         masters: Masters,
         port: Port,
         num_slots: int = 2,
+        patches: PatchStack | None = None,
     ) -> None:
         self.store, self.masters, self.port = store, masters, port
         streamed = [store.layouts[block].num_bytes for block in store.streamed]
         self.slots = Slots(port, min(num_slots, len(streamed)), max(streamed, default=0))
+        patches = PatchStack() if patches is None else patches
         self.bindings = [
-            Binding(block, module, names[block], store.layouts[block], port.device)
+            Binding(block, module, names[block], store.layouts[block], port.device, patches)
             for block, module in enumerate(modules)
         ]
         kinds = {layout: index for index, layout in enumerate(dict.fromkeys(store.layouts))}
@@ -228,9 +231,8 @@ class Residency:
         }
 
     def restore(self) -> None:
-        """Give every block its exact weights for good, where they lie, and its own forwards."""
+        """Give every block its exact weights for good, where they lie; its forwards have to be its own again."""
         for block, binding in enumerate(self.bindings):
             exact = binding.values() if block in self.live else self.masters.read(block)
             for name, parameter in binding.parameters.items():
                 parameter.data = exact[name]
-            binding.remove()

@@ -14,9 +14,9 @@ import torch
 
 from htsr.errors import HtsrError
 from owlore.config import TrainConfig
-from owlore.data.prepare import Prepared
 from owlore.io.metrics import memory_peak
-from owlore.models.loading import DTYPES, Loaded
+from owlore.models.loading import DTYPES
+from owlore.run.inputs import RunInputs
 from owlore.run.model_card import held_out_change
 from owlore.strategies import STRATEGIES
 from owlore.training.trainer import Trainer
@@ -88,23 +88,21 @@ class RunPlots:
         return plots.plot_draw_counts(self._run.record["draws"], self._run.record["inclusion"], _axes(ax))
 
 
-def run_record(
-    config: TrainConfig, trainer: Trainer, loaded: Loaded, prepared: Prepared, table: LayerTable | None, seconds: float
-) -> dict[str, Any]:
+def run_record(inputs: RunInputs, trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The content of run.json: provenance, and what was counted and measured."""
     import transformers
 
     import htsr
     import owlore
 
-    tally = trainer.tally
-    parameters = loaded.parameters
+    stats, loaded, prepared, table = trainer.stats, inputs.loaded, inputs.prepared, inputs.table
+    parameters, strategy = loaded.parameters, trainer.rotation.strategy
     evals = [row["loss"] for row in trainer.metrics.rows if row["split"] == "eval"]
     held = max((row["state_bytes"] for row in trainer.metrics.rows), default=0)
     return {
         "schema": "owlore-run/1",
         "status": "finished",
-        "config": config.to_dict(),
+        "config": inputs.config.to_dict(),
         "model": {"id": loaded.id, "revision": loaded.revision, "weights_sha256": loaded.weights_sha256,
                   "config_sha256": loaded.config_sha256, "parameters": parameters,
                   "num_blocks": trainer.units.num_blocks},
@@ -113,25 +111,25 @@ def run_record(
         "data_report": prepared.report.to_dict(),
         "table": None if table is None else {"rule": table.rule, "model": table.model, "gamma": table.gamma},
         "inclusion": trainer.identity["inclusion"],
-        "draws": tally.draws,
-        "periods": [finished.to_dict() for finished in trainer.strategy.record.past],
-        "tables": trainer.strategy.record.tables,
+        "draws": stats.draws,
+        "periods": [finished.to_dict() for finished in strategy.record.past],
+        "tables": strategy.record.tables,
         "trained_parameters": len(trainer.trained),
-        "trainable": tally.trainable_steps / max(1, trainer.step) / parameters,
+        "trainable": stats.trainable_steps / max(1, trainer.step) / parameters,
         "steps": trainer.step,
-        "tokens": tally.tokens,
+        "tokens": stats.tokens,
         "seconds": seconds,
-        "median_step_seconds": statistics.median(tally.step_seconds or [0.0]),
-        "tokens_per_s": (tally.tokens - tally.idle_tokens) / (sum(tally.step_seconds) or 1.0),
+        "median_step_seconds": statistics.median(stats.step_seconds or [0.0]),
+        "tokens_per_s": (stats.tokens - stats.idle_tokens) / (sum(stats.step_seconds) or 1.0),
         "peak_state_bytes": held,
-        "parked_bytes": trainer.optimizer.parked_bytes(),
-        "lost_norm": tally.lost_norm,
+        "parked_bytes": trainer.rotation.optimizer.parked_bytes(),
+        "lost_norm": stats.lost_norm,
         "eval_loss_first": evals[0] if evals else None,
         "eval_loss_last": evals[-1] if evals else None,
-        "eval_best": tally.best,
+        "eval_best": stats.best,
         "exported_step": trainer.step if trainer.exported_step is None else trainer.exported_step,
         "loss": "chunked" if trainer.loss.chunked else "whole logits: the model's own differ from head(decoder(x))",
-        "residency": None if trainer.streaming is None else trainer.streaming.record(),
+        "residency": trainer.backend.record(),
         "eval_loss_last_frozen": trainer.frozen_loss,
         "device": str(trainer.device),
         "processes": trainer.ranks.size,
@@ -169,7 +167,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
     """What is held, as counted, and what other settings would save, as planned; one line."""
     weights = sum(p.numel() * p.element_size() for p in trainer.units.model.parameters())
-    held = trainer.optimizer.held()
+    held = trainer.rotation.optimizer.held()
     peak = memory_peak(trainer.device)["peak_bytes"]
     rest = max(0, peak - weights - held.total)
     return (

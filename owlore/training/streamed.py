@@ -1,13 +1,13 @@
-"""Training a model whose frozen blocks do not all lie on the device, or not in their own format.
+"""The backend of a model whose frozen blocks do not all lie on the device, or not in their own format.
 
-This is where `--residency`, `--resident-share`, `--frozen` and `--offload-activations` become a store, slots and a walk
-over the blocks; the loop asks it for gradients, losses and exact weights.
+A placement becomes a store, a few device buffers and a walk over the blocks; the trainer asks the backend for
+gradients, losses and exact weights.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,48 +18,29 @@ from torch import Tensor, nn
 
 from htsr.errors import UsageError
 from owlore.blocks import Units
-from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
-from owlore.layer_table import Say
 from owlore.models.loading import Loaded
 from owlore.models.meta_loading import candidates
 from owlore.optim import RotatingOptimizer, Rule
+from owlore.patches import PatchStack
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.build import empty_residency, move_in, read_in, resident_blocks
+from owlore.residency.build import empty_residency, move_in, read_in
 from owlore.residency.chain import Chain
 from owlore.residency.formats import FORMATS
 from owlore.residency.host_embedding import HostEmbedding
 from owlore.residency.masters import Overlay
 from owlore.residency.pinned import Pin, pin, unlocked
+from owlore.residency.placement import Placement
 from owlore.residency.ports import Port, open_port
 from owlore.residency.run import Residency
+from owlore.training.backend import active_blocks, copy_into, trains_embeddings
 from owlore.training.loss import CausalLoss
 from owlore.training.streamed_step import BlockMajor, RandomNumbers
 
 
-def streams(config: TrainConfig) -> bool:
-    """Do these settings ask for anything but plain blocks on the device?"""
-    return config.residency == "host" or config.frozen != "bf16" or config.offload_activations
-
-
-def check_streaming(config: TrainConfig, *, adapts: bool = False) -> None:
-    """Raises: UsageError for settings that do not go together."""
-    if config.resident_share and config.residency != "host":
-        raise UsageError("--resident-share was given without --residency host; on the device all blocks are resident")
-    if config.compile and config.frozen != "bf16":
-        raise UsageError(
-            f"got --compile with --frozen {config.frozen}, expected one of them: a quantised block is not compiled"
-        )
-    if adapts and streams(config):
-        raise UsageError(
-            f"--residency host, --frozen and --offload-activations are for methods that train the model's own weights, "
-            f"not for {config.method}; leave them out"
-        )
-
-
 @dataclass(kw_only=True)
-class Streaming:
-    """The streamed blocks of a run. `connect` has to follow before the first step."""
+class StreamedBackend:
+    """The backend of blocks that are streamed or quantised. `connect` has to follow before the first step."""
 
     units: Units
     residency: Residency
@@ -97,26 +78,28 @@ class Streaming:
 
     @property
     def walk(self) -> BlockMajor:
-        assert self._walk is not None, "Streaming.connect comes first"
+        assert self._walk is not None, "StreamedBackend.connect comes first"
         return self._walk
 
-    # -- what the loop asks for --------------------------------------------------------------------------------------
+    # -- what the trainer asks for -----------------------------------------------------------------------------------
 
-    def settle(self, rules: Mapping[str, Rule]) -> None:
-        """Blocks of which something is trained own their weights; backward reaches down to the lowest of them."""
-        home = self.units.block_of()
-        drawn = {home[name] for name in rules if name in home}
+    def set_active(self, rules: Mapping[str, Rule]) -> None:
+        """Give the active blocks memory of their own; backward reaches down to the lowest of them."""
+        drawn, bottom = active_blocks(self.units, rules), trains_embeddings(self.units, rules)
         self.residency.settle(drawn)
         inputs, head = ({name for name, _ in self.units.groups[group]} for group in ("embeddings", "head"))
         outside = {name: p for name, p in self.units.parameters((), self.units.groups).items() if name in rules}
-        bottom = any(name in inputs for name in outside)
         shared = bottom and bool(inputs & head & outside.keys())
         lowest = min(drawn, default=self.units.num_blocks)
         self.walk.aim(lowest, bottom=bottom, held=list(outside.values()) if shared else ())
 
-    def expect(self, blocks: Iterable[int]) -> None:
-        """These blocks are drawn next: what has to come from a file is read meanwhile."""
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read these blocks, which are drawn next, where they come from a file."""
         self.residency.masters.expect(set(blocks) - self.residency.live)
+
+    def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
+        """Give the optimizer the gradients of the micro-batches; return the share of each in the mean loss."""
+        return self.walk.gather(batches, tokens, seed=seed, step=step)
 
     def losses(self, batches: Iterable[MicroBatch], *, exact: bool) -> Iterable[Tensor]:
         """Summed loss of each micro-batch, with the weights as they are trained against or as they are exported."""
@@ -130,16 +113,10 @@ class Streaming:
         inside = self.residency.values(name for name in wanted if name not in outside)
         return {name: outside[name].data if name in outside else inside[name] for name in wanted}
 
-    def value(self, name: str) -> Tensor:
-        """Exact value of one parameter."""
-        return self.values([name])[name]
-
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Set parameters to these values, wherever they live."""
         outside = self.units.parameters((), self.units.groups)
-        with torch.no_grad():
-            for name in weights.keys() & outside.keys():
-                outside[name].copy_(weights[name])
+        copy_into(outside, {name: tensor for name, tensor in weights.items() if name in outside})
         self.residency.put({name: tensor for name, tensor in weights.items() if name not in outside})
 
     @property
@@ -165,44 +142,53 @@ class Streaming:
             "seconds": port.seconds(),
         }
 
-    def remove(self, device: torch.device) -> None:
-        """Give the model back in one piece on `device`, its weights exact."""
-        self.chain.remove()
-        if self.embedding is not None:
-            self.embedding.remove()
+    def reassemble(self, device: torch.device) -> None:
+        """Put the model together on `device`, its weights exact; its forwards are its own again before."""
         self.residency.restore()
         self.units.model.to(device)
 
 
-def open_streaming(
-    config: TrainConfig,
+def open_streamed_backend(
+    placement: Placement,
     units: Units,
     loaded: Loaded,
     *,
+    always_on: Collection[str],
     device: torch.device,
     directory: Path,
-    say: Say,
+    say: Callable[[str], None],
+    patches: PatchStack,
     port: Port | None = None,
     lock: Pin | None = None,
-) -> Streaming:
-    """Take the blocks of a model in host memory, or those that were left in their files, apart; the rest moves to the
-    device.
+) -> StreamedBackend:
+    """Take the blocks of a model in host memory, or those left in their files, apart; the rest moves to the device.
 
-    port, lock: how the device is reached and host memory locked, where that is not the device's usual way.
+    Args:
+        placement: where the blocks live and in which format.
+        units: the model's parts.
+        loaded: the model and its checkpoint.
+        always_on: groups outside the blocks that are always trained.
+        device: where the model computes.
+        directory: of the run; exact weights of trained blocks are kept there where memory may not hold them.
+        say: is told what is noteworthy.
+        patches: the stack on which forwards of blocks, linear maps and the embedding are replaced.
+        port: how the device is reached, where that is not its usual way.
+        lock: how host memory is locked, where that is not the device's usual way.
     """
     port = port or open_port(device)
     lock = lock or (pin if device.type == "cuda" else unlocked)
-    share = config.resident_share if config.residency == "host" else 1.0
     residency = empty_residency(
         units.modules,
         [[name for name, _ in block] for block in units.blocks],
-        form=FORMATS[config.frozen],
-        resident=resident_blocks(units.num_blocks, share),
+        form=FORMATS[placement.frozen],
+        resident=placement.resident_blocks(units.num_blocks),
         port=port,
         pin=lock,
         num_slots=2,
+        patches=patches,
     )
-    overlay = Overlay(_overlay_directory(residency, units, directory, say) if config.frozen != "bf16" else None)
+    lossy = placement.frozen != "bf16"
+    overlay = Overlay(_overlay_directory(residency, units, directory, say) if lossy else None)
     if loaded.origins:
         read_in(residency, origins=loaded.origins, read=loaded.source.read, overlay=overlay)
     elif kept := move_in(residency, find=_finder(units.model, loaded), read=loaded.source.read, overlay=overlay):
@@ -215,15 +201,15 @@ def open_streaming(
             f"note: {refused} blocks could not be page-locked (ulimit -l?); they stay mapped and travel through a "
             "pinned ring, which is slower"
         )
-    embedding = _move_rest(config, units, device)
-    return Streaming(
+    on_host = placement.residency == "host" and "embeddings" not in always_on
+    return StreamedBackend(
         units=units,
         residency=residency,
-        chain=Chain(units.modules, residency.visit),
-        boundaries=Boundaries(port, offload=config.offload_activations, pin=lock),
+        embedding=_move_rest(units, device, patches, embedding_on_host=on_host),
+        chain=Chain(units.modules, residency.visit, patches),
+        boundaries=Boundaries(port, offload=placement.offload, pin=lock),
         overlay=overlay,
-        embedding=embedding,
-        frozen=config.frozen,
+        frozen=placement.frozen,
     )
 
 
@@ -233,10 +219,12 @@ def _finder(model: nn.Module, loaded: Loaded) -> Any:
     return lambda name: next((candidate for candidate in candidates(model, name) if candidate in stored), None)
 
 
-def _move_rest(config: TrainConfig, units: Units, device: torch.device) -> HostEmbedding | None:
-    """Everything outside the blocks goes to the device; an embedding that nobody trains stays where it is."""
+def _move_rest(
+    units: Units, device: torch.device, patches: PatchStack, *, embedding_on_host: bool
+) -> HostEmbedding | None:
+    """Move everything outside the blocks to the device; a frozen embedding may stay on the host."""
     inside = {id(module) for block in units.modules for module in block.modules()}
-    table = _embedding_to_leave(config, units)
+    table = _untied_embedding(units) if embedding_on_host else None
     left = set() if table is None else {id(module) for module in table.modules()}
     for module in units.model.modules():
         if id(module) in left:
@@ -246,12 +234,11 @@ def _move_rest(config: TrainConfig, units: Units, device: torch.device) -> HostE
                 parameter.data = parameter.data.to(device)
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
-    return None if table is None else HostEmbedding(table, device)
+    return None if table is None else HostEmbedding(table, device, patches)
 
 
-def _embedding_to_leave(config: TrainConfig, units: Units) -> nn.Module | None:
-    if config.residency != "host" or "embeddings" in config.always_on:
-        return None
+def _untied_embedding(units: Units) -> nn.Module | None:
+    """The input embedding, None where the head shares its weight."""
     access: Any = getattr(units.model, "get_input_embeddings", None)
     table = None if access is None else access()
     head = {id(p) for _, p in units.groups["head"]}
@@ -260,7 +247,7 @@ def _embedding_to_leave(config: TrainConfig, units: Units) -> nn.Module | None:
     return table
 
 
-def _overlay_directory(residency: Residency, units: Units, directory: Path, say: Say) -> Path | None:
+def _overlay_directory(residency: Residency, units: Units, directory: Path, say: Callable[[str], None]) -> Path | None:
     """Where trained blocks are kept when memory may not hold all of them beside the store; None for memory."""
     whole = sum(p.numel() * p.element_size() for block in units.blocks for _, p in block)
     store = sum(residency.store.layouts[block].num_bytes for block in residency.store.streamed)

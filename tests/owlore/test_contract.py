@@ -52,7 +52,7 @@ def finished(model, tmp_path_factory):
 def without_pictures():
     """A run's three plots take longer than its seven steps, and other tests look at them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.run.api.save_plots", lambda run: None)
+        patch.setattr("owlore.run.lifecycle.save_plots", lambda run: None)
         yield
 
 

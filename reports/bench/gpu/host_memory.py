@@ -83,22 +83,23 @@ def _made(name: str, like: torch.Tensor) -> torch.Tensor:
 CHILD = """
 import json, sys
 from pathlib import Path
-import owlore.run.api as run
+import owlore
+import owlore.run.lifecycle as lifecycle
 from owlore.config import TrainConfig
 
 def peak():  # ru_maxrss would begin with the parent's
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
-seen, assemble = {}, run.assemble
+seen, build_trainer = {}, lifecycle.build_trainer
 def ready(*given, **named):
-    made = assemble(*given, **named)
+    made = build_trainer(*given, **named)
     seen["loaded"] = peak()
     return made
-run.assemble = ready
+lifecycle.build_trainer = ready
 options = json.loads(sys.argv[1])
 rows = [{"prompt": "In the beginning", "completion": " God created the heaven and the earth."}] * 4
-done = run.train(options.pop("model"), rows, **options)
+done = owlore.train(options.pop("model"), rows, **options)
 seen["exported"] = peak()
 print(json.dumps(seen | {"residency": done.record["residency"]}))
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from ours import EVERY, Ours, gradients, hyper_of
-from rows import HOMES, Row
+from rows import PLACEMENTS, Row
 from shapes import filled, skeleton
 
 from owlore.optim import Weights
@@ -48,7 +48,7 @@ def planned(row: Row, rates: Rates | None = None) -> Plan:
     blocks = shape.units.num_blocks
     return make_plan(
         shape, STRATEGIES["owlore"], hyper_of(row, blocks), weights=Weights.STOCHASTIC, batch=row.batch,
-        accum=row.accum, tokens=row.tokens, recompute=True, homes=row.homes, rates=rates or Rates(),
+        accum=row.accum, tokens=row.tokens, recompute=True, placement=row.placement, rates=rates or Rates(),
     )  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def agree(row: Row, device: torch.device) -> dict[str, Any]:
     torch.use_deterministic_algorithms(device.type == "cuda")
     compared = 0
     for names in ALIKE:
-        expected, *others = (gradients(Ours(replace(row, homes=HOMES[name]), device, blocks=6), 3) for name in names)
+        rows = (replace(row, placement=PLACEMENTS[name]) for name in names)
+        expected, *others = (gradients(Ours(each, device, blocks=6), 3) for each in rows)
         for found in others:
             for one, other in zip(expected, found, strict=True):
                 assert torch.equal(one["loss"], other["loss"]), f"losses differ among {names}"

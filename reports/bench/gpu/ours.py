@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,24 @@ from owlore.activations.checkpointing import Recompute
 from owlore.blocks import find_units, freeze
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import generator_for
-from owlore.optim import RotatingOptimizer, Rule, Weights
+from owlore.optim import RotatingOptimizer, Weights
 from owlore.optim.slot import Slot
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.build import empty_residency, resident_blocks
+from owlore.residency.build import empty_residency
 from owlore.residency.chain import Chain
 from owlore.residency.formats import FORMATS
 from owlore.residency.host_embedding import HostEmbedding
 from owlore.residency.masters import Overlay
 from owlore.residency.pinned import pin, unlocked
 from owlore.residency.ports import open_port
-from owlore.sampling import draw
+from owlore.residency.run import Residency
 from owlore.strategies import STRATEGIES, Hyper
+from owlore.training.backend import Backend
 from owlore.training.loss import CausalLoss
-from owlore.training.streamed_step import BlockMajor
+from owlore.training.resident import ResidentBackend
+from owlore.training.rotation import Rotation
+from owlore.training.step import train_step
+from owlore.training.streamed import StreamedBackend
 
 EVERY = 2  # steps of a period: short, so that L / gamma periods are soon over
 
@@ -62,30 +65,42 @@ class Ours:
     """Takes steps; every gradient can be watched through `optimizer.slots`."""
 
     def __init__(self, row: Any, device: torch.device, *, blocks: int | None = None) -> None:
-        self.row, self.device, self.homes = row, device, row.homes
-        streamed = self.homes.streams
+        self.row, self.device, self.placement = row, device, row.placement
+        streamed = self.placement.streams
         self.model = (skeleton if streamed else filled)(row.shape, device, blocks=blocks)
         self.units = find_units(self.model)
         self.count = self.units.num_blocks
-        self.strategy = STRATEGIES["owlore"](self.units, hyper_of(row, self.count))
+        strategy = STRATEGIES["owlore"](self.units, hyper_of(row, self.count))
         everything = self.units.parameters(range(self.count), self.units.groups)
         self.optimizer = RotatingOptimizer(everything, seed=0, weights=Weights.STOCHASTIC, layers=self.units.modules)
         self.residency = self._stream() if streamed else None
         self.port = None if self.residency is None else self.residency.port
-        chain = None if self.residency is None else Chain(self.units.modules, self.residency.visit)
-        self.loss = CausalLoss(self.model)
-        self.walk: BlockMajor | None = None
-        if self.residency is None or chain is None:
-            freeze(self.model)
-            self.recompute = Recompute(self.units.modules, enabled=True)
-        else:
-            lock = pin if device.type == "cuda" else unlocked
-            boundaries = Boundaries(self.residency.port, offload=self.homes.offload, pin=lock)
-            self.walk = BlockMajor(self.loss, self.optimizer, self.residency, chain, boundaries, self.embedding)
+        self.backend = self._resident() if self.residency is None else self._streamed(self.residency)
+        set_active = self.backend.set_active
+        self.rotation = Rotation(strategy=strategy, optimizer=self.optimizer, every=EVERY, set_active=set_active)
         self.step = 0
 
-    def _stream(self) -> Any:
-        homes, row, device = self.homes, self.row, self.device
+    def _resident(self) -> Backend:
+        freeze(self.model)
+        loss, recompute = CausalLoss(self.model), Recompute(self.units.modules, enabled=True)
+        return ResidentBackend(self.units, self.optimizer, loss, self.device, recompute)
+
+    def _streamed(self, residency: Residency) -> Backend:
+        lock = pin if self.device.type == "cuda" else unlocked
+        backend = StreamedBackend(
+            units=self.units,
+            residency=residency,
+            chain=Chain(self.units.modules, residency.visit),
+            boundaries=Boundaries(residency.port, offload=self.placement.offload, pin=lock),
+            overlay=Overlay(),
+            embedding=self.embedding,
+            frozen=self.placement.frozen,
+        )
+        backend.connect(CausalLoss(self.model), self.optimizer)
+        return backend
+
+    def _stream(self) -> Residency:
+        placement, row, device = self.placement, self.row, self.device
         lock = pin if device.type == "cuda" else unlocked
 
         def make(block: int) -> Mapping[str, Tensor]:
@@ -93,19 +108,19 @@ class Ours:
 
         with torch.device("meta"):
             shapes = skeleton(row.shape, torch.device("meta"), blocks=self.count).model.layers
-        lossy = homes.frozen != "bf16"
+        lossy = placement.frozen != "bf16"
         residency = empty_residency(
             self.units.modules,
             [[name for name, _ in block] for block in self.units.blocks],
-            form=FORMATS[homes.frozen],
-            resident=resident_blocks(self.count, homes.resident_share if homes.residency == "host" else 1.0),
+            form=FORMATS[placement.frozen],
+            resident=placement.resident_blocks(self.count),
             port=open_port(device, timed=True),
             pin=lock,
             masters=Generated(make) if lossy else None,
         )
         for block in range(self.count):
             residency.occupy(block, make(block))
-        host = homes.residency == "host" and "embeddings" not in row.always_on
+        host = placement.residency == "host" and "embeddings" not in row.always_on
         self.embedding = HostEmbedding(self.model.get_input_embeddings(), device) if host else None
         return residency
 
@@ -116,56 +131,28 @@ class Ours:
         made = [torch.randint(4, vocabulary, (row.batch, row.tokens), generator=stream) for _ in range(row.accum)]
         return [MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids)) for ids in made]
 
-    def switch(self) -> None:
-        drawn = draw(self.strategy.hyper.inclusion, 0, self.step // EVERY)
-        rules: dict[str, Rule] = self.strategy.rules_for(drawn)
-        bottom = any(name in rules for name, _ in self.units.groups["embeddings"])
-
-        def settle() -> None:
-            if self.residency is not None and self.walk is not None:
-                self.residency.settle(drawn)
-                self.walk.aim(drawn[0], bottom=bottom)
-            else:
-                self.recompute.lowest = 0 if bottom else drawn[0]
-
-        self.optimizer.switch(rules, self.step, between=settle)
-
-    def advance(self) -> Tensor:
-        """One step; its loss on the device."""
-        if self.step % EVERY == 0:
-            self.switch()
-        loss = self.gather(self.batches(self.step))
-        with nullcontext() if self.port is None else self.port.span("update"):
-            self.optimizer.update(1e-4, 1.0)
+    def advance(self) -> float:
+        """One step; its loss."""
+        if self.rotation.is_due(self.step):
+            self.rotation.begin(self.step)
+        batches = dict(enumerate(self.batches(self.step)))
+        result = train_step(self.backend, self.optimizer, batches, step=self.step, lr=1e-4, clip=1.0, seed=0)
         self.step += 1
-        return loss
-
-    def gather(self, batches: list[MicroBatch]) -> Tensor:
-        tokens = sum(batch.num_trained for batch in batches)
-        if self.walk is not None:
-            return self.walk.gather(dict(enumerate(batches)), tokens, seed=0, step=self.step).sum()
-        losses = []
-        for index, batch in enumerate(batches):
-            self.optimizer.micro_batch(self.step, last=index == len(batches) - 1)
-            mean = self.loss(**batch.on(self.device), num_trained=batch.num_trained) / tokens
-            mean.backward()
-            losses.append(mean.detach())
-        return torch.stack(losses).sum()
+        assert result.loss is not None
+        return result.loss
 
 
 def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
     """Loss and every gradient of some steps, as the optimizer is given them."""
     found = []
     for _ in range(steps):
-        if ours.step % EVERY == 0:
-            ours.switch()
+        if ours.rotation.is_due(ours.step):
+            ours.rotation.begin(ours.step)
         seen: dict[str, list[Tensor]] = {}
         for name, slot in ours.optimizer.slots.items():
             _watch(slot, seen.setdefault(name, []))
-        loss = ours.gather(ours.batches(ours.step))
-        ours.optimizer.update(1e-4, 1.0)
-        ours.step += 1
-        found.append({"loss": loss.cpu(), "gradients": {name: [g.cpu() for g in gs] for name, gs in seen.items()}})
+        loss = torch.tensor(ours.advance())
+        found.append({"loss": loss, "gradients": {name: [g.cpu() for g in gs] for name, gs in seen.items()}})
     return found
 
 

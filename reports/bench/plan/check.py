@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from owlore.activations.checkpointing import Recompute
 from owlore.blocks import find_units, freeze
 from owlore.config import TrainConfig
+from owlore.data.batches import MicroBatch
 from owlore.layer_table import find_table, run_inclusion
 from owlore.models.loading import load
 from owlore.optim import RotatingOptimizer
@@ -28,6 +29,8 @@ from owlore.plan.model_spec import shape_of
 from owlore.plan.planner import Planner
 from owlore.settings import hyper_of, recomputes, resolve, weights_of
 from owlore.training.loss import CausalLoss
+from owlore.training.resident import ResidentBackend
+from owlore.training.step import train_step
 
 ARMS: dict[str, dict[str, Any]] = {
     "owlore": {"method": "owlore", "table": "uniform", "active": 2},
@@ -86,19 +89,16 @@ def check(model: str, arm: str, batch: int, tokens: int) -> dict[str, Any]:
         weights=weights_of(config),
         layers=units.modules,
     )
-    loss = CausalLoss(loaded)
     recompute = Recompute(units.modules, enabled=recomputes(config, units))
-    bottom = any(name in rules for name, _ in units.groups["embeddings"])
-    recompute.lowest = 0 if bottom else min(strategy.blocks_at(deepest))
+    backend = ResidentBackend(units, optimizer, CausalLoss(loaded), torch.device("cpu"), recompute)
     own = {t.untyped_storage()._cdata for t in (*loaded.parameters(), *loaded.buffers())}
     stream = torch.Generator().manual_seed(0)
     with LiveBytes(own) as live:
-        optimizer.switch(rules, 0)
+        optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
             ids = torch.randint(4, shape.vocabulary - 4, (batch, tokens), generator=stream)
-            optimizer.micro_batch(step, last=True)
-            (loss(ids, ids) / ids.numel()).backward()
-            optimizer.update(1e-4, 1.0)
+            part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids))
+            train_step(backend, optimizer, {0: part}, step=step, lr=1e-4, clip=1.0, seed=0)
     weights = sum(p.numel() * p.element_size() for p in loaded.parameters())
     held = optimizer.held()
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -38,9 +39,12 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     from owlore.activations.malloc_trim import trimmed_heap
     from owlore.activations.saved_tensors import shelved
     from owlore.blocks import find_units, freeze
+    from owlore.data.batches import MicroBatch
     from owlore.kernels.adamw import AdamW
     from owlore.optim import RotatingOptimizer, Rule
     from owlore.training.loss import CausalLoss
+    from owlore.training.resident import ResidentBackend
+    from owlore.training.step import train_step
 
     freeze(model)
     units = find_units(model)
@@ -51,7 +55,8 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     optimizer = RotatingOptimizer(
         units.parameters(range(units.num_blocks), units.groups), seed=0, layers=() if compiles else units.modules
     )
-    loss, recompute = CausalLoss(model), Recompute(units.modules, enabled=arm.endswith("+ckpt"))
+    recompute = Recompute(units.modules, enabled=arm.endswith("+ckpt"))
+    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
     compiled = Compiled(units.modules, enabled=compiles, device=torch.device("cpu"))
     clock, losses = Clock(), []
     draws, repeats = draws_of(arm, units.num_blocks, steps)
@@ -67,18 +72,15 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
                     n: Rule(adam=AdamW(), rank=rank if p.ndim > 1 and n not in _outside(units) else None)
                     for n, p in units.parameters(draw, groups).items()
                 }
-                optimizer.switch(rules, step + 1)
-                recompute.lowest = 0 if groups else draw[0]
-            optimizer.micro_batch(step + 1, last=True)
-            mean = loss(ids, ids) / (ids.numel() - len(ids))
-            mean.backward()
-            optimizer.update(args.lr, 1.0)
+                optimizer.switch(rules, step + 1, between=partial(backend.set_active, rules))
+            part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids))
+            result = train_step(backend, optimizer, {0: part}, step=step + 1, lr=args.lr, clip=1.0, seed=0)
             clock.stop()
-            losses.append(float(mean.detach()))
+            losses.append(result.loss)
             if step < 0:
                 graphs = _graphs() if compiles else 0
     assert not compiles or _graphs() == graphs, f"{_graphs() - graphs} graphs were compiled after the first step"
-    compiled.remove()
+    compiled.patches.close()
     return {
         "seconds": of_a_period(clock.wall[1:], repeats), "cpu_seconds": of_a_period(clock.cpu[1:], repeats),
         "first_cpu_seconds": clock.cpu[1::repeats], "losses": losses[1:], "state_bytes": optimizer.held().total,
@@ -120,8 +122,11 @@ def check(args: argparse.Namespace, model: Any) -> None:
     import torch
 
     from owlore.blocks import find_units, freeze
+    from owlore.data.batches import MicroBatch
     from owlore.optim import RotatingOptimizer, Rule
     from owlore.training.loss import CausalLoss
+    from owlore.training.resident import ResidentBackend
+    from owlore.training.step import train_step
 
     ids = token_batches(args)[0][:1, :64]
     own = model(input_ids=ids, labels=ids).loss
@@ -132,8 +137,8 @@ def check(args: argparse.Namespace, model: Any) -> None:
     parameters = units.parameters(range(units.num_blocks), units.groups)
     optimizer = RotatingOptimizer(parameters, seed=0)
     optimizer.switch(dict.fromkeys(parameters, Rule()), 0)
-    loss = CausalLoss(model)(ids, ids) / (ids.shape[1] - 1)
-    loss.backward()
-    ours = optimizer.gradient_norm()
-    assert abs(float(loss.detach()) - float(own.detach())) <= 1e-5 * float(own.detach()), (loss, own)
-    assert abs(float(ours) - float(norm)) <= 1e-4 * float(norm), (ours, norm)
+    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"))
+    part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.shape[1] - 1)
+    ours = train_step(backend, optimizer, {0: part}, step=0, lr=0.0, clip=None, seed=0)
+    assert abs(ours.loss - float(own.detach())) <= 1e-5 * float(own.detach()), (ours.loss, own)
+    assert abs(ours.norm - float(norm)) <= 1e-4 * float(norm), (ours.norm, norm)

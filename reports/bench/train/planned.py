@@ -64,11 +64,14 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     from owlore.activations.saved_tensors import shelved
     from owlore.blocks import find_units, freeze
     from owlore.config import TrainConfig
+    from owlore.data.batches import MicroBatch
     from owlore.optim import RotatingOptimizer
     from owlore.plan.model_spec import shape_of
     from owlore.plan.plan import make_plan
     from owlore.settings import hyper_of, resolve, weights_of
     from owlore.training.loss import CausalLoss
+    from owlore.training.resident import ResidentBackend
+    from owlore.training.step import train_step
 
     warnings.simplefilter("ignore")
     args.model = str(locate(args.model))
@@ -85,8 +88,8 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
                      tokens=args.tokens, recompute=bool(extra))  # fmt: skip
     strategy = kind(units, hyper)
     optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0, layers=units.modules)
-    loss = CausalLoss(model)
-    Recompute(units.modules, enabled=bool(extra))  # the draw has block 0, so backward reaches the bottom
+    recompute = Recompute(units.modules, enabled=bool(extra))
+    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
     batches = token_batches(args)
     before = resident()
     reset_peak()
@@ -96,11 +99,12 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
         shelved(units.modules, enabled=not extra and counter is None),
         counter or nullcontext(),
     ):
-        optimizer.switch(strategy.rules_at(0), 0)
+        rules = strategy.rules_at(0)
+        optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
-            optimizer.micro_batch(step, last=True)
-            (loss(batches[step], batches[step]) / batches[step].numel()).backward()
-            optimizer.update(1e-4, 1.0)
+            ids = batches[step]
+            part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids))
+            train_step(backend, optimizer, {0: part}, step=step, lr=1e-4, clip=1.0, seed=0)
     return {
         "planned": plan.bytes["total"] - plan.bytes["weights"],
         "planned_state": plan.bytes["masters"] + plan.bytes["optimizer"],

@@ -15,7 +15,7 @@ import owlore
 from htsr.model.safetensors_files import SafetensorsSource
 from owlore.io import checkpoint, export_files, safetensors_writer
 from owlore.residency.store import Store
-from owlore.training.streamed import Streaming
+from owlore.training.streamed import StreamedBackend
 
 BLOCKS = 16
 ROWS = [{"prompt": f"the {a} and {b}: ", "completion": f"{b}, {a}."} for a in "abc" for b in "mn"]
@@ -71,14 +71,14 @@ def watched(monkeypatch):
     monkeypatch.setattr(Store, "fill", counting(Store.fill))
     for module in (export_files, checkpoint):
         monkeypatch.setattr(module, "pieces", writing)
-    connect = Streaming.connect
+    connect = StreamedBackend.connect
 
     def connected(self, *given, **named):
         connect(self, *given, **named)
         phase[0] = "train"
 
-    monkeypatch.setattr(Streaming, "connect", connected)
-    monkeypatch.setattr("owlore.run.api.export_files", staged("export", export_files.export_files))
+    monkeypatch.setattr(StreamedBackend, "connect", connected)
+    monkeypatch.setattr("owlore.run.lifecycle.export_files", staged("export", export_files.export_files))
     monkeypatch.setattr("owlore.training.trainer.checkpoint.save", staged("checkpoint", checkpoint.save))
     yield most
     gc.unfreeze()

@@ -18,26 +18,24 @@ from owlore.plan.fit import fit_from_config
 from owlore.plan.model_spec import shape_of
 from owlore.plan.plan import make_plan
 from owlore.plan.planner import plan_from_config
-from owlore.plan.streamed import Homes, Rates, StreamedModel
+from owlore.plan.streamed import Rates, StreamedModel
+from owlore.residency.placement import Placement
 from owlore.residency.ports import CpuPort
 from owlore.strategies import STRATEGIES, Hyper
 
-HOMES = {
-    "host": Homes(residency="host"),
-    "host nf4": Homes(residency="host", frozen="nf4"),
-    "host int8, a quarter resident": Homes(residency="host", frozen="int8", resident_share=0.25),
-    "device nf4": Homes(frozen="nf4"),
-    "device, offloaded": Homes(offload=True),
-    "host, offloaded": Homes(residency="host", offload=True),
+PLACEMENTS = {
+    "host": Placement(residency="host"),
+    "host nf4": Placement(residency="host", frozen="nf4"),
+    "host int8, a quarter resident": Placement(residency="host", frozen="int8", resident_share=0.25),
+    "device nf4": Placement(frozen="nf4"),
+    "device, offloaded": Placement(offload=True),
+    "host, offloaded": Placement(residency="host", offload=True),
 }
 
 
-def streamed_of(model, homes, **settings):
-    from owlore.residency.build import resident_blocks
-
-    share = homes.resident_share if homes.residency == "host" else 1.0
+def streamed_of(model, placement, **settings):
     blocks = len(model.model.layers)
-    return Streamed(model, form=homes.frozen, resident=resident_blocks(blocks, share), offload=homes.offload,
+    return Streamed(model, form=placement.frozen, resident=placement.resident_blocks(blocks), offload=placement.offload,
                     **settings)  # fmt: skip
 
 
@@ -46,12 +44,12 @@ def storages(tensors):
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize(("case", "drawn"), [*((case, (5, 6, 11)) for case in HOMES), ("host nf4", (0, 12))])
+@pytest.mark.parametrize(("case", "drawn"), [*((case, (5, 6, 11)) for case in PLACEMENTS), ("host nf4", (0, 12))])
 def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_slots_and_drawn(case, drawn):
-    homes = HOMES[case]
-    streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), homes)
+    placement = PLACEMENTS[case]
+    streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), placement)
     residency = streamed.residency
-    planned = StreamedModel(find_units(deep_llama(13, dtype=torch.bfloat16)), homes).device_bytes(drawn)
+    planned = StreamedModel(find_units(deep_llama(13, dtype=torch.bfloat16)), placement).device_bytes(drawn)
     seen = []
 
     def count(*_):
@@ -70,7 +68,7 @@ def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_
     assert len(seen) == 2 * (13 + 13 - min(drawn))
     assert sum(planned.values()) <= max(seen) <= sum(planned.values()) + nowhere
     whole = sum(p.numel() * 2 for module in streamed.units.modules for p in module.parameters())
-    if homes.residency == "host" and not homes.resident_share:
+    if placement.residency == "host" and not placement.resident_share:
         own = whole // 13
         assert planned["resident"] == 0 and planned["drawn"] == len(drawn) * own
         assert max(seen) <= 2 * residency.store.layouts[0].num_bytes + len(drawn) * own + nowhere < 0.6 * whole
@@ -109,15 +107,15 @@ def hyper(blocks, drawn, **settings):
                     "refresh": None, "scale": 1.0, "weight_decay": 0.0, **settings})  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "accum"), [("host", 1), ("device nf4", 1), *((case, 3) for case in HOMES)])
+@pytest.mark.parametrize(("case", "accum"), [("host", 1), ("device nf4", 1), *((case, 3) for case in PLACEMENTS)])
 def test_the_peak_is_planned_within_fifteen_percent(case, accum):
-    homes, drawn = HOMES[case], (1, 6)
+    placement, drawn = PLACEMENTS[case], (1, 6)
     # Blocks large beside one tensor's alignment, and a head small beside them.
     model = tiny_llama(blocks=8, width=64, hidden=160, vocab=128, dtype=torch.bfloat16).train()
     shape = shape_of(model)
     planned = make_plan(shape, STRATEGIES["owlore"], hyper(8, drawn), weights=Weights.MASTER, batch=2, accum=accum,
-                        tokens=64, recompute=True, homes=homes)  # fmt: skip
-    counted, streamed = counted_peak(model, homes, drawn, accum)
+                        tokens=64, recompute=True, placement=placement)  # fmt: skip
+    counted, streamed = counted_peak(model, placement, drawn, accum)
     assert planned.bytes["total"] == pytest.approx(counted, rel=0.15)
     held = streamed.optimizer.held()
     assert planned.bytes["masters"] == held.masters
@@ -136,20 +134,22 @@ def test_so_is_it_with_trained_embeddings_and_head_that_outweigh_the_blocks(tied
     model = tiny_llama(blocks=8, width=64, hidden=96, vocab=2048, tied=tied, dtype=torch.bfloat16).train()
     planned = make_plan(shape_of(model), STRATEGIES["owlore"],
                         hyper(8, drawn, always_on=groups, rank=rank, project_always_on=True), weights=Weights.MASTER,
-                        batch=2, accum=accum, tokens=64, recompute=True, homes=HOMES["host"])  # fmt: skip
-    counted, _ = counted_peak(model, HOMES["host"], drawn, accum, rank=rank,
+                        batch=2, accum=accum, tokens=64, recompute=True, placement=PLACEMENTS["host"])  # fmt: skip
+    counted, _ = counted_peak(model, PLACEMENTS["host"], drawn, accum, rank=rank,
                                      groups=("embeddings", "head") if tied else groups, reads=groups)  # fmt: skip
     assert planned.bytes["total"] == pytest.approx(counted, rel=0.03)
 
 
-def counted_peak(model, homes, drawn, accum, *, rank=8, groups=(), reads=()):
+def counted_peak(model, placement, drawn, accum, *, rank=8, groups=(), reads=()):
     """Most bytes that live in two steps, as a plan counts them, and the streamed side."""
-    streamed = streamed_of(model, homes, rank=rank, groups=groups)
+    streamed = streamed_of(model, placement, rank=rank, groups=groups)
     streamed.port = streamed.residency.port = streamed.residency.slots.port = streamed.boundaries.port = CpuPort(
         torch.device("cpu")
     )
     outside = sum(p.numel() * 2 for p in streamed.units.parameters((), streamed.units.groups).values())
-    left = StreamedModel(streamed.units, homes).outside_bytes(reads)[1]  # the embedding: here it is in the same memory
+    left = StreamedModel(streamed.units, placement).outside_bytes(reads)[
+        1
+    ]  # the embedding: here it is in the same memory
     streamed.watches = False
     parts = fixed_batches(accum)
     blobs = [blob.tensor for blob in streamed.residency.store.blobs.values()]
@@ -170,8 +170,8 @@ def fixed_batches(count):
 
 
 def test_host_bytes_are_those_of_the_run():
-    homes = HOMES["host, offloaded"]
-    streamed = streamed_of(deep_llama(6), homes)
+    placement = PLACEMENTS["host, offloaded"]
+    streamed = streamed_of(deep_llama(6), placement)
     streamed.draw((2,))
     streamed.take_step(batches(1))
     boundary = batches(1)[0].input_ids.numel() * 16 * 4
@@ -187,7 +187,7 @@ def seven_b(**settings):
 
     with torch.device("meta"):
         units = find_units(LlamaForCausalLM(LlamaConfig(intermediate_size=11008)).to(torch.bfloat16))
-    model = StreamedModel(units, Homes(residency="host", **settings.pop("homes", {})))
+    model = StreamedModel(units, Placement(residency="host", **settings.pop("placement", {})))
     sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
     given = {"tokens": 512, "bottom": False, "recompute": True, "rates": Rates(), **settings}
     return traffic(model, [(0, 8, 16, 24, 31)], sizes, **given)
@@ -199,7 +199,7 @@ def seven_b(**settings):
 ])  # fmt: skip
 def test_the_tokens_from_which_copies_are_hidden_are_the_references_table(flops, bus, expected):
     for form, tokens in zip(("bf16", "int8", "nf4"), expected, strict=True):
-        found = seven_b(homes={"frozen": form}, rates=Rates(bus=bus * 1e9, flops=flops * 1e12))
+        found = seven_b(placement={"frozen": form}, rates=Rates(bus=bus * 1e9, flops=flops * 1e12))
         assert found.hidden_from == pytest.approx(tokens, rel=0.01)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from htsr.errors import BadInput
 from owlore.kernels import int8, nf4
 from owlore.residency.binding import layout_of
-from owlore.residency.build import resident_blocks
 from owlore.residency.formats import FORMATS
 from owlore.residency.masters import FileMasters, Overlay
 from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, pin, rounded_bytes, unlocked
+from owlore.residency.placement import Placement
 from owlore.residency.staging import Staging
 from owlore.residency.store import Store
 
@@ -104,16 +104,16 @@ def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
 
 def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
     from owlore.blocks import find_units
-    from owlore.config import TrainConfig
     from owlore.models.loading import load
-    from owlore.training.streamed import open_streaming
+    from owlore.patches import PatchStack
+    from owlore.training.streamed import open_streamed_backend
 
     directory = save_tiny(tmp_path / "model", blocks=3)
-    config = TrainConfig.build({"model": str(directory), "residency": "host"})
     loaded = load(str(directory), dtype="auto", attn="sdpa", device=CPU)
     said = []
-    open_streaming(config, find_units(loaded.model), loaded, device=CPU, directory=tmp_path, say=said.append,
-                   lock=lambda size: HostBlob(host_memory(size), False))  # fmt: skip
+    open_streamed_backend(Placement(residency="host"), find_units(loaded.model), loaded, always_on=(), device=CPU,
+                          directory=tmp_path, say=said.append, patches=PatchStack(),
+                          lock=lambda size: HostBlob(host_memory(size), False))  # fmt: skip
     assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "mapped" in said[0]
 
 
@@ -198,7 +198,7 @@ def test_the_staging_ring_never_overwrites_what_was_not_read():
 
 @pytest.mark.parametrize("share", [(0.0, []), (0.25, [9, 10, 11]), (0.5, [6, 7, 8, 9, 10, 11])])
 def test_the_share_that_stays_is_the_top_blocks(share):
-    assert list(resident_blocks(12, share[0])) == share[1]
+    assert list(Placement(residency="host", resident_share=share[0]).resident_blocks(12)) == share[1]
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
@@ -241,7 +241,7 @@ def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
                     *int8.quantise(W), W.dtype)  # fmt: skip
             parameter.data.copy_(W)
 
-    resident.settle = by_hand
+    resident.backend.set_active = lambda rules: by_hand()
     for draw in ((1, 3), (0, 1), (2,), (1, 3), (4,)):
         for name, parameter in resident.model.named_parameters():
             if home.get(name) in resident.active:

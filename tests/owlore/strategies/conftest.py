@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    monkeypatch.setattr("owlore.run.api.save_plots", lambda run: None)
+    monkeypatch.setattr("owlore.run.lifecycle.save_plots", lambda run: None)

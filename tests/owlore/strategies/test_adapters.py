@@ -22,7 +22,7 @@ def test_smts_blocks_are_those_with_the_largest_gradients_of_the_first_batches(t
     """The map against whole gradients of the same micro-batches, taken with plain autograd."""
     from owlore.data.prepare import prepare
     from owlore.models.loading import load
-    from owlore.run.api import arrange
+    from owlore.run.inputs import arrange
     from owlore.training.trainer import collated
 
     directory = save_tiny(tmp_path / "model", blocks=3, width=64)

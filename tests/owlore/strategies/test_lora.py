@@ -19,7 +19,7 @@ def trained_by_hand(directory, config, run):
     from owlore.config import TrainConfig
     from owlore.data.prepare import prepare
     from owlore.kernels.seeds import seed_for
-    from owlore.run.api import arrange
+    from owlore.run.inputs import arrange
     from owlore.training.schedule import learning_rate
     from owlore.training.trainer import collated
 

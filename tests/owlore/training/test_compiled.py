@@ -29,8 +29,8 @@ def gradients(model, units, active, shape, *, backend=None, recomputed=False):
     try:
         loss(ids, ids).backward()
     finally:
-        recompute.remove()
-        compiled.remove()
+        recompute.patches.close()
+        compiled.patches.close()
     assert all("forward" not in vars(block) for block in units.modules)
     return {name: parameter.grad for name, parameter in units.parameters(active, ()).items()}
 
@@ -78,7 +78,7 @@ def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
             losses = [side.take_step(batches(2, seed=step)) for side in (resident, streamed)]
             assert torch.equal(*losses) and same_bits(resident, streamed)
         assert len(seen) == 6
-    compiled.remove()
+    compiled.patches.close()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,7 +90,7 @@ def test_streamed_blocks_with_dropout_are_not_compiled(monkeypatch, tmp_path):
     import owlore
     from htsr.errors import UsageError
 
-    monkeypatch.setattr("owlore.run.api.Compiled", partial(Compiled, backend=lambda graph, inputs: graph.forward))
+    monkeypatch.setattr("owlore.run.build.Compiled", partial(Compiled, backend=lambda graph, inputs: graph.forward))
     settings = {"table": "uniform", "steps": 2, "compile": True, "residency": "host", "rank": 4}
     rows = [{"prompt": "a: ", "completion": "b"}]
     model = save_tiny(tmp_path / "dropout", attention_dropout=0.1)

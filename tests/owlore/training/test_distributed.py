@@ -41,10 +41,10 @@ CASES = {
 CHILD = """
 import json, os, sys, torch
 import owlore
-import owlore.run.api
+import owlore.run.lifecycle
 from htsr.errors import HtsrError
 torch.set_num_threads(1)
-owlore.run.api.save_plots = lambda run: None  # they only take time here
+owlore.run.lifecycle.save_plots = lambda run: None  # they only take time here
 root, rows, cases = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 for name, settings in cases.items():
     run = owlore.train(f"{root}/model", rows, out=f"{root}/two {name}", **settings)

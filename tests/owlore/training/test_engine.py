@@ -114,7 +114,7 @@ def test_gradients_are_the_same_with_and_without_checkpointing(active):
         recompute.lowest = active[0]
         ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
         CausalLoss(model)(ids, ids).backward()
-        recompute.remove()
+        recompute.patches.close()
         assert all("forward" not in vars(block) for block in units.modules)
         results.append({n: p.grad for n, p in units.parameters(active, ()).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -361,7 +361,7 @@ def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_ot
 
     from owlore.training.trainer import Trainer
 
-    model, advance = tiny_llama(blocks=4), Trainer.advance
+    model, advance = tiny_llama(blocks=4), Trainer.train_step
     settings = {"tokenizer": byte_tokenizer(), "table": "uniform", "lr": 1e-2, "every": 3}
 
     def broken(self):
@@ -370,7 +370,7 @@ def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_ot
         return advance(self)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken off"):
-        patch.setattr(Trainer, "advance", broken)
+        patch.setattr(Trainer, "train_step", broken)
         owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **home, **settings)
     assert all(p.isfinite().all() for p in model.parameters())
     assert all("forward" not in vars(module) for module in model.modules())
@@ -434,7 +434,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
     model = save_tiny(tmp_path / "model")
     settings = {"table": "uniform", "steps": 7, "active": 2, "every": 2, "rank": 8, "batch": 2}
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def poisoned(self):
         if self.step == 4:
@@ -443,7 +443,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", poisoned)
+        patch.setattr(Trainer, "train_step", poisoned)
         with pytest.raises(NotFinite, match="gradient norm nan at step 5"):
             owlore.train(model, ROWS, out=tmp_path / "run", **settings)
     again = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)

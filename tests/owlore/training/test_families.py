@@ -18,7 +18,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True, scope="module")
 def without_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.run.api.save_plots", lambda run: None)
+        patch.setattr("owlore.run.lifecycle.save_plots", lambda run: None)
         yield
 
 

@@ -75,9 +75,9 @@ def test_without_the_option_the_last_model_is_exported_and_the_best_is_said(tmp_
 def test_a_resume_before_at_and_after_the_best_changes_nothing(tmp_path, judged, monkeypatch, stop):
     model = save_tiny(tmp_path / "model", blocks=6, attention_dropout=0.1)
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **SETTINGS)
-    advance = Trainer.advance
+    advance = Trainer.train_step
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(Trainer, "advance", lambda self: power_cut() if self.step == stop else advance(self))
+        patch.setattr(Trainer, "train_step", lambda self: power_cut() if self.step == stop else advance(self))
         owlore.train(model, ROWS, out=tmp_path / "cut", **SETTINGS)
     resumed = owlore.train(model, ROWS, out=tmp_path / "cut", resume=True, **SETTINGS)
     assert same(weights_of(whole), weights_of(resumed))

@@ -20,6 +20,7 @@ from owlore.activations.checkpointing import Recompute
 from owlore.blocks import find_units, freeze
 from owlore.cli import render_plan
 from owlore.config import TrainConfig
+from owlore.data.batches import MicroBatch
 from owlore.optim import RotatingOptimizer, Weights
 from owlore.plan.footprint import measure_footprint, saved_bytes
 from owlore.plan.model_spec import shape_of
@@ -27,6 +28,8 @@ from owlore.plan.plan import make_plan, parked_bytes
 from owlore.plan.planner import plan_from_config
 from owlore.strategies import STRATEGIES, Hyper
 from owlore.training.loss import CausalLoss
+from owlore.training.resident import ResidentBackend
+from owlore.training.step import train_step
 
 GROUPS = ("embeddings", "norm", "head")
 
@@ -92,18 +95,17 @@ def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, 
                      tokens=tokens, recompute=recompute)  # fmt: skip
     strategy = STRATEGIES[method](units, settings)
     optimizer = RotatingOptimizer(units.parameters(range(6), units.groups), seed=0)
-    loss = CausalLoss(model)
-    wrapped = Recompute(units.modules, enabled=recompute)
-    wrapped.lowest = 0 if always_on else min(drawn)
+    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"),
+                              Recompute(units.modules, enabled=recompute))  # fmt: skip
     stream = torch.Generator().manual_seed(0)
     with LiveBytes(model) as live:
-        optimizer.switch(strategy.rules_at(0), 0)
+        rules = strategy.rules_at(0)
+        optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
-            for index in range(accum):
-                ids = torch.randint(4, 500, (batch, tokens), generator=stream)
-                optimizer.micro_batch(step, last=index == accum - 1)
-                (loss(ids, ids) / 500).backward()
-            optimizer.update(1e-4, 1.0)
+            rows = [torch.randint(4, 500, (batch, tokens), generator=stream) for _ in range(accum)]
+            parts = {index: MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - batch)
+                     for index, ids in enumerate(rows)}  # fmt: skip
+            train_step(backend, optimizer, parts, step=step, lr=1e-4, clip=1.0, seed=0)
     held = optimizer.held()
     assert plan.bytes["masters"] == held.masters
     assert plan.bytes["optimizer"] == held.moments + held.projectors
@@ -247,14 +249,14 @@ def test_a_method_is_given_no_advice_that_it_does_not_read(tmp_path):
 def test_out_of_memory_ends_with_the_breakdown_and_ranked_advice(tmp_path, monkeypatch):
     from owlore.training.trainer import Trainer
 
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def failing(self):
         if self.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return advance(self)
 
-    monkeypatch.setattr(Trainer, "advance", failing)
+    monkeypatch.setattr(Trainer, "train_step", failing)
     model = save_tiny(tmp_path / "model", blocks=4)
     rows = [{"prompt": "say ", "completion": "a" * 60}] * 8
     with pytest.raises(

@@ -28,13 +28,13 @@ CHILD = """
 import json, sys, time
 import owlore
 from owlore.training.trainer import Trainer
-advance = Trainer.advance
+advance = Trainer.train_step
 def slow(self):
     row = advance(self)
     if self.step >= 6:
         time.sleep(600)  # until it is killed, however busy the machine is
     return row
-Trainer.advance = slow
+Trainer.train_step = slow
 owlore.train(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], table="uniform", **json.loads(sys.argv[4]))
 """
 
@@ -148,7 +148,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, signa
 
     model = save_tiny(tmp_path / "model")
     whole = owlore.train(model, ROWS, table="uniform", out=tmp_path / "whole", **SETTINGS)
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def interrupting(self):
         if self.step == 6:
@@ -156,7 +156,7 @@ def test_a_signal_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, signa
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", interrupting)
+        patch.setattr(Trainer, "train_step", interrupting)
         with pytest.raises(Interrupted, match="step 7") as caught:
             owlore.train(model, ROWS, table="uniform", out=tmp_path / "run", **SETTINGS)
     assert caught.value.exit_code == 130

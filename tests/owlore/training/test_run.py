@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"the {a}: ", "completion": f"{a}."} for a in "abcdef"]
 
 @pytest.mark.parametrize("wrong", ["data", "eval_data"])
 def test_a_missing_data_file_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, wrong):
-    monkeypatch.setattr("owlore.run.api.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("owlore.run.inputs.load", lambda *_, **__: pytest.fail("the model was loaded"))
     named = {"data": ROWS, "eval_data": None} | {wrong: str(tmp_path / "gone.json")}
     with pytest.raises(NotFound, match=r"gone\.json"):
         owlore.train(tmp_path, steps=1, out=tmp_path / "run", **named)

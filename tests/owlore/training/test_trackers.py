@@ -54,7 +54,7 @@ def test_a_tracker_is_closed_when_the_run_fails(tmp_path, wandb, monkeypatch):
     def fail(self):
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr("owlore.training.trainer.Trainer.advance", fail)
+    monkeypatch.setattr("owlore.training.trainer.Trainer.train_step", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         owlore.train(save_tiny(tmp_path / "model"), ROWS, out=tmp_path / "run", log_to="wandb", **SETTINGS)
     assert wandb.ended == 1 and not (tmp_path / "run").exists()

@@ -1,0 +1,176 @@
+"""From the inputs of a run to its trainer: the pieces are made here and put onto the model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from htsr.errors import BadInput, UsageError
+from owlore.activations.checkpointing import Recompute
+from owlore.activations.compiled import Compiled
+from owlore.config import TrainConfig
+from owlore.data.arrange import Arrangement
+from owlore.io.metrics import MetricsLog
+from owlore.layer_table import run_inclusion
+from owlore.optim import RotatingOptimizer
+from owlore.patches import PatchStack
+from owlore.run.directory import check_same_run
+from owlore.run.inputs import RunInputs, arrange
+from owlore.settings import hyper_of, placement_of, recomputes, weights_of
+from owlore.strategies import Strategy
+from owlore.training.backend import Backend
+from owlore.training.loss import CausalLoss
+from owlore.training.resident import ResidentBackend
+from owlore.training.rotation import Rotation
+from owlore.training.streamed import StreamedBackend, open_streamed_backend
+from owlore.training.trainer import LoopConfig, RunStats, Trainer
+
+FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are gathered
+
+
+def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
+    """Make the trainer of a run, restored where the run goes on; the run directory is not touched yet.
+
+    Args:
+        inputs: what the run starts from.
+        patches: everything that is put onto the model is registered here.
+
+    Raises:
+        HtsrError: settings, model and data do not go together. The model is left as it came once `patches` is closed.
+    """
+    config, units, loaded, ranks = inputs.config, inputs.units, inputs.loaded, inputs.ranks
+    inclusion = None
+    if inputs.table is not None:
+        inclusion = run_inclusion(inputs.table, active=config.active, floor=config.floor)
+    identity = {
+        "weights_sha256": loaded.weights_sha256,
+        "data_sha256": inputs.prepared.provenance["train"]["sha256"],
+        "inclusion": None if inclusion is None else inclusion.tolist(),
+        "processes": ranks.size,
+        "config": config.to_dict(),
+    }
+    ranks.agree("weights, data, table or settings", json.dumps(identity))
+    if inputs.directory.saved is not None:
+        check_same_run(identity, inputs.directory.saved.state["identity"])
+    strategy = inputs.strategy_class(units, hyper_of(config, inclusion, inputs.attached))
+    # What is put onto the model last runs first, so the order of these lines is that of the forwards from the inside.
+    streams = placement_of(config).streams
+    Compiled(units.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
+    streamed = _open_streamed(inputs, patches) if streams else None
+    try:
+        return _trainer(inputs, identity, strategy, streamed, patches)
+    except BaseException:
+        reassemble_module(inputs, streamed, patches)
+        raise
+
+
+def _trainer(
+    inputs: RunInputs,
+    identity: dict[str, Any],
+    strategy: Strategy,
+    streamed: StreamedBackend | None,
+    patches: PatchStack,
+) -> Trainer:
+    config, units, ranks = inputs.config, inputs.units, inputs.ranks
+    optimizer, loss = _optimizer(inputs, patches), CausalLoss(inputs.loaded.model)
+    backend: Backend
+    if streamed is None:
+        recompute = Recompute(units.modules, enabled=recomputes(config, units), patches=patches)
+        backend = ResidentBackend(units, optimizer, loss, inputs.device, recompute)
+    else:
+        streamed.connect(loss, optimizer, compiled=config.compile)
+        backend = streamed
+    if config.packing and not loss.keeps_rows_apart():
+        raise BadInput(
+            "--packing: this model lets packed rows see each other, or does not number them anew (tried on two "
+            "rows); use --group-by-length"
+        )
+    arrangement = arrange(config, inputs.prepared, ranks.size)
+    every = config.every if "every" in inputs.strategy_class.reads else None
+    trainer = Trainer(
+        units=units,
+        rotation=Rotation(
+            strategy=strategy, optimizer=optimizer, every=every, set_active=backend.set_active, agree=ranks.agree
+        ),
+        backend=backend,
+        loss=loss,
+        config=_loop_config(config, arrangement),
+        data=inputs.prepared.train,
+        arrangement=arrangement,
+        eval_data=inputs.prepared.heldout,
+        metrics=MetricsLog(
+            inputs.directory.path / "metrics.jsonl",
+            more=() if backend.frozen is None else ("weights",),
+            writes=ranks.leads,
+        ),
+        checkpoints=inputs.directory.checkpoints,
+        device=inputs.device,
+        identity=identity,
+        stats=RunStats(draws=[0] * units.num_blocks),
+        attached=inputs.attached,
+        ranks=ranks,
+    )
+    if inputs.directory.saved is not None:
+        trainer.restore(inputs.directory.saved)
+    return trainer
+
+
+def reassemble_module(inputs: RunInputs, backend: Backend | None, patches: PatchStack) -> None:
+    """After a failure, put a streamed module of the caller's together again; a model read from files is dropped."""
+    patches.close()
+    if isinstance(backend, StreamedBackend) and not inputs.loaded.origins:
+        backend.reassemble(torch.device("cpu"))
+
+
+def _open_streamed(inputs: RunInputs, patches: PatchStack) -> StreamedBackend:
+    if inputs.ranks.size > 1:
+        raise UsageError(
+            f"{inputs.ranks.size} processes with --residency host, --frozen or --offload-activations, expected one: "
+            "the frozen blocks stream in one process only"
+        )
+    return open_streamed_backend(
+        placement_of(inputs.config),
+        inputs.units,
+        inputs.loaded,
+        always_on=inputs.config.always_on,
+        device=inputs.device,
+        directory=inputs.directory.path,
+        say=inputs.say,
+        patches=patches,
+    )
+
+
+def _optimizer(inputs: RunInputs, patches: PatchStack) -> RotatingOptimizer:
+    units, config, attached = inputs.units, inputs.config, inputs.attached
+    candidates = units.parameters(range(units.num_blocks), units.groups)
+    if attached is not None:
+        candidates = {name: p for name, p in candidates.items() if name in attached.trained}
+    return RotatingOptimizer(
+        candidates,
+        seed=config.seed,
+        weights=weights_of(config),
+        on_switch=config.on_switch,
+        grad_scale=FP16_SCALE if inputs.loaded.model.dtype == torch.float16 else 1.0,
+        add_up=inputs.ranks.sum_into if inputs.ranks.size > 1 else None,
+        layers=() if config.compile else units.modules,
+        patches=patches,
+    )
+
+
+def _loop_config(config: TrainConfig, arrangement: Arrangement) -> LoopConfig:
+    steps: Any = config.steps if arrangement.steps is None else arrangement.steps
+    return LoopConfig(
+        seed=config.seed,
+        steps=int(steps or 0),
+        batch=config.batch,
+        lr=config.lr,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        clip=config.clip,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        keep=config.keep,
+        keep_best=config.keep_best,
+    )

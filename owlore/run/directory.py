@@ -1,0 +1,101 @@
+"""The directory of a run: found, refused where it holds something else, and compared with what a resume asks for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from htsr.errors import NotFound, UsageError
+from htsr.store import check_target
+from owlore.config import TrainConfig
+from owlore.io import checkpoint
+
+# A continued run may be longer, look more often, keep more or move; anything else would make it another run. Model,
+# data and table are compared by content, not by name.
+MAY_CHANGE = frozenset({
+    "steps", "epochs", "out", "eval_every", "save_every", "keep", "preset", "device", "checkpointing",
+    "model", "data", "table", "log_to", "residency", "resident_share", "offload_activations",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """A run directory; `saved` is the checkpoint that the run goes on from, None for a new run."""
+
+    path: Path
+    saved: checkpoint.Checkpoint | None
+    existed: bool
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def find_directory(config: TrainConfig, model_slug: str) -> RunDirectory:
+    """Where the run is written.
+
+    Raises: UsageError when `--out` already holds a run (a complete checkpoint) and `--resume` was not given, or holds
+    something else; NotFound when there is nothing to resume.
+    """
+    named = Path(config.resume) if isinstance(config.resume, str) else None
+    if named is not None and named.parent.name == "checkpoints":
+        directory = Path(config.out) if config.out else named.parent.parent
+        return RunDirectory(path=directory, saved=checkpoint.load(named), existed=directory.exists())
+    directory = named or (Path(config.out) if config.out else _free(model_slug, config.method))
+    found = checkpoint.complete(directory / "checkpoints")
+    if config.resume:
+        if not found:
+            raise NotFound(f"nothing to resume: no complete checkpoint below {directory / 'checkpoints'}")
+        return RunDirectory(path=directory, saved=checkpoint.load(found[-1]), existed=True)
+    if found:
+        raise UsageError(
+            f"{directory} holds a run with a complete checkpoint (step {checkpoint.step_of(found[-1])}): "
+            "go on with --resume, or name another --out"
+        )
+    check_target(directory)
+    if directory.is_dir() and _foreign(directory):
+        raise UsageError(f"{directory} exists and is not a run directory: name another --out")
+    return RunDirectory(path=directory, saved=None, existed=directory.exists())
+
+
+def check_same_run(identity: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse to continue with other settings, data or weights than the checkpoint's.
+
+    Raises: UsageError that names the first difference.
+    """
+    what = {"weights_sha256": "model's weights differ", "data_sha256": "data differ",
+            "inclusion": "layer table differs", "processes": "number of processes differs"}  # fmt: skip
+    for part in (*what, "config"):
+        ours, theirs = _json(identity[part]), saved.get(part)
+        if part == "config":
+            ours = {key: value for key, value in ours.items() if key not in MAY_CHANGE}
+            theirs = {key: value for key, value in dict(theirs or {}).items() if key not in MAY_CHANGE}
+            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            if differing:
+                key = differing[0]
+                raise UsageError(
+                    f"--resume: {key} is {ours.get(key)!r} and the checkpoint was made with {theirs.get(key)!r}; "
+                    "give the same settings, or start a new run"
+                )
+        elif ours != theirs:
+            raise UsageError(f"--resume: the {what[part]} from the checkpoint's; give the same, or start a new run")
+
+
+def _free(model_slug: str, method: str) -> Path:
+    """runs/<model>-<method>-<n> with the first n that is not taken."""
+    number = 1
+    while (path := Path("runs") / f"{model_slug}-{method}-{number}").exists():
+        number += 1
+    return path
+
+
+def _foreign(directory: Path) -> bool:
+    """Not empty, and without the file that every run directory begins with."""
+    return any(directory.iterdir()) and not (directory / "config.yaml").is_file()
+
+
+def _json(value: Any) -> Any:
+    """As it looks after a round trip through JSON, which is what a checkpoint holds."""
+    return json.loads(json.dumps(value))

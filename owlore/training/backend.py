@@ -1,0 +1,68 @@
+"""The protocol between the trainer and the place where the blocks live, and what its two implementations share.
+
+`ResidentBackend` has the whole model on one device; `StreamedBackend` streams or quantises frozen blocks. The trainer
+does not know which one it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from owlore.blocks import Units
+from owlore.data.batches import MicroBatch
+from owlore.optim import Rule
+
+
+class Backend(Protocol):
+    """Computes gradients and losses, and reads and writes parameters wherever they live."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether frozen blocks are read with their own bits while others are trained."""
+
+    @property
+    def frozen(self) -> str | None:
+        """Format of frozen blocks by its option name; None where the blocks lie on the device as they are."""
+
+    def set_active(self, rules: Mapping[str, Rule]) -> None:
+        """Prepare for training exactly the parameters that `rules` names."""
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read what the next period's blocks need."""
+
+    def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
+        """Give the optimizer the gradients of at least one micro-batch; return the share of each in the mean loss."""
+
+    def losses(self, batches: Iterable[MicroBatch], *, exact: bool) -> Iterable[Tensor]:
+        """Summed loss of each micro-batch without gradients; `exact`: with the weights as they are exported."""
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Exact values of parameters by name."""
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Set parameters to these values."""
+
+    def record(self) -> dict[str, Any] | None:
+        """What run.json says about residency; None where there is nothing to say."""
+
+
+def active_blocks(units: Units, names: Collection[str]) -> set[int]:
+    """Indexes of the blocks in which one of the named parameters lies."""
+    block_of = units.block_of()
+    return {block_of[name] for name in names if name in block_of}
+
+
+def trains_embeddings(units: Units, names: Collection[str]) -> bool:
+    """Whether backward has to reach the input embeddings."""
+    return any(name in names for name, _ in units.groups["embeddings"])
+
+
+@torch.no_grad()
+def copy_into(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the parameters of the same names."""
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)

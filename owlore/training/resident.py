@@ -1,0 +1,77 @@
+"""The backend of a model whose blocks all lie on one device in their own format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from owlore.activations.checkpointing import Recompute
+from owlore.blocks import Units
+from owlore.data.batches import MicroBatch
+from owlore.optim import RotatingOptimizer, Rule
+from owlore.training.backend import active_blocks, copy_into, trains_embeddings
+from owlore.training.loss import CausalLoss
+from owlore.training.step import backward_micro_batches
+
+
+class ResidentBackend:
+    """Plain forward and backward; activation checkpointing covers the blocks that backward reaches.
+
+    Args:
+        units: the model's parts.
+        optimizer: takes the gradients.
+        loss: gives the summed loss of a micro-batch.
+        device: where the model lies.
+        recompute: activation checkpointing of the blocks; None for none.
+    """
+
+    exact = True
+    frozen: str | None = None
+
+    def __init__(
+        self,
+        units: Units,
+        optimizer: RotatingOptimizer,
+        loss: CausalLoss,
+        device: torch.device,
+        recompute: Recompute | None = None,
+    ) -> None:
+        self.units, self.optimizer, self.loss, self.device, self.recompute = units, optimizer, loss, device, recompute
+        self._parameters = units.parameters(range(units.num_blocks), units.groups)
+
+    def set_active(self, rules: Mapping[str, Rule]) -> None:
+        """Checkpoint down to the lowest active block, or to the bottom where the embeddings are trained."""
+        if self.recompute is not None:
+            bottom = trains_embeddings(self.units, rules)
+            self.recompute.lowest = 0 if bottom else min(active_blocks(self.units, rules), default=0)
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Do nothing: every block is on the device."""
+
+    def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
+        """Give the optimizer the gradients of the micro-batches; return the share of each in the mean loss."""
+        return backward_micro_batches(
+            self.loss, self.optimizer, batches, tokens, seed=seed, step=step, device=self.device
+        )
+
+    def losses(self, batches: Iterable[MicroBatch], *, exact: bool) -> Iterator[Tensor]:
+        """Summed loss of each micro-batch without gradients."""
+        del exact
+        for batch in batches:
+            with torch.no_grad():
+                yield self.loss(batch.input_ids.to(self.device), batch.labels.to(self.device))
+
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values of parameters by name; they share the parameters' memory."""
+        return {name: self._parameters[name].data for name in names}
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Set parameters to these values."""
+        copy_into(self._parameters, weights)
+
+    def record(self) -> dict[str, Any] | None:
+        """None: there is nothing to say about residency."""
+        return None

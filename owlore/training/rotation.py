@@ -1,0 +1,82 @@
+"""What a new period does: record what the last one saw, draw, and move the optimizer's state to the drawn blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from owlore.optim import RotatingOptimizer, Rule, Switch
+from owlore.strategies import Record, Strategy
+
+
+@dataclass(kw_only=True)
+class Rotation:
+    """The active set of a run over its periods.
+
+    Attributes:
+        strategy: says which blocks a period trains and how each parameter is updated.
+        optimizer: holds state for exactly the active parameters.
+        every: optimizer steps of a period; None for one period that is the whole run.
+        set_active: called with the rules of the new active set when the leaving blocks are written back and before the
+            joining ones get their state.
+        agree: called with a name and a text that all processes must share.
+        active: indexes of the blocks that the present period trains, ascending.
+        period: the period whose parameters are active; None before the first and after the last.
+    """
+
+    strategy: Strategy
+    optimizer: RotatingOptimizer
+    every: int | None
+    set_active: Callable[[Mapping[str, Rule]], None] = lambda rules: None
+    agree: Callable[[str, str], None] = lambda what, value: None
+    active: tuple[int, ...] = ()
+    period: int | None = None
+    rules: dict[str, Rule] = field(default_factory=dict)
+
+    def period_of(self, step: int) -> int:
+        """The period that global step `step` (from 0) belongs to."""
+        return step // self.every if self.every else 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether a new period begins with global step `step`."""
+        return self.period != self.period_of(step)
+
+    def begin(self, step: int) -> Switch:
+        """Begin the period of global step `step`; return what joined, stayed and left."""
+        self._close()
+        self.period = self.period_of(step)
+        self.strategy.adapt(self.period)
+        self._look_up()
+        self.agree("the drawn blocks", f"{self.period} {self.active} {sorted(self.rules)}")
+        return self.optimizer.switch(self.rules, step, between=lambda: self.set_active(self.rules))
+
+    def finish(self, step: int) -> Switch:
+        """End the last period after `step` steps: masters are written back, all state is freed, all is frozen."""
+        self._close()
+        self.period, self.active, self.rules = None, (), {}
+        return self.optimizer.switch({}, step, between=lambda: self.set_active({}))
+
+    def blocks_after(self) -> tuple[int, ...]:
+        """Blocks that the next period will draw, as far as the tables of today tell."""
+        assert self.period is not None
+        return self.strategy.blocks_at(self.period + 1)
+
+    def restore(
+        self, period: int, record: Mapping[str, Any], tensors: Mapping[str, Any], counters: Mapping[str, Any]
+    ) -> None:
+        """Go on inside `period` from a strategy's record and the optimizer's state."""
+        self.strategy.record = Record.from_dict(record)
+        self.period = period
+        self._look_up()
+        self.set_active(self.rules)
+        self.optimizer.load_state(tensors, counters, self.rules)
+
+    def _look_up(self) -> None:
+        assert self.period is not None
+        self.active, self.rules = self.strategy.blocks_at(self.period), self.strategy.rules_at(self.period)
+
+    def _close(self) -> None:
+        """Record the gradient norms that the present period has seen."""
+        if self.period is not None:
+            self.strategy.close(self.period, self.active, *self.optimizer.take_norms())
