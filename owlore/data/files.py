@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import BadInput, NotFound
+from owlore.data.columns import format_of
 
 Record = dict[str, Any]
 
@@ -105,8 +106,6 @@ def _parse(text: str, path: Path, line: int) -> Any:
 
 
 def _has_known_header(text: str) -> bool:
-    from owlore.data.formats import format_of
-
     header = text.split("\n", 1)[0].strip()
     columns = [cell.strip().strip('"').lower() for cell in header.split("\t" if "\t" in header else ",")]
     return len(columns) > 1 and format_of(columns) is not None
