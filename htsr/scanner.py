@@ -24,8 +24,9 @@ from htsr.errors import BadInput, UsageError
 from htsr.matrix_row import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
 from htsr.model.layers import LayerView, num_blocks, views
 from htsr.model.magnitudes import weight_lod
-from htsr.model.source import Source, open_source
-from htsr.provenance import peak_bytes, spectra_record, versions
+from htsr.model.open import open_source
+from htsr.model.source import Source
+from htsr.provenance import SCHEMA, peak_bytes, spectra_record, versions
 from htsr.taus import check_taus, further_columns
 from htsr.workers import default_workers, run
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from htsr.result import ScanResult
 
 Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
-SCHEMA = "htsr-scan/1"
 GIGA = 1e9  # the progress bar counts in Gflop
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from htsr.console import quiet_libraries, silence_stderr
 from htsr.errors import BadInput, UsageError
+from htsr.model.locate import locate
+from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
-from htsr.model.source import Source, locate, open_source
+from htsr.model.source import Source
 from owlore.attach import holds_adapter, is_adapter
 from owlore.models.meta_loading import open_unread
 

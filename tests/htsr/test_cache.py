@@ -16,7 +16,7 @@ from htsr import cache as cache_module
 from htsr import scan as scan_function
 from htsr.cache import Cache, cache_directory, entry_key
 from htsr.model.layers import views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from torch import nn
 
 from htsr import scan as scan_function
 from htsr.model.layers import LayerView, views
+from htsr.model.open import open_source
 from htsr.model.parts import Part, Runs, read_block, read_part, run
-from htsr.model.source import Source, open_source
+from htsr.model.source import Source
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.spectrum import Block, plan_blocks
 
