@@ -63,12 +63,18 @@ def _where(part: Part) -> dict[str, Any]:
     return {"rows": asdict(part.rows), "cols": asdict(part.cols)}
 
 
+def code_files() -> list[Path]:
+    """The code that entries depend on: every numeric kernel, how matrices are read and how rows are made of them."""
+    root = Path(__file__).parent
+    read = [root / "model" / f"{name}.py" for name in ("fused", "parts", "reading", "reasons")]
+    return sorted([*(root / "numerics").glob("*.py"), root / "matrix_row.py", *read])
+
+
 @functools.cache
 def code_version() -> str:
-    """A hash of the code that entries depend on: every numeric kernel, and how rows are made of them."""
-    root = Path(__file__).parent
+    """A hash of `code_files`."""
     digest = hashlib.sha256()
-    for file in sorted([*(root / "numerics").glob("*.py"), root / "matrix_row.py", root / "model" / "parts.py"]):
+    for file in code_files():
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

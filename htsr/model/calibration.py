@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from htsr.choices import SCOPES, check_choice
 from htsr.errors import BadInput, HtsrError
+from htsr.model.blocks import find_blocks
 from htsr.model.convergence import Convergence, convergence
-from htsr.model.layers import find_blocks
 from htsr.model.meters import MeasuredBlock
 from htsr.model.outlier_pooling import Outliers, block_outliers, fused_shares
 from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge

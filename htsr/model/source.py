@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from htsr.errors import NotFound
+from htsr.model.names import tied_copies
 from htsr.model.parts import flat_shape
 from htsr.numerics.spectrum import Block
 
@@ -168,7 +169,5 @@ class Source(ABC):
 
 def without_tied(tensors: list[TensorInfo], config: Mapping[str, Any] | None) -> tuple[TensorInfo, ...]:
     """The tensors without a stored second copy of the embeddings that the configuration calls tied."""
-    from htsr.model.layers import tied_copies
-
     copies = tied_copies(tensors, config)
     return tuple(t for t in tensors if t.name not in copies)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import htsr
 from htsr import cache as cache_module
 from htsr import scan as scan_function
-from htsr.cache import Cache, cache_directory, entry_key
+from htsr.cache import Cache, cache_directory, code_files, entry_key
 from htsr.model.layers import views
 from htsr.model.open import open_source
 
@@ -130,6 +130,14 @@ def test_precision_dtype_shape_and_code_are_part_of_the_key(
     monkeypatch.setattr(cache_module, "code_version", lambda: "another")
     scan({name: W})
     assert len(computed) == 3
+
+
+def test_the_code_that_entries_depend_on_is_where_the_list_says() -> None:
+    files = code_files()
+    assert all(file.is_file() for file in files)
+    root = Path(cache_module.__file__).parent
+    inside = {file.relative_to(root).as_posix() for file in files}
+    assert {"matrix_row.py", "model/parts.py", "model/reading.py", "numerics/powerlaw.py"} <= inside
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign", "directory"])

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from htsr.errors import BadInput
-from htsr.model.layers import find_blocks, linear_maps, locate_blocks, num_blocks, role_of, tied_copies, views
+from htsr.model.blocks import find_blocks, linear_maps
+from htsr.model.layers import num_blocks, views
+from htsr.model.names import locate_blocks, role_of, tied_copies
 from htsr.model.open import open_source
 from htsr.model.source import TensorInfo
 
