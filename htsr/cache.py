@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,17 +31,6 @@ MIN_FLOPS = 1e7  # below, computing costs no more than reading an entry
 DIGEST_BYTES = 32
 OWN = ("block", "role", "tensor", "rows", "cols", "dtype", "part_of", "lod", "lod_weight", "seconds")  # not kept
 IDENTITY = ("tensor", "block", "role", "reason", "part_of")  # of a view: where the matrix is, not what it is
-
-
-def cache_directory() -> Path:
-    """HTSR_CACHE, else `htsr` in the user's cache directory."""
-    if named := os.environ.get("HTSR_CACHE"):
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "htsr"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "htsr"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"
 
 
 def entry_key(source: Source, view: LayerView, **settings: Any) -> str:

@@ -10,6 +10,7 @@ import click
 from htsr import __version__, console
 from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
+from htsr.files import slug
 
 if TYPE_CHECKING:
     from htsr.scan_data import ScanData
@@ -170,13 +171,6 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
 def directory_name(model: str, base: str | None) -> str:
     """Where a scan is written below reports/scans."""
     return slug(model) if base is None else f"{slug(model)}-against-{slug(base)}"
-
-
-def slug(model: str) -> str:
-    """A directory name for a model: the last part of a path, an id with its organisation."""
-    path = Path(model).expanduser()
-    name = path.resolve().name if path.exists() else model
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
 
 
 def say_aloud(result: ScanData, *, quiet: bool) -> None:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.cache import cache_directory, remembered
+from htsr.cache import remembered
 from htsr.choices import ENGINES, check_choice
 from htsr.console import notice, progress
+from htsr.devices import pick_device
 from htsr.errors import BadInput, UsageError
+from htsr.files import cache_directory
 from htsr.matrix_row import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
 from htsr.model.layers import LayerView, num_blocks, views
 from htsr.model.magnitudes import weight_lod
@@ -212,7 +214,7 @@ def analyser(engine: str, source: Source, precision: str, device: str, *, fresh:
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
         work: Analyser = lambda view: analyse(source, view, precision, **on)  # noqa: E731
-        return remembered(work, source, cache_directory(), fresh=fresh, precision=precision, **on)
+        return remembered(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
     from htsr.weightwatcher_engine import one_at_a_time
 
     return one_at_a_time(source)
@@ -265,21 +267,6 @@ def measure_outliers(
             raise
         notice(f"no LOD: {error}", quiet=quiet)
         return None, str(error)
-
-
-def pick_device(device: str) -> str:
-    """`auto` is the first CUDA device when there is one, else the CPU. Raises UsageError for a device that is not."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device: got {device!r}, expected auto, cpu or a CUDA device that this machine has"
-        ) from error
-    return device
 
 
 def blocks_without_lod(frame: pd.DataFrame) -> str:

@@ -15,8 +15,6 @@ from torch import nn
 from htsr.errors import BadInput
 from htsr.model.blocks import find_blocks
 
-GROUPS = ("embeddings", "norm", "head")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Units:

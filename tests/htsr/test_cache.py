@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import htsr
 from htsr import cache as cache_module
 from htsr import scan as scan_function
-from htsr.cache import Cache, cache_directory, code_files, entry_key
+from htsr.cache import Cache, code_files, entry_key
+from htsr.files import cache_directory
 from htsr.model.layers import views
 from htsr.model.open import open_source
 
@@ -207,14 +208,14 @@ def test_small_matrices_stay_out(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_place_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "here"))
-    assert cache_directory() == tmp_path / "here"
+    assert cache_directory("htsr") == tmp_path / "here"
     monkeypatch.delenv("HTSR_CACHE")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "htsr"
+    assert cache_directory("htsr") == tmp_path / "xdg" / "htsr"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "htsr"
+    assert cache_directory("htsr") == tmp_path / ".cache" / "htsr"
 
 
 def test_parts_of_one_tensor_have_keys_of_their_own() -> None:
