@@ -22,10 +22,18 @@ def compare(
     Matrices meet by block and role (and by name outside the blocks); one that only one scan has keeps its row.
 
     Args:
+        a: the scan whose numbers are subtracted.
+        b: the scan that they are subtracted from.
         models: the two scanned models, as `htsr.scan` takes them; adds the overlap of the spaces of their `rank`
             leading singular vectors, see `htsr.overlap.overlaps`.
+        rank: number of singular vectors that span a space, at least 1; only read with `models`.
+        quiet: shows no progress bar; only read with `models`.
+
+    Returns:
+        A frame with a row a matrix: `block`, `role`, `tensor`, and for each number `_a`, `_b` and `_diff`.
 
     Raises:
+        UsageError: a rank below 1.
         BadInput: the scans have no matrix in common, or a model is not the one that was scanned.
     """
     left, right = _keyed(a.frame), _keyed(b.frame)

@@ -54,7 +54,23 @@ class LayerTable:
         rule: Mapping[str, Any] | str = "given",
         model: Mapping[str, Any] | None = None,
     ) -> LayerTable:
-        """The table of `scores`; gamma is cut to the number of blocks, temperature and floor go into `rule`."""
+        """Make the table of given scores.
+
+        Args:
+            scores: one number a block, at least 0, shape (L,).
+            gamma: number of blocks in a draw, at least 1; it is cut to L.
+            temperature: the probabilities follow score^(1/temperature); above 0.
+            floor: lower bound on every inclusion, from 0 to gamma / L.
+            rule: the name of the rule that made the scores, or its name and settings; temperature and floor are added.
+            model: identity of the scanned model, as in `Attributes`.
+
+        Returns:
+            The table, in the order of the scores.
+
+        Raises:
+            UsageError: gamma, temperature or floor is out of range.
+            BadInput: the scores are empty, negative or not finite.
+        """
         values = np.asarray(scores, dtype=np.float64)
         probability = probabilities(values, temperature)
         gamma = min(_whole_gamma(gamma), len(values))
@@ -75,16 +91,24 @@ class LayerTable:
 
     @classmethod
     def uniform(cls, num_blocks: int, gamma: int = 5) -> LayerTable:
-        """Every block alike: what LISA and BAdam sample from."""
+        """Make the table in which every block is alike, as LISA and BAdam draw.
+
+        Args:
+            num_blocks: number of blocks of the model, at least 1.
+            gamma: number of blocks in a draw.
+        """
         return cls.build(np.ones(num_blocks), gamma, rule="uniform")
 
     @classmethod
     def load(cls, path: str | Path) -> LayerTable:
-        """Read and check a table file, or the `table.json` of a scan directory.
+        """Read and check a table.
+
+        Args:
+            path: a table file, or a scan directory with a `table.json`.
 
         Raises:
-            NotFound: no such file.
-            BadInput: not a table of this schema, or one whose numbers contradict each other.
+            NotFound: there is no such file.
+            BadInput: the file is no table of this schema, or its numbers contradict each other.
         """
         path = Path(path)
         path = path / "table.json" if path.is_dir() else path
@@ -96,7 +120,14 @@ class LayerTable:
 
     @classmethod
     def from_dict(cls, data: Any) -> LayerTable:
-        """The table in a parsed JSON value; raises BadInput as `load` does."""
+        """Check a table that was read already.
+
+        Args:
+            data: the parsed JSON value.
+
+        Raises:
+            BadInput: as `load` does.
+        """
         return _parse(data)
 
     @property
@@ -127,7 +158,14 @@ class LayerTable:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the JSON form in one step; floats at full precision."""
+        """Write the table as JSON; a reader sees the old file or the new one, and floats keep full precision.
+
+        Args:
+            path: the file to write; its directory is made when it does not exist.
+
+        Returns:
+            The path.
+        """
         import json
 
         write_text(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")

@@ -27,6 +27,16 @@ class ScanResult(ScanData):
         """Write scan.csv, blocks.csv, table.json, scan.json, spectra.npz, report.html and plots/ to `directory`.
 
         Files appear whole or not at all; files of that name are replaced, others are left alone.
+
+        Args:
+            directory: where the files go; it is made when it does not exist.
+            plots: draws the PNGs of plots/; without them those of an earlier scan are removed.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UsageError: the directory cannot be written to.
         """
         return save_scan(self, Path(directory), plots=plots)
 
@@ -35,11 +45,17 @@ class ScanResult(ScanData):
 
 
 def load_scan(directory: str | Path) -> ScanResult:
-    """The scan in a directory that `ScanResult.save` wrote.
+    """Read the scan in a directory that `ScanResult.save` or `htsr scan` wrote.
+
+    Args:
+        directory: the directory with scan.csv and scan.json.
+
+    Returns:
+        The result, with the same numbers to the last bit.
 
     Raises:
-        NotFound: no such directory.
-        BadInput: not the files of a scan.
+        NotFound: there is no such directory.
+        BadInput: the directory does not hold the files of a scan.
     """
     data = read_scan(Path(directory))
     return ScanResult(frame=data.frame, provenance=data.provenance, spectra=data.spectra, calibration=data.calibration)

@@ -79,10 +79,20 @@ class ScanData:
         floor: float = 0.0,
         direction: str = "heavy",
     ) -> LayerTable:
-        """How often each block is to be trained, by `rule` (`default_rule` when None).
+        """Make the layer table of this scan: how often each block is to be trained.
+
+        Args:
+            rule: how blocks are scored, see `htsr.probability.scores_by_rule`; None is `default_rule`.
+            gamma: number of blocks in a draw, at least 1; it is cut to the number of blocks.
+            temperature: the probabilities follow score^(1/temperature); above 0.
+            floor: lower bound on every inclusion, from 0 to gamma / blocks.
+            direction: `heavy` or `light`, of rule alpha.
+
+        Returns:
+            The table; its `note` says when there are fewer positive scores than gamma.
 
         Raises:
-            UsageError: an unknown rule or direction, or a number out of range.
+            UsageError: the rule or direction is unknown, or a number is out of range.
             BadInput: the rule needs numbers that this scan does not have.
         """
         rule = rule or self.default_rule
