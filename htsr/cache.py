@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -34,17 +33,6 @@ OWN = ("block", "role", "tensor", "rows", "cols", "dtype", "part_of", "lod", "lo
 IDENTITY = ("tensor", "block", "role", "reason", "part_of")  # of a view: where the matrix is, not what it is
 
 
-def cache_directory() -> Path:
-    """HTSR_CACHE, else `htsr` in the user's cache directory."""
-    if named := os.environ.get("HTSR_CACHE"):
-        return Path(named).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "htsr"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "htsr"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "htsr"
-
-
 def entry_key(source: Source, view: LayerView, **settings: Any) -> str:
     """The key of a view's row under these settings."""
     tensor = source.info(view.stored)
@@ -63,12 +51,18 @@ def _where(part: Part) -> dict[str, Any]:
     return {"rows": asdict(part.rows), "cols": asdict(part.cols)}
 
 
+def code_files() -> list[Path]:
+    """The code that entries depend on: every numeric kernel, how matrices are read and how rows are made of them."""
+    root = Path(__file__).parent
+    read = [root / "model" / f"{name}.py" for name in ("fused", "parts", "reading", "reasons")]
+    return sorted([*(root / "numerics").glob("*.py"), root / "matrix_row.py", *read])
+
+
 @functools.cache
 def code_version() -> str:
-    """A hash of the code that entries depend on: every numeric kernel, and how rows are made of them."""
-    root = Path(__file__).parent
+    """A hash of `code_files`."""
     digest = hashlib.sha256()
-    for file in sorted([*(root / "numerics").glob("*.py"), root / "matrix_row.py", root / "model" / "parts.py"]):
+    for file in code_files():
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from htsr.errors import UsageError
+from htsr.errors import UsageError, did_you_mean
 
 RULES = ("lod", "alpha", "uniform", "decrease", "increase", "reverse", "norm")
 DIRECTIONS = ("heavy", "light")
@@ -18,6 +17,4 @@ def check_choice(name: str, got: str, known: Sequence[str]) -> None:
     """Raise a UsageError that names the nearest known value."""
     if got in known:
         return
-    near = difflib.get_close_matches(str(got), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
-    raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}; {hint}")
+    raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}{did_you_mean(str(got), known)}")

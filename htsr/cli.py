@@ -10,9 +10,10 @@ import click
 from htsr import __version__, console
 from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
+from htsr.files import slug
 
 if TYPE_CHECKING:
-    from htsr.result import ScanResult
+    from htsr.scan_data import ScanData
 
 quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -86,7 +87,7 @@ def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: 
 def table(scan_dir: str, output: str | None, quiet: bool, **options: Any) -> None:
     """Make a layer table of the scan in SCAN_DIR."""
     from htsr.render import json_text, render_table
-    from htsr.store import load_scan
+    from htsr.result import load_scan
 
     made = load_scan(scan_dir).table(**options)
     if made.note:
@@ -110,9 +111,10 @@ def compare(
     scan_a: str, scan_b: str, models: tuple[str, str] | None, rank: int, out: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Compare two scans, SCAN_A and SCAN_B, matrix by matrix."""
+    from htsr.comparison import compare as compare_scans
     from htsr.render import json_text, records, render_comparison
-    from htsr.result import compare as compare_scans
-    from htsr.store import check_target, load_scan, save_comparison
+    from htsr.result import load_scan
+    from htsr.store import check_target, save_comparison
 
     if out is not None:
         check_target(Path(out))
@@ -136,9 +138,9 @@ def compare(
 @quiet_option
 def show(path: str, as_json: bool, quiet: bool) -> None:
     """Show the scan in a directory, or a layer table."""
-    from htsr.probability import LayerTable
+    from htsr.layer_table import LayerTable
     from htsr.render import json_text, render_scan, render_table, scan_record
-    from htsr.store import load_scan
+    from htsr.result import load_scan
 
     if (Path(path).is_dir() and not (Path(path) / "table.json").is_file()) or (Path(path) / "scan.csv").is_file():
         result = load_scan(path)
@@ -171,14 +173,7 @@ def directory_name(model: str, base: str | None) -> str:
     return slug(model) if base is None else f"{slug(model)}-against-{slug(base)}"
 
 
-def slug(model: str) -> str:
-    """A directory name for a model: the last part of a path, an id with its organisation."""
-    path = Path(model).expanduser()
-    name = path.resolve().name if path.exists() else model
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
-
-
-def say_aloud(result: ScanResult, *, quiet: bool) -> None:
+def say_aloud(result: ScanData, *, quiet: bool) -> None:
     """What a user must not overlook: failed matrices, and a table that could not follow its scores."""
     failed = result.frame[result.frame["status"] == "failed"]
     if len(failed):

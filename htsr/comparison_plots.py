@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from htsr.plots import BLUE, INK, LIGHT, ORANGE, depth_axis, new_axes, role_key, style
 
 if TYPE_CHECKING:
-    from htsr.result import ScanResult
+    from htsr.scan_data import ScanData
 
 
 def blocks_side_by_side(a: pd.DataFrame, b: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
@@ -54,7 +54,7 @@ def by_role(matrices: pd.DataFrame, value: str, ax: Axes) -> Axes:
     return ax
 
 
-def comparison_pictures(a: ScanResult, b: ScanResult, matrices: pd.DataFrame) -> dict[str, Axes]:
+def comparison_pictures(a: ScanData, b: ScanData, matrices: pd.DataFrame) -> dict[str, Axes]:
     """name -> picture, for every one that there are numbers for."""
     drawn: dict[str, Axes] = {}
     for value in ("alpha", "lod"):

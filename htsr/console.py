@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from htsr.errors import HtsrError
+from htsr.errors import HtsrError, nearest
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -85,14 +84,6 @@ def usage_message(error: click.ClickException) -> str:
         message = f"no such option {error.option_name}{nearest(error.option_name, known)}"
     where = f" (see `{context.command_path} --help`)" if context is not None else ""
     return message.rstrip(".") + where
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' for the known word closest to `word`, or the list of them when none is close."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(known)}" if known else ""
 
 
 def one_line(text: str) -> str:

@@ -5,6 +5,9 @@ A message says what was got, what was expected and what to do about it, in one l
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HtsrError(Exception):
     """A failure while running; the base of everything raised on purpose."""
@@ -46,3 +49,20 @@ class Interrupted(HtsrError):
     """SIGINT or SIGTERM arrived and a clean checkpoint was written."""
 
     exit_code = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known word closest to `word`, or nothing when none is close."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known word closest to `word`, or the list of them when none is close."""
+    known = list(known)
+    return did_you_mean(word, known) or (f"; known: {', '.join(known)}" if known else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class when it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,9 +1,10 @@
-"""Small files read with suspicion and written in one step."""
+"""Small files read with suspicion and written in one step, and where files belong."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,6 +48,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_directory(package: str) -> Path:
+    """$HTSR_CACHE or $OWLORE_CACHE by the name of the package, else its folder in the user's cache directory."""
+    if named := os.environ.get(f"{package.upper()}_CACHE"):
+        return Path(named).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / package
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / package
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / package
+
+
+def slug(model: str) -> str:
+    """A directory name for a model: the last part of a path, an id with its organisation."""
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.exists() else model
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -11,7 +11,7 @@ import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.layers import LayerView
-from htsr.model.parts import read_block, read_part, thin_factors
+from htsr.model.reading import read_block, read_part, thin_factors
 from htsr.model.source import Source
 from htsr.numerics import certified
 from htsr.numerics.backend import LAPACK, Backend

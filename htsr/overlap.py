@@ -12,18 +12,18 @@ from htsr.console import progress
 from htsr.errors import BadInput, UsageError
 from htsr.matrix_row import cost, slices
 from htsr.model.layers import views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 from htsr.numerics.subspace import leading_vectors, overlap
 
 if TYPE_CHECKING:
     from htsr.model.layers import LayerView
     from htsr.model.source import Source
-    from htsr.result import ScanResult
+    from htsr.scan_data import ScanData
 
 COLUMNS = ("overlap_outputs", "overlap_inputs", "overlap_rank", "chance_outputs", "chance_inputs")
 
 
-def open_scanned(result: ScanResult, model: Any, *, allow_pickle: bool = False) -> Source:
+def open_scanned(result: ScanData, model: Any, *, allow_pickle: bool = False) -> Source:
     """The model that a scan was made of.
 
     Raises BadInput when the weights are not those that were scanned.

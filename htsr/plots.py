@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from htsr.numerics.thresholds import KsCurve, ks_curve
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from htsr.probability import LayerTable
-    from htsr.result import ScanResult
+    from htsr.layer_table import LayerTable
+    from htsr.scan_data import ScanData
 
 INK, GREY, LIGHT = "#22303c", "#7b8794", "#d9dee3"
 BLUE, ORANGE, GREEN = "#2f6fab", "#d9822b", "#3a8f6b"
@@ -31,6 +32,7 @@ ROLE_ORDER = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "fc1", "down",
 KINDS = {"attention": BLUE, "MLP": ORANGE, "other": GREY}
 ATTENTION = {"qkv", "q", "k", "v", "o"}
 ESD_BINS = 60
+PICTURES = ("alpha", "lod", "heatmap", "esd", "ks", "table")  # methods of `Plots`, in the order of the report
 
 
 def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
@@ -187,7 +189,7 @@ def table_bars(table: LayerTable, ax: Axes) -> Axes:
 class Plots:
     """The pictures of one scan. Each method draws on `ax`, or on a new figure, and returns the Axes."""
 
-    result: ScanResult
+    result: ScanData
 
     def alpha(self, ax: Axes | None = None) -> Axes:
         """Power-law exponents by depth."""
@@ -283,6 +285,19 @@ class Plots:
             draw(name, panel)
             panel.set_title(name.removesuffix(".weight"), fontsize=9, color=INK, loc="left")
         return panels[0]
+
+
+def pictures(scan: ScanData) -> dict[str, bytes]:
+    """name -> PNG of every picture that the scan has numbers for."""
+    plot = Plots(scan)
+    return {name: picture(getattr(plot, name)()) for name in PICTURES if plot.has(name)}
+
+
+def picture(ax: Axes) -> bytes:
+    """The PNG of the figure that `ax` is on."""
+    buffer = io.BytesIO()
+    ax.figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # type: ignore[union-attr]
+    return buffer.getvalue()
 
 
 def new_axes(width: float = 8.0, height: float = 3.6) -> Axes:

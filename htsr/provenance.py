@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+SCHEMA = "htsr-scan/1"  # of scan.json and the files beside it
 LIBRARIES = ("numpy", "scipy", "torch", "transformers", "safetensors", "pandas")
 
 

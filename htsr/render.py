@@ -11,13 +11,13 @@ from htsr.report import cells, describe, model_name
 from htsr.store import without_nan
 
 if TYPE_CHECKING:
-    from htsr.probability import LayerTable
-    from htsr.result import ScanResult
+    from htsr.layer_table import LayerTable
+    from htsr.scan_data import ScanData
 
 SHOWN = ("block", "alpha", "alpha_hill", "lod", "stable_rank", "matrices", "parameters", "probability", "inclusion")
 
 
-def scan_record(result: ScanResult) -> dict[str, Any]:
+def scan_record(result: ScanData) -> dict[str, Any]:
     """The scan as one JSON object: provenance, blocks, the table, and how many tensors fared how."""
     return {
         **result.provenance,
@@ -27,7 +27,7 @@ def scan_record(result: ScanResult) -> dict[str, Any]:
     }
 
 
-def render_scan(result: ScanResult) -> str:
+def render_scan(result: ScanData) -> str:
     """The findings in sentences, and the table of blocks."""
     further = [name for name in result.blocks if name.startswith("lod_tau")]
     blocks = result.blocks[[*SHOWN, *further]]
@@ -45,7 +45,7 @@ def render_table(made: LayerTable) -> str:
     return f"{head}\n\n{align(made.frame)}"
 
 
-def render_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame) -> str:
+def render_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame) -> str:
     """Blocks of both scans side by side, then the matrices whose alpha moved most."""
     sides = [r.blocks.set_index("block")[["alpha", "lod", "stable_rank"]] for r in (a, b)]
     both = sides[0].add_suffix("_a").join(sides[1].add_suffix("_b"), how="outer")

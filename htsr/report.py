@@ -13,15 +13,14 @@ import pandas as pd
 
 from htsr.model.convergence import rank_correlation
 from htsr.null_columns import NULL_COLUMNS
-from htsr.store import picture
 from htsr.taus import tau_column
 from htsr.verdict import null_sentences
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from htsr.probability import LayerTable
-    from htsr.result import ScanResult
+    from htsr.layer_table import LayerTable
+    from htsr.scan_data import ScanData
 
 CAPTIONS = {
     "alpha": "Each dot is a matrix, the line is the mean of a block. Between 2 and 6 is where trained layers of large "
@@ -44,7 +43,7 @@ MATRIX_COLUMNS = (
 NULLS_SHOWN = ("alpha_low", "alpha_high", "alpha_least", "alpha_most", "p_gof", "num_spikes", "p_null")
 
 
-def report_html(result: ScanResult, pictures: Mapping[str, bytes]) -> str:
+def report_html(result: ScanData, pictures: Mapping[str, bytes]) -> str:
     """The report as one HTML page; `pictures` are PNGs by the name of their plot."""
     images = [
         {"name": name, "data": base64.b64encode(png).decode(), "caption": CAPTIONS[name]}
@@ -63,27 +62,30 @@ def report_html(result: ScanResult, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def matrix_columns(result: ScanResult) -> tuple[str, ...]:
+def matrix_columns(result: ScanData) -> tuple[str, ...]:
     """The columns of the report's table of matrices."""
     return MATRIX_COLUMNS + (NULLS_SHOWN if "p_null" in result.frame else ())
 
 
-def notebook_html(result: ScanResult) -> str:
+def notebook_html(result: ScanData) -> str:
     """A summary, the pictures of alpha and LOD by depth, and the table of blocks, for a notebook's output cell."""
+    from htsr.plots import Plots, picture
+
+    plot = Plots(result)
     parts = [f"<h4>{escape(model_name(result))}</h4>", *(f"<p>{escape(s)}</p>" for s in describe(result))]
     for name in ("alpha", "lod"):
-        if result.plot.has(name):
-            data = base64.b64encode(picture(getattr(result.plot, name))).decode()
+        if plot.has(name):
+            data = base64.b64encode(picture(getattr(plot, name)())).decode()
             parts.append(f'<img alt="{name} by depth" style="max-width:48%" src="data:image/png;base64,{data}">')
     return "".join(parts) + _html_rows(result.blocks)
 
 
 def table_html(table: LayerTable) -> str:
     """A layer table for a notebook's output cell: its model and rule, its bars, its rows."""
-    from htsr.plots import new_axes, table_bars
+    from htsr.plots import new_axes, picture, table_bars
 
     rule, model = str(table.rule.get("name")), str(table.model.get("id") or "any model")
-    data = base64.b64encode(picture(lambda: table_bars(table, new_axes()))).decode()
+    data = base64.b64encode(picture(table_bars(table, new_axes()))).decode()
     return (
         f"<h4>{escape(model)}: rule {escape(rule)}, gamma {table.gamma}</h4>"
         f'<img alt="layer table" style="max-width:60%" src="data:image/png;base64,{data}">' + _html_rows(table.frame)
@@ -97,12 +99,12 @@ def _html_rows(frame: pd.DataFrame) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def model_name(result: ScanResult) -> str:
+def model_name(result: ScanData) -> str:
     """The model as the user named it."""
     return str(result.provenance.get("model", {}).get("id") or "a model")
 
 
-def describe(result: ScanResult) -> list[str]:
+def describe(result: ScanData) -> list[str]:
     """What the numbers show, in a few sentences."""
     frame, blocks = result.frame, result.blocks
     counts = frame["status"].value_counts()
@@ -129,7 +131,7 @@ def describe(result: ScanResult) -> list[str]:
     return sentences
 
 
-def _outliers(result: ScanResult) -> list[str]:
+def _outliers(result: ScanData) -> list[str]:
     """How LOD goes with alpha, with other limits, and between two halves of the text."""
     blocks, sentences = result.blocks, []
     lod = blocks["lod"].to_numpy(dtype=np.float64)
@@ -153,7 +155,7 @@ def _outliers(result: ScanResult) -> list[str]:
     return sentences
 
 
-def facts(result: ScanResult) -> list[tuple[str, str]]:
+def facts(result: ScanData) -> list[tuple[str, str]]:
     """Where the numbers come from, as names and values."""
     record = result.provenance
     model, calibration = record.get("model", {}), record.get("calibration")

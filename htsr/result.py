@@ -1,103 +1,20 @@
-"""What a scan found: a row a matrix, a row a block, and the layer table that follows from it."""
+"""What `htsr.scan` returns: the plain record with its pictures, its files and its view in a notebook."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pandas as pd
-
-from htsr.errors import BadInput
-from htsr.probability import LayerTable, scores_by_rule
-from htsr.taus import LOD_COLUMNS, is_tau_column
+from htsr.report import notebook_html
+from htsr.scan_data import ScanData
+from htsr.store import read_scan, save_scan
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from htsr.plots import Plots
 
-BLOCK_COLUMNS = (
-    "block", "alpha", "alpha_hill", "lod", "lod_weight", "log10_norm", "stable_rank", "matrices", "parameters",
-    "score", "probability", "inclusion",
-)  # fmt: skip
-COMPARED = ("alpha", "alpha_hill", "lod", "lod_weight", "log10_norm", "stable_rank")
 
-
-class BlockLod(Protocol):
-    """The outliers of a block, column name -> percent: `htsr.model.outlier_pooling.Outliers`, or the stored ones."""
-
-    @property
-    def columns(self) -> Mapping[str, float]: ...
-
-
-class HasBlocks(Protocol):
-    """Block index -> outliers: a `Calibration`, or what was stored of one."""
-
-    @property
-    def blocks(self) -> Mapping[int, BlockLod]: ...
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class ScanResult:
-    """A scanned model.
-
-    Attributes:
-        frame: a row a tensor; the columns of scan.csv.
-        provenance: what scan.json holds: model, settings, calibration, versions, seconds, peak_bytes.
-        spectra: tensor name -> eigenvalues, ascending, where they were kept.
-        calibration: the outliers of the blocks as measured (or as stored); a block that it does not know gets the
-            mean of its matrices' instead.
-    """
-
-    frame: pd.DataFrame
-    provenance: Mapping[str, Any]
-    spectra: Mapping[str, NDArray[np.float64]] | None = None
-    calibration: HasBlocks | None = field(default=None, repr=False)
-
-    @cached_property
-    def blocks(self) -> pd.DataFrame:
-        """A row a block; the columns of blocks.csv, with the default table's shares when there is one."""
-        return with_shares(self._measured, self.default_table)
-
-    @cached_property
-    def default_table(self) -> LayerTable | None:
-        """The table of `default_rule`; None for a model without blocks."""
-        return self.table() if len(self._measured) else None
-
-    @property
-    def default_rule(self) -> str:
-        """lod where every block has one, else alpha, else uniform."""
-        usable = [rule for rule in ("lod", "alpha") if np.isfinite(self._measured[rule]).all()]
-        return usable[0] if usable else "uniform"
-
-    def table(
-        self,
-        rule: str | None = None,
-        gamma: int = 5,
-        temperature: float = 1.0,
-        floor: float = 0.0,
-        direction: str = "heavy",
-    ) -> LayerTable:
-        """How often each block is to be trained, by `rule` (`default_rule` when None).
-
-        Raises:
-            UsageError: an unknown rule or direction, or a number out of range.
-            BadInput: the rule needs numbers that this scan does not have.
-        """
-        rule = rule or self.default_rule
-        scores = scores_by_rule(rule, self._measured, direction)
-        described: dict[str, Any] = {"name": rule}
-        if rule == "alpha":
-            described["direction"] = direction
-        if rule in ("lod", "reverse"):
-            described |= {name: self.provenance.get("settings", {}).get(name) for name in ("tau", "lod_scope")}
-            described["calibration"] = self.provenance.get("calibration")
-        model = self.provenance.get("model", {})
-        return LayerTable.build(scores, gamma, temperature, floor, rule=described, model=model)
+class ScanResult(ScanData):
+    """A scanned model that can be drawn, saved and shown; `ScanData` says what it holds."""
 
     @property
     def plot(self) -> Plots:
@@ -110,122 +27,35 @@ class ScanResult:
         """Write scan.csv, blocks.csv, table.json, scan.json, spectra.npz, report.html and plots/ to `directory`.
 
         Files appear whole or not at all; files of that name are replaced, others are left alone.
-        """
-        from htsr.store import save_scan
 
+        Args:
+            directory: where the files go; it is made when it does not exist.
+            plots: draws the PNGs of plots/; without them those of an earlier scan are removed.
+
+        Returns:
+            The directory.
+
+        Raises:
+            UsageError: the directory cannot be written to.
+        """
         return save_scan(self, Path(directory), plots=plots)
 
-    def __repr__(self) -> str:
-        analysed, name = int((self.frame["status"] == "ok").sum()), self.provenance.get("model", {}).get("id")
-        return f"ScanResult({name!r}, {len(self.blocks)} blocks, {analysed} matrices analysed)"
-
-    @cached_property
-    def _measured(self) -> pd.DataFrame:
-        return aggregate_blocks(self.frame, self.calibration, self.provenance.get("model", {}).get("num_blocks"))
+    def _repr_html_(self) -> str:
+        return notebook_html(self)
 
 
-def aggregate_blocks(
-    frame: pd.DataFrame, calibration: HasBlocks | None = None, num_blocks: int | None = None
-) -> pd.DataFrame:
-    """A row a block: means over its matrices of alpha, alpha_hill and stable_rank; pooled LOD; its norm and sizes.
-
-    `log10_norm` is that of the block as a whole, log10 of the summed squares of its matrices (not a mean of
-    logarithms); `matrices` counts those analysed, `parameters` every number in the block. NaN where none is known.
-    The parts of a fused matrix are left out, the whole is in.
-    """
-    inside = frame[frame["block"].notna()]
-    if "part_of" in inside:
-        inside = inside[inside["part_of"] == ""]
-    found = sorted(inside["block"].astype(int).unique().tolist())
-    indexes = range(num_blocks) if num_blocks is not None else found
-    groups = {int(index): rows for index, rows in inside.groupby("block")}
-    nothing = inside.iloc[:0]
-    records = [_block_row(index, groups.get(index, nothing), calibration) for index in indexes]
-    further = [name for name in frame.columns if is_tau_column(name)]
-    blocks = pd.DataFrame.from_records(records, columns=[*BLOCK_COLUMNS[:9], *further])
-    return blocks.astype(
-        {name: "int64" if name in ("block", "matrices", "parameters") else "float64" for name in blocks.columns}
-    )
-
-
-def with_shares(blocks: pd.DataFrame, table: LayerTable | None) -> pd.DataFrame:
-    """`blocks` with the score, probability and inclusion of a table of the same depth (NaN without one).
-
-    The LOD at further taus comes last.
-    """
-    if table is not None and table.num_blocks != len(blocks):
-        raise BadInput(
-            f"table: got {table.num_blocks} blocks, expected {len(blocks)}, the model's; make it from this scan"
-        )
-    shares = {name: np.nan if table is None else getattr(table, name) for name in BLOCK_COLUMNS[9:]}
-    further = [name for name in blocks.columns if is_tau_column(name)]
-    return blocks.assign(**shares)[[*BLOCK_COLUMNS, *further]]
-
-
-def compare(
-    a: ScanResult, b: ScanResult, *, models: tuple[Any, Any] | None = None, rank: int = 10, quiet: bool = True
-) -> pd.DataFrame:
-    """The matrices of two scans side by side: for each number its value in a, in b, and b - a.
-
-    Matrices meet by block and role (and by name outside the blocks); one that only one scan has keeps its row.
+def load_scan(directory: str | Path) -> ScanResult:
+    """Read the scan in a directory that `ScanResult.save` or `htsr scan` wrote.
 
     Args:
-        models: the two scanned models, as `htsr.scan` takes them; adds the overlap of the spaces of their `rank`
-            leading singular vectors, see `htsr.overlap.overlaps`.
+        directory: the directory with scan.csv and scan.json.
+
+    Returns:
+        The result, with the same numbers to the last bit.
 
     Raises:
-        BadInput: the scans have no matrix in common, or a model is not the one that was scanned.
+        NotFound: there is no such directory.
+        BadInput: the directory does not hold the files of a scan.
     """
-    left, right = _keyed(a.frame), _keyed(b.frame)
-    if left.index.intersection(right.index).empty:
-        raise BadInput("compare: the scans have no matrix in common (block and role), expected scans of related models")
-    both = left.add_suffix("_a").join(right.add_suffix("_b"), how="outer")
-    columns: dict[str, Any] = {"tensor": both["tensor_a"].where(both["tensor_a"].notna(), both["tensor_b"])}
-    for name in COMPARED:
-        first, second = both[f"{name}_a"].astype(float), both[f"{name}_b"].astype(float)
-        columns |= {f"{name}_a": first, f"{name}_b": second, f"{name}_diff": second - first}
-    result = pd.DataFrame(columns, index=both.index)
-    if models is not None:
-        from htsr.overlap import open_scanned, overlaps
-
-        sources = [open_scanned(scan, model) for scan, model in zip((a, b), models, strict=True)]
-        result = result.join(overlaps(*sources, rank=rank, quiet=quiet))
-    result = result.reset_index()
-    result["block"] = result["block"].where(result["block"] >= 0).astype("Int64")
-    return result.sort_values(["block", "role"], kind="stable", na_position="first", ignore_index=True)
-
-
-def _keyed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The analysed matrices under (block, role); -1 stands for no block, which an index can hold and NA cannot."""
-    matrices = frame[frame["status"] != "skipped"]
-    keys = {"block": matrices["block"].fillna(-1).astype(int), "role": matrices["role"]}
-    outside = matrices["block"].isna()
-    keys["role"] = keys["role"].where(~outside, matrices["tensor"])
-    return matrices[["tensor", *COMPARED]].set_index([pd.Index(values, name=name) for name, values in keys.items()])
-
-
-def _block_row(index: int, rows: pd.DataFrame, calibration: HasBlocks | None) -> dict[str, Any]:
-    sizes = rows["rows"].astype(float) * rows["cols"].astype(float)
-    measured = calibration.blocks.get(index) if calibration is not None else None
-    known = measured.columns if measured is not None else {}
-    lod = {name: known.get(name, np.nan) for name in rows.columns if name in LOD_COLUMNS or is_tau_column(name)}
-    for name, value in lod.items():
-        if np.isnan(value):
-            lod[name] = _pooled(rows[name].astype(float), sizes)
-    squares = (10.0 ** rows["log10_norm"].astype(float)).sum(min_count=1)
-    return {
-        "block": index,
-        "alpha": rows["alpha"].astype(float).mean(),
-        "alpha_hill": rows["alpha_hill"].astype(float).mean(),
-        **lod,
-        "log10_norm": np.log10(squares) if squares > 0 else np.nan,
-        "stable_rank": rows["stable_rank"].astype(float).mean(),
-        "matrices": int((rows["status"] == "ok").sum()),
-        "parameters": int(sizes.sum()),
-    }
-
-
-def _pooled(percents: pd.Series, sizes: pd.Series) -> float:
-    """The LOD of a block from its matrices': their mean, weighed by the number of weights."""
-    known = percents.notna()
-    return float((percents[known] * sizes[known]).sum() / sizes[known].sum()) if known.any() else float("nan")
+    data = read_scan(Path(directory))
+    return ScanResult(frame=data.frame, provenance=data.provenance, spectra=data.spectra, calibration=data.calibration)

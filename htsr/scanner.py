@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.cache import cache_directory, remembered
-from htsr.choices import ENGINES, check_choice
+from htsr.cache import remembered
+from htsr.choices import ENGINES, PRECISIONS, SCOPES, check_choice
 from htsr.console import notice, progress
+from htsr.devices import pick_device
 from htsr.errors import BadInput, UsageError
-from htsr.matrix_row import BASE_COLUMNS, COLUMNS, PRECISIONS, analyse, cost
+from htsr.files import cache_directory
+from htsr.matrix_row import BASE_COLUMNS, COLUMNS, analyse, cost
 from htsr.model.layers import LayerView, num_blocks, views
 from htsr.model.magnitudes import weight_lod
-from htsr.model.source import Source, open_source
-from htsr.provenance import peak_bytes, spectra_record, versions
+from htsr.model.open import open_source
+from htsr.model.source import Source
+from htsr.provenance import SCHEMA, peak_bytes, spectra_record, versions
 from htsr.taus import check_taus, further_columns
 from htsr.workers import default_workers, run
 
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
     from htsr.result import ScanResult
 
 Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
-SCHEMA = "htsr-scan/1"
 GIGA = 1e9  # the progress bar counts in Gflop
 
 
@@ -67,31 +69,43 @@ def scan(
 ) -> ScanResult:
     """Read the spectra and the outliers of every layer of a model.
 
+    The command line has the same options under the same names. No file is written without `out`.
+
     Args:
         model: `demo`, a directory, a .safetensors or .gguf file, a Hugging Face id, an nn.Module or a state dict.
-        out: a directory to save the result to; nothing is written without it.
-        device: where the calibration text runs. Spectra are computed on the CPU unless a CUDA device is named.
+        out: the directory that the result is saved to, None to save nothing.
+        device: `auto`, `cpu` or `cuda[:N]`: where the calibration text runs. Spectra are computed on the CPU
+            unless a CUDA device is named.
         precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
             bounds measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at
             full rate fp64 as far as its memory allows. `fp64`, `fp32`: throughout.
             The text runs in fp32; under `auto` in bf16 where that is fast and shown to give the same LOD.
-        engine: `weightwatcher` fills the columns with its numbers instead, one matrix at a time.
+        engine: `native`, or `weightwatcher`, which fills the columns with its own numbers, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
-        tau: of LOD; of several the first is the layer table's, the others have columns of their own (`lod_tau5`).
-        lod_scope, samples, seq_len, seed: of LOD, see `htsr.model.calibration.calibrate`.
-        workers: threads that analyse matrices side by side; the number of usable cores by default.
-        nulls: also the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
-        fresh: compute every spectrum, also those in the cache ($HTSR_CACHE, else the user's cache directory).
-        allow_pickle: accept pickled weights (unpickled with weights_only).
-        revision: of a Hugging Face id.
+        tau: a weight is an outlier when its importance is above tau times the mean importance. Of several taus the
+            first is the layer table's and the others have columns of their own (`lod_tau5`).
+        lod_scope: the mean is taken over a `block` or over each `matrix`.
+        samples: number of windows of calibration text, at least 1.
+        seq_len: tokens in a window, at least 2; the model's maximum is used where it is smaller.
+        seed: chooses the windows, and the random matrices of `nulls`.
+        workers: threads that analyse matrices side by side; None uses every core that the process may use.
+        nulls: adds the columns of `htsr.null_columns`: intervals, tests and comparisons with noise.
+        fresh: computes every spectrum again, also those in the cache ($HTSR_CACHE, else the user's cache directory).
+        allow_pickle: accepts pickled weights; they are unpickled with weights_only.
+        revision: branch, tag or commit of a Hugging Face id.
         base: scan the difference to this model, tensor by tensor of the same name; for an adapter, this model with
             the adapter merged into it. The column `relative_change` is then ||W - W_base|| / ||W_base||.
-        plots: whether saving to `out` draws plots.
-        quiet: no progress bar, no notices.
-        tokenizer: for an nn.Module.
+        plots: saving to `out` draws plots.
+        quiet: shows no progress bar and no notices.
+        tokenizer: the tokenizer of a model that brings none, as an nn.Module does.
+
+    Returns:
+        The result: its numbers, its layer tables and its plots.
 
     Raises:
-        UsageError, BadInput, NotFound: an option, a model or a text that cannot be used.
+        UsageError: an option has a value that no scan can use.
+        BadInput: the model or the text exists and cannot be used.
+        NotFound: there is no such model or text.
     """
     taus = check_taus(tau)
     settings = {
@@ -197,11 +211,8 @@ def identify(source: Source) -> dict[str, Any]:
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UsageError for a value that no scan can use."""
-    if settings["precision"] not in PRECISIONS:
-        raise UsageError(f"precision: got {settings['precision']!r}, expected one of {', '.join(PRECISIONS)}")
-    check_choice("engine", settings["engine"], ENGINES)
-    if settings["lod_scope"] not in ("block", "matrix"):
-        raise UsageError(f"lod-scope: got {settings['lod_scope']!r}, expected block or matrix")
+    for name, known in (("precision", PRECISIONS), ("engine", ENGINES), ("lod_scope", SCOPES)):
+        check_choice(name.replace("_", "-"), settings[name], known)
     for name, least in (("samples", 1), ("seq_len", 2)):
         if not isinstance(settings[name], int) or settings[name] < least:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
@@ -212,7 +223,7 @@ def analyser(engine: str, source: Source, precision: str, device: str, *, fresh:
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
         work: Analyser = lambda view: analyse(source, view, precision, **on)  # noqa: E731
-        return remembered(work, source, cache_directory(), fresh=fresh, precision=precision, **on)
+        return remembered(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
     from htsr.weightwatcher_engine import one_at_a_time
 
     return one_at_a_time(source)
@@ -265,21 +276,6 @@ def measure_outliers(
             raise
         notice(f"no LOD: {error}", quiet=quiet)
         return None, str(error)
-
-
-def pick_device(device: str) -> str:
-    """`auto` is the first CUDA device when there is one, else the CPU. Raises UsageError for a device that is not."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device: got {device!r}, expected auto, cpu or a CUDA device that this machine has"
-        ) from error
-    return device
 
 
 def blocks_without_lod(frame: pd.DataFrame) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -10,28 +9,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from htsr.errors import BadInput, NotFound, UsageError
-from htsr.files import read_json
+from htsr.files import read_json, write_text
 from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
+from htsr.provenance import SCHEMA
+from htsr.report import CAPTIONS, report_html
+from htsr.scan_data import ScanData
 from htsr.taus import LOD_COLUMNS, is_tau_column
 
-if TYPE_CHECKING:
-    from htsr.result import ScanResult
-
-SCHEMA = "htsr-scan/1"
 WHOLE = ("block", "rows", "cols", "n_tail", *WHOLE_COLUMNS)  # columns of whole numbers, empty where unknown
 TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of", *TEXT_COLUMNS)
 NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
-PICTURES = ("alpha", "lod", "heatmap", "esd", "ks", "table")
 
 
-def save_scan(result: ScanResult, directory: Path, *, plots: bool = True) -> Path:
+def save_scan(result: ScanData, directory: Path, *, plots: bool = True) -> Path:
     """Write the files of a scan; pictures of an earlier one are removed when `plots` is off."""
     check_target(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -59,16 +56,8 @@ def check_target(directory: Path) -> None:
         )
 
 
-def load_scan(directory: str | Path) -> ScanResult:
-    """The scan in a directory that `ScanResult.save` wrote.
-
-    Raises:
-        NotFound: no such directory.
-        BadInput: not the files of a scan.
-    """
-    from htsr.result import ScanResult
-
-    directory = Path(directory)
+def read_scan(directory: Path) -> ScanData:
+    """The record of a scan in a directory that `save_scan` wrote; `htsr.load_scan` says what it raises."""
     if not directory.exists():
         raise NotFound(f"{directory}: no such directory; make it with `htsr scan MODEL --out {directory}`")
     if not (directory / "scan.csv").is_file():
@@ -77,7 +66,7 @@ def load_scan(directory: str | Path) -> ScanResult:
     if not isinstance(provenance, dict) or provenance.get("schema") != SCHEMA:
         got = provenance.get("schema") if isinstance(provenance, dict) else provenance
         raise BadInput(f"{directory / 'scan.json'}: got schema {got!r}, expected {SCHEMA!r}; scan again")
-    return ScanResult(
+    return ScanData(
         frame=read_frame(directory / "scan.csv"),
         provenance=provenance,
         spectra=_read_spectra(directory / "spectra.npz"),
@@ -140,38 +129,24 @@ def csv_text(frame: pd.DataFrame) -> str:
     return safe_cells(frame).to_csv(index=False, lineterminator="\n")
 
 
-def picture(draw: Any) -> bytes:
-    """The PNG of a figure that `draw()` returns an Axes of."""
-    buffer = io.BytesIO()
-    draw().figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def pictures(result: ScanResult) -> dict[str, bytes]:
-    """name -> PNG of every picture that the scan has numbers for."""
-    drawn = {}
-    for name in PICTURES:
-        if result.plot.has(name):
-            drawn[name] = picture(getattr(result.plot, name))
-    return drawn
-
-
-def save_comparison(a: ScanResult, b: ScanResult, matrices: pd.DataFrame, directory: Path) -> None:
+def save_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame, directory: Path) -> None:
     """compare.csv and a PNG for every picture of two scans, written to `directory`."""
     from htsr.comparison_plots import comparison_pictures
-    from htsr.files import write_text
+    from htsr.plots import picture
 
     check_target(directory)
     write_text(directory / "compare.csv", csv_text(matrices))
     for name, ax in comparison_pictures(a, b, matrices).items():
-        (directory / f"{name}.png").write_bytes(picture(lambda ax=ax: ax))
+        (directory / f"{name}.png").write_bytes(picture(ax))
 
 
-def _write(result: ScanResult, staging: Path, *, plots: bool) -> None:
-    from htsr.report import report_html
-
+def _write(result: ScanData, staging: Path, *, plots: bool) -> None:
     start = time.perf_counter()
-    drawn = pictures(result) if plots else {}
+    drawn = {}
+    if plots:
+        from htsr.plots import pictures
+
+        drawn = pictures(result)
     for name, png in drawn.items():
         (staging / "plots" / f"{name}.png").write_bytes(png)
     (staging / "scan.csv").write_text(csv_text(result.frame), encoding="utf-8", newline="\n")
@@ -190,7 +165,7 @@ def _write(result: ScanResult, staging: Path, *, plots: bool) -> None:
 def _move(staging: Path, directory: Path) -> None:
     """Rename the new files into place and drop those of an earlier scan that have no successor."""
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    owned = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in PICTURES)]
+    owned = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in CAPTIONS)]
     for name in owned:
         if not (staging / name).exists():
             (directory / name).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from htsr import weightwatcher_engine as ww
 from htsr.console import progress
 from htsr.matrix_row import analyse, cost
 from htsr.model.layers import views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 # how far a column may differ, relative to the larger of 1 and weightwatcher's number
 TOLERANCE = dict.fromkeys(ww.SAME, 1e-6) | {"n_tail": 0.0, "alpha_hat": 1e-5, "entropy": 1e-5}

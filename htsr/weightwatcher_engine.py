@@ -12,7 +12,7 @@ import numpy as np
 from htsr.console import quiet_libraries
 from htsr.errors import HtsrError
 from htsr.matrix_row import empty_row
-from htsr.model.parts import read_block
+from htsr.model.reading import read_block
 from htsr.numerics.metrics import alpha_hill
 from htsr.numerics.spectrum import Block
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from htsr.errors import BadInput
-from htsr.model.layers import find_blocks
-
-GROUPS = ("embeddings", "norm", "head")
+from htsr.model.blocks import find_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from htsr import console
-from htsr.errors import NotFound, OutOfMemory, UsageError
+from htsr.errors import NotFound, OutOfMemory, UsageError, nearest
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name
 from owlore.methods import METHODS
 from owlore.options import bytes_of
@@ -282,7 +282,7 @@ def demo(out: str, as_json: bool, quiet: bool) -> None:
 def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or describe the method NAME."""
     if name is not None and name not in METHODS:
-        raise UsageError(f"no method {name!r}{console.nearest(name, METHODS)}")
+        raise UsageError(f"no method {name!r}{nearest(name, METHODS)}")
     from owlore.strategies import STRATEGIES
 
     facts = {key: method_facts(STRATEGIES[key]) for key in ([name] if name else METHODS)}

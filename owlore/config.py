@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import NotFound, UsageError
+from htsr.errors import NotFound, UsageError, nearest
 from owlore.methods import METHODS
 from owlore.options import (
     Parser,
@@ -20,7 +20,6 @@ from owlore.options import (
     flag,
     integer,
     names,
-    near,
     number,
     off_or_number,
     pairs,
@@ -225,7 +224,7 @@ def known_name(name: Any) -> str:
     """
     plain = str(name).replace("-", "_")
     if plain not in SETTINGS:
-        hint = near(plain, SETTINGS) or f"; known: {', '.join(SETTINGS)}"
+        hint = nearest(plain, SETTINGS)
         raise UsageError(f"unknown configuration key {str(name)!r}{hint}")
     return plain
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from htsr.console import notice
 from htsr.errors import UsageError
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 from owlore.blocks import find_units, freeze
 from owlore.config import TrainConfig
 from owlore.layer_table import find_table, run_inclusion, scanned_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import htsr
-from htsr import LayerTable
+from htsr import LayerTable, files
 from htsr.errors import BadInput, HtsrError, UsageError
 from owlore.sampling import inclusion
 
@@ -20,8 +19,7 @@ Say = Callable[[str], None]
 
 def cache_directory() -> Path:
     """Where tables of scanned models are kept: $OWLORE_CACHE, else the user's cache folder."""
-    root = os.environ.get("OWLORE_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "owlore"
+    return files.cache_directory("owlore")
 
 
 def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan: Callable[[], LayerTable], say: Say,

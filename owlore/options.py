@@ -7,11 +7,11 @@ value is named in a help text (`metavar`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from htsr.errors import UsageError
+from htsr.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choice(*known: str) -> Parser:
     def parse(value: Any) -> str:
         word = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
         if word not in known:
-            raise ValueError("one of " + ", ".join(known) + near(str(word), known))
+            raise ValueError("one of " + ", ".join(known) + did_you_mean(str(word), known))
         return str(word)
 
     return Parser("|".join(known), parse, known)
@@ -101,7 +101,7 @@ def names(*known: str) -> Parser:
         chosen = {str(part).strip() for part in parts} - {"none", ""}
         unknown = sorted(chosen - set(known))
         if unknown:
-            raise ValueError(expected + near(unknown[0], known))
+            raise ValueError(expected + did_you_mean(unknown[0], known))
         return tuple(name for name in known if name in chosen)
 
     return Parser("none|" + ",".join(known), parse)
@@ -229,7 +229,7 @@ def read_own(declared: Mapping[str, Own], given: Mapping[str, Any], method: str)
     """
     for key in given:
         if key not in declared:
-            hint = near(key, declared) or f" (it has {', '.join(declared) or 'none'})"
+            hint = did_you_mean(key, declared) or f" (it has {', '.join(declared) or 'none'})"
             raise UsageError(
                 f"--set {key}: the method {method} has no such option{hint}; see `owlore methods {method}`"
             )
@@ -256,14 +256,6 @@ def bytes_of(value: str, name: str) -> int:
     if not found or unit is None or float(found[1]) * unit < 1e6:
         raise UsageError(f"{name} got {value!r}, expected a size such as 8GB or 7.5GiB")
     return int(float(found[1]) * unit)
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known word closest to `word`, or nothing."""
-    import difflib
-
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _number(value: Any, expected: str) -> float:

@@ -29,6 +29,22 @@ def imports_of(path, *, everywhere=True):
     return {name for name in found if name}
 
 
+def edges(path):
+    """The modules of both packages that a module imports, lazily too; what only type checkers read is left out."""
+    known = {name_of(p) for p in MODULES}
+    tree = ast.parse(path.read_text())
+    typing = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.If)
+              and ast.unparse(node.test) == "TYPE_CHECKING" for inner in ast.walk(node)}  # fmt: skip
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [alias.name for alias in node.names]
+        for name in names if isinstance(node, ast.Import) else [f"{node.module}.{name}" for name in names]:
+            found |= {next((n for n in (name, name.rpartition(".")[0]) if n in known), name)} & known
+    return found - {name_of(path)}
+
+
 def uses(path, *prefixes, **options):
     return {n for n in imports_of(path, **options) if any(n == p or n.startswith(p + ".") for p in prefixes)}
 
@@ -39,7 +55,21 @@ def in_package(prefix):
 
 def test_there_are_modules_to_look_at():
     assert len(MODULES) > 40
-    assert uses(ROOT / "owlore/blocks.py", "htsr.model.layers")
+    assert uses(ROOT / "owlore/blocks.py", "htsr.model.blocks")
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    arrows, finished = {name_of(path): edges(path) for path in MODULES}, set()
+
+    def walk(name, trail):
+        assert name not in trail, "import circle: " + " -> ".join([*trail[trail.index(name) :], name])
+        if name not in finished:
+            for target in sorted(arrows[name]):
+                walk(target, [*trail, name])
+            finished.add(name)
+
+    for name in arrows:
+        walk(name, [])
 
 
 @pytest.mark.parametrize("path", in_package("htsr"), ids=name_of)
@@ -60,12 +90,13 @@ NUMBERS = [
 
 @pytest.mark.parametrize("path", NUMBERS, ids=name_of)
 def test_numbers_know_nothing_of_how_they_are_shown(path):
-    shown = ("report", "plots", "comparison_plots", "render", "store", "result", "cli")
+    shown = ("report", "plots", "comparison_plots", "render", "store", "scan_data", "layer_table", "result", "cli")
     assert not uses(path, "matplotlib", "jinja2", *(f"htsr.{name}" for name in shown))
 
 
 def test_only_the_layers_are_parsed_in_one_place():
-    importers = {name_of(p) for p in in_package("owlore") if uses(p, "htsr.model.layers")}
+    readers = [f"htsr.model.{name}" for name in ("names", "blocks", "layers")]
+    importers = {name_of(path) for path in in_package("owlore") if uses(path, *readers)}
     assert importers == {"owlore.blocks"}
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from htsr.choices import SCOPES, check_choice
-from htsr.errors import BadInput, HtsrError
+from htsr.errors import BadInput, HtsrError, first_line
+from htsr.model.blocks import find_blocks
 from htsr.model.convergence import Convergence, convergence
-from htsr.model.layers import find_blocks
 from htsr.model.meters import MeasuredBlock
 from htsr.model.outlier_pooling import Outliers, block_outliers, fused_shares
 from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
@@ -155,7 +155,7 @@ def load_tokenizer(source: Source) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **extra)
     except Exception as error:  # whatever a broken tokenizer file makes the libraries raise
         raise BadInput(
-            f"{source.id}: no usable tokenizer ({_brief(error)}), expected one beside the weights"
+            f"{source.id}: no usable tokenizer ({first_line(error)}), expected one beside the weights"
         ) from error
 
 
@@ -248,7 +248,7 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
                 **extra,
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError) as error:
-        raise BadInput(f"{source.id}: transformers cannot load it ({_brief(error)})") from error
+        raise BadInput(f"{source.id}: transformers cannot load it ({first_line(error)})") from error
     model: nn.Module = read[0]
     inside = {id(parameter) for block in find_blocks(model).modules for parameter in block.parameters()}
     parameters = dict(model.named_parameters())
@@ -272,7 +272,7 @@ def _guarded(blocks: Blocks, source: Source) -> Blocks:
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError, NotImplementedError) as error:
         raise BadInput(
-            f"{source.id}: text cannot be run through it ({_brief(error)}), expected a text model"
+            f"{source.id}: text cannot be run through it ({first_line(error)}), expected a text model"
         ) from error
 
 
@@ -289,7 +289,3 @@ def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
     rows = getattr(table, "num_embeddings", None)
     if rows is not None and int(windows.max()) >= rows:
         raise BadInput(f"tokenizer: got token {int(windows.max())}, expected ids below {rows}; it is another model's")
-
-
-def _brief(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -11,7 +11,8 @@ import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.adapter import COPIED, AdapterSource
-from htsr.model.parts import flat_shape, read_block
+from htsr.model.parts import flat_shape
+from htsr.model.reading import read_block
 from htsr.model.source import Source, TensorInfo
 from htsr.numerics.spectrum import plan_blocks
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import BadInput, NotFound
+from htsr.errors import BadInput, NotFound, first_line
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -90,8 +90,7 @@ def _hub_snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(name, **options))
     except Exception as error:
-        cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise NotFound(
-            f"{name}: neither a path here nor in the local Hugging Face cache, and the Hub gave none ({cause}): "
-            "check the spelling, the network, or your access"
+            f"{name}: neither a path here nor in the local Hugging Face cache, and the Hub gave none "
+            f"({first_line(error)}): check the spelling, the network, or your access"
         ) from error

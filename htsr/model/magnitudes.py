@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.model.parts import read_block
+from htsr.model.reading import read_block
 from htsr.numerics.spectrum import Block
 from htsr.taus import tau_column
 from htsr.workers import run

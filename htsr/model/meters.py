@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from htsr.errors import BadInput
-from htsr.model.layers import expert_role, linear_maps
-from htsr.model.parts import INPUTS_FIRST, gate_up_parts
+from htsr.model.blocks import linear_maps
+from htsr.model.fused import INPUTS_FIRST, gate_up_parts
+from htsr.model.names import expert_role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from htsr.errors import BadInput
-from htsr.model.layers import BlockStack, LayerView, expert_role, find_blocks, role_of, views
+from htsr.model.blocks import BlockStack, find_blocks
+from htsr.model.layers import LayerView, views
+from htsr.model.names import expert_role, role_of
 
 if TYPE_CHECKING:
     from htsr.model.source import Source

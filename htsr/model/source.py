@@ -1,6 +1,6 @@
 """A model as a list of named tensors that are read a slice at a time.
 
-    source = open_source("demo")      # or a directory, a .safetensors or .gguf file, a Hub id, a module, a state dict
+    source = open_source("demo")      # see htsr.model.open
     source.tensors                    # names, shapes and dtypes; no weights are read for this
     source.rows(name, 0, 100)         # a torch tensor in the stored dtype
 
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.errors import BadInput, NotFound
-from htsr.model.locate import is_hub_id, locate, snapshot_revision
+from htsr.errors import NotFound
+from htsr.model.names import tied_copies
 from htsr.model.parts import flat_shape
 from htsr.numerics.spectrum import Block
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from htsr.model.layers import LayerView
-
-__all__ = ["Source", "TensorInfo", "locate", "open_source"]
 
 DEQUANTISED = "dequantised:"
 COMPUTED = (DEQUANTISED, "delta:", "merged:")  # values that are made from what is stored
@@ -171,94 +169,5 @@ class Source(ABC):
 
 def without_tied(tensors: list[TensorInfo], config: Mapping[str, Any] | None) -> tuple[TensorInfo, ...]:
     """The tensors without a stored second copy of the embeddings that the configuration calls tied."""
-    from htsr.model.layers import tied_copies
-
     copies = tied_copies(tensors, config)
     return tuple(t for t in tensors if t.name not in copies)
-
-
-def open_source(
-    model: str | Path | nn.Module | Mapping[str, torch.Tensor],
-    *,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    base: str | Path | nn.Module | Mapping[str, torch.Tensor] | None = None,
-) -> Source:
-    """Open a model for reading; see the module's docstring for what `model` may be.
-
-    base: open the difference to this model instead, or, for an adapter, this model with the adapter merged into it.
-    Raises NotFound when there is no such path or id, BadInput when it is there and cannot be used.
-    """
-    if base is not None:
-        from htsr.model.delta import against
-
-        source = open_source(model, revision=revision, allow_pickle=allow_pickle)
-        return against(source, open_source(base, allow_pickle=allow_pickle))
-    if isinstance(model, str | Path):
-        return _open_path(model, locate(model, revision, allow_pickle=allow_pickle), allow_pickle)
-    from htsr.model.memory import ModuleSource
-
-    return ModuleSource(model)
-
-
-def _open_path(model: str | Path, path: Path, allow_pickle: bool) -> Source:
-    from htsr.model.safetensors_files import SafetensorsSource
-
-    named = str(model)
-    hub = is_hub_id(named) and not Path(named).expanduser().exists()
-    id_ = named if named == "demo" or hub else (path.name or path.resolve().name)
-    revision = snapshot_revision(path)
-    if path.is_file():
-        match path.suffix:
-            case ".safetensors":
-                return SafetensorsSource(path, id_, revision)
-            case ".gguf":
-                return _open_gguf(path, id_)
-            case ".bin" | ".pt" | ".pth" | ".ckpt":
-                return _open_pickle([path], path, id_, revision, allow_pickle)
-        raise BadInput(
-            f"{path.name}: got a {path.suffix or 'nameless'} file, expected .safetensors, .gguf or a directory"
-        )
-    if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors*")):
-        return _open_adapter(path, id_, revision, allow_pickle)
-    if (path / "model.safetensors").exists() or any(path.glob("*.safetensors*")):
-        return SafetensorsSource(path, id_, revision)
-    pickles = sorted(path.glob("pytorch_model*.bin"))
-    if pickles:
-        return _open_pickle(pickles, path, id_, revision, allow_pickle)
-    ggufs = sorted(path.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return _open_gguf(ggufs[0], id_)
-    if ggufs:
-        raise BadInput(f"{id_}: got a directory of {len(ggufs)} .gguf files, expected one model; name the file")
-    below = f"; {id_}/model has some" if list((path / "model").glob("*.safetensors")) else ""
-    raise BadInput(f"{id_}: got a directory without weights, expected *.safetensors (or .gguf) files in it{below}")
-
-
-def _open_adapter(path: Path, id_: str, revision: str | None, allow_pickle: bool) -> Source:
-    from htsr.model.adapter import AdapterSource
-
-    files = [path / "adapter_model.safetensors", path / "adapter_model.bin"]
-    file = next((f for f in files if f.exists()), None)
-    if file is None:
-        raise BadInput(f"{id_}: got an adapter_config.json without weights, expected {files[0].name} beside it")
-    source = AdapterSource(path, _open_path(file, file, allow_pickle), id_)
-    source.revision = revision
-    return source
-
-
-def _open_gguf(path: Path, id_: str) -> Source:
-    from htsr.model.gguf_file import GgufSource
-
-    return GgufSource(path, id_)
-
-
-def _open_pickle(files: list[Path], path: Path, id_: str, revision: str | None, allow_pickle: bool) -> Source:
-    if not allow_pickle:
-        raise BadInput(
-            f"{files[0].name}: got pickled weights, expected safetensors: unpickling can run foreign code; "
-            "convert them, or pass --allow-pickle (allow_pickle=True) if you trust their origin"
-        )
-    from htsr.model.memory import PickleSource
-
-    return PickleSource(files, path, id_, revision)

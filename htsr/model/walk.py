@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from htsr.model.layers import find_blocks, model_type
+from htsr.model.blocks import find_blocks
+from htsr.model.fused import model_type
 from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 

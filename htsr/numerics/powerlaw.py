@@ -74,7 +74,17 @@ def _failed(status: FitStatus) -> PowerLawFit:
 
 
 def fit_power_law(eigenvalues: Sequence[float] | np.ndarray) -> PowerLawFit:
-    """Fit the tail of a spectrum (any order, all values positive; nothing is cut away here)."""
+    """Fit a power law to the tail of a spectrum.
+
+    Args:
+        eigenvalues: positive numbers in any order and of any shape; at least 2. None is cut away here.
+
+    Returns:
+        The fit; `status` says why there is none, and nothing is raised.
+
+    Note: the tail starts where the Kolmogorov-Smirnov distance is smallest (Clauset, Shalizi and Newman 2009). Below
+        20 points short tails are skipped, as weightwatcher 0.7.7 does.
+    """
     x = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
     if len(x) < 2:
         return _failed(FitStatus.TOO_FEW)

@@ -124,9 +124,17 @@ def matrix_slices(W: Any) -> Iterable[Any]:
 
 
 def eigenvalues(W: Any, precision: type = np.float64) -> np.ndarray:
-    """Ascending lambda = sigma**2 of a matrix (array or tensor of any float dtype); min(rows, cols) values, float64.
+    """Compute the eigenvalues of W^T W, the squared singular values of a matrix.
 
-    Raises BadInput for anything but a non-empty matrix of finite numbers.
+    Args:
+        W: shape (rows, cols), an array or tensor of any float dtype.
+        precision: the float type of the computation, np.float64 or np.float32.
+
+    Returns:
+        min(rows, cols) values, ascending, float64.
+
+    Raises:
+        BadInput: W is not a matrix, is empty, or holds a number that is not finite.
     """
     shape = tuple(getattr(W, "shape", np.shape(W)))
     if len(shape) != 2 or 0 in shape:

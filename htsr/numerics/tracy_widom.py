@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-QUANTILE_95, QUANTILE_99 = 0.9793, 2.0234
+QUANTILE_95 = 0.9793
 FIRST, LAST = -5.0, 12.0
 # fmt: off
 LOG_SURVIVAL = (

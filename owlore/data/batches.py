@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from owlore.data.tokenise import Encoded
-
-IGNORED = -100  # the label that torch's cross-entropy leaves out
+from owlore.kernels.cross_entropy import IGNORED
 
 # Purposes keep the streams of one seed apart; the numbers are part of what makes a run reproducible.
 ORDER_PURPOSE = 0x6F72646572

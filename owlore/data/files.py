@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from htsr.errors import BadInput, NotFound
+from htsr.errors import BadInput, NotFound, first_line
+from owlore.data.columns import format_of
 
 Record = dict[str, Any]
 
@@ -105,8 +106,6 @@ def _parse(text: str, path: Path, line: int) -> Any:
 
 
 def _has_known_header(text: str) -> bool:
-    from owlore.data.formats import format_of
-
     header = text.split("\n", 1)[0].strip()
     columns = [cell.strip().strip('"').lower() for cell in header.split("\t" if "\t" in header else ",")]
     return len(columns) > 1 and format_of(columns) is not None
@@ -132,7 +131,7 @@ def _parquet(content: bytes, path: Path) -> list[Record]:
     except ImportError as error:
         raise BadInput(f"{path}: reading parquet needs pyarrow; python -m pip install pyarrow") from error
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise BadInput(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
 def read_data_set(name: str) -> list[Record]:
@@ -154,11 +153,11 @@ def read_data_set(name: str) -> list[Record]:
         return list(_load(datasets, name))
     except (ConnectionError, FileNotFoundError) as error:
         raise NotFound(
-            f"data {name!r}: no such file, and no such Hugging Face data set can be reached ({_first_line(error)}); "
+            f"data {name!r}: no such file, and no such Hugging Face data set can be reached ({first_line(error)}); "
             "check the name, or be online"
         ) from error
     except (ValueError, OSError) as error:
-        raise BadInput(f"data {name!r} cannot be loaded as NAME[:CONFIG][:SPLIT]: {_first_line(error)}") from error
+        raise BadInput(f"data {name!r} cannot be loaded as NAME[:CONFIG][:SPLIT]: {first_line(error)}") from error
     finally:
         if was_shown:
             datasets.enable_progress_bars()
@@ -173,7 +172,3 @@ def _load(datasets: Any, name: str) -> Any:
     path, *rest = name.split(":")
     config, split = (rest[0], rest[1]) if len(rest) == 2 else (None, rest[0] if rest else "train")
     return datasets.load_dataset(path, config, split=split)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Records to examples: which columns make which format, told by their names and never by the file's name."""
+"""Records to examples, each by the format that its columns make."""
 
 from __future__ import annotations
 
@@ -7,23 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import BadInput
+from owlore.data.columns import EXPECTED, format_of
 from owlore.data.examples import Example, Rows, alpaca_prompt, fingerprint
 from owlore.data.files import Record, locate_data, read_data_set, read_file
 
-# In this order: the first whose columns are all there wins. `question, answer` alone is GSM8K's form; with more
-# columns (choices, passages) it would drop what the question is about, so it must be exactly these.
-FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("messages", frozenset({"messages"})),
-    ("sharegpt", frozenset({"conversations"})),
-    ("alpaca", frozenset({"instruction", "output"})),
-    ("prompt/completion", frozenset({"prompt", "completion"})),
-    ("prompt/response", frozenset({"prompt", "response"})),
-    ("question/answer", frozenset({"question", "answer"})),
-    ("text", frozenset({"text"})),
-)
-EXPECTED = (
-    "instruction,input,output (alpaca); messages or conversations (chat); prompt,completion; question,answer; text"
-)
 ROLES = {
     "human": "user", "user": "user", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
@@ -68,15 +55,6 @@ def rows_from(records: Sequence[Record], *, source: str, sha256: str | None = No
         "format": name,
     }
     return Rows(examples=examples, provenance=provenance)
-
-
-def format_of(columns: Iterable[str]) -> str | None:
-    """The name of the format that these (lower-case) columns make, or None."""
-    got = set(columns)
-    for name, needed in FORMATS:
-        if needed <= got and (name != "question/answer" or got - needed <= {"id", "idx"}):
-            return name
-    return None
 
 
 def _records_of(data: Any) -> list[Record]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from owlore.data.arrange import Arrangement, Sequences
-from owlore.data.batches import IGNORED, MicroBatch, order
+from owlore.data.batches import MicroBatch, order
 from owlore.data.tokenise import Encoded
+from owlore.kernels.cross_entropy import IGNORED
 
 OPEN_SEQUENCES = 256  # a row goes into one of the last so many: what is packed together was drawn close together
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from htsr.console import nearest
-from htsr.errors import UsageError
+from htsr.errors import UsageError, nearest
 from owlore.evaluation import items
 from owlore.evaluation.items import ANSWERS, ENDINGS, OPTIONS, SOLUTIONS, Item, Row
 from owlore.evaluation.subjects import SUBJECTS

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from htsr import devices
 from htsr.console import quiet_libraries, silence_stderr
-from htsr.errors import BadInput, UsageError
+from htsr.errors import BadInput, UsageError, first_line
+from htsr.model.locate import locate
+from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
-from htsr.model.source import Source, locate, open_source
+from htsr.model.source import Source
 from owlore.attach import holds_adapter, is_adapter
 from owlore.models.meta_loading import open_unread
 
@@ -46,19 +49,8 @@ class Loaded:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU.
-
-    Raises: UsageError for a device that this machine does not have.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device got {name!r}, expected auto, cpu or cuda[:N]") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: this machine has no usable CUDA device, use cpu or auto")
-    return device
+    """`htsr.devices.pick_device` as a torch.device."""
+    return torch.device(devices.pick_device(name))
 
 
 def load(
@@ -144,8 +136,8 @@ def _read(
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if attn != "sdpa" and "attention" in str(error).lower():
-            raise UsageError(f"--attn {attn}: {_first_line(error)}") from error
-        raise BadInput(f"{ref} cannot be loaded as a causal language model: {_first_line(error)}") from error
+            raise UsageError(f"--attn {attn}: {first_line(error)}") from error
+        raise BadInput(f"{ref} cannot be loaded as a causal language model: {first_line(error)}") from error
     _check_complete(ref, missing)
     if gguf:
         model = without_quantisation(model)
@@ -252,7 +244,3 @@ def _loaded(
         parameters=sum(p.numel() for p in model.parameters()),
         reference=reference,
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from htsr.console import quiet_libraries
-from htsr.errors import BadInput
+from htsr.errors import BadInput, first_line
 from owlore.compare import refuse_unfinished
 from owlore.models.loading import Loaded, load
 
@@ -75,8 +75,7 @@ def adapter_on_base(
                 config.quantise = None
             model = PeftModel.from_pretrained(loaded.model, place, config=config)
     except (ValueError, KeyError, RuntimeError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"{place} cannot be put on its base {base}: {why}") from error
+        raise BadInput(f"{place} cannot be put on its base {base}: {first_line(error)}") from error
     return loaded, model.eval()
 
 

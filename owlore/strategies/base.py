@@ -46,7 +46,7 @@ class Hyper:
     """The settings that strategies read, already resolved against the model.
 
     inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
-    `owlore.blocks.GROUPS` trained in every period. own: the method's own options by name. trained: names of the
+    `owlore.config.GROUPS` trained in every period. own: the method's own options by name. trained: names of the
     parameters that `Strategy.prepare` put into the model. floor: of inclusions, as asked for.
     """
 

@@ -69,7 +69,7 @@ What did a change do? Here 0.2 % noise on the weights; with your own models, bef
     """import torch
 from transformers import AutoModelForCausalLM
 
-from htsr.model.source import locate
+from htsr.model.locate import locate
 
 model = AutoModelForCausalLM.from_pretrained(locate(MODEL))
 generator = torch.Generator().manual_seed(0)

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 import htsr
 from htsr import cache as cache_module
 from htsr import scan as scan_function
-from htsr.cache import Cache, cache_directory, entry_key
+from htsr.cache import Cache, code_files, entry_key
+from htsr.files import cache_directory
 from htsr.model.layers import views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 
 @pytest.fixture
@@ -132,6 +133,14 @@ def test_precision_dtype_shape_and_code_are_part_of_the_key(
     assert len(computed) == 3
 
 
+def test_the_code_that_entries_depend_on_is_where_the_list_says() -> None:
+    files = code_files()
+    assert all(file.is_file() for file in files)
+    root = Path(cache_module.__file__).parent
+    inside = {file.relative_to(root).as_posix() for file in files}
+    assert {"matrix_row.py", "model/parts.py", "model/reading.py", "numerics/powerlaw.py"} <= inside
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "foreign", "directory"])
 def test_a_damaged_entry_is_computed_again(folder: Path, computed: list[str], damage: str) -> None:
     state = {"layers.0.q_proj.weight": weights()["layers.0.q_proj.weight"]}
@@ -199,14 +208,14 @@ def test_small_matrices_stay_out(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_place_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HTSR_CACHE", str(tmp_path / "here"))
-    assert cache_directory() == tmp_path / "here"
+    assert cache_directory("htsr") == tmp_path / "here"
     monkeypatch.delenv("HTSR_CACHE")
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "htsr"
+    assert cache_directory("htsr") == tmp_path / "xdg" / "htsr"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "htsr"
+    assert cache_directory("htsr") == tmp_path / ".cache" / "htsr"
 
 
 def test_parts_of_one_tensor_have_keys_of_their_own() -> None:

@@ -17,8 +17,9 @@ import torch
 
 from htsr import console
 from htsr import weightwatcher_engine as ww
-from htsr.cli import cli, slug
-from htsr.probability import LayerTable
+from htsr.cli import cli
+from htsr.files import slug
+from htsr.layer_table import LayerTable
 from htsr.scanner import scan
 
 

@@ -14,9 +14,8 @@ from htsr.matrix_row import COLUMNS
 from htsr.null_columns import NULL_COLUMNS
 from htsr.nulls import with_nulls
 from htsr.report import describe, report_html
-from htsr.result import ScanResult
+from htsr.result import ScanResult, load_scan
 from htsr.scanner import scan
-from htsr.store import load_scan
 from htsr.verdict import null_sentences
 
 

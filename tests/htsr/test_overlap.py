@@ -16,7 +16,7 @@ from htsr import compare, load_scan
 from htsr import scan as scan_function
 from htsr.cli import cli
 from htsr.errors import BadInput, UsageError
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 from htsr.numerics.subspace import leading_vectors, overlap
 from htsr.overlap import overlaps
 

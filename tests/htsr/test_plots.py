@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from htsr.errors import BadInput, NotFound
+from htsr.layer_table import LayerTable
 from htsr.numerics.thresholds import ks_curve
 from htsr.plots import esd, ks_by_xmin, new_axes
-from htsr.probability import LayerTable
 from htsr.result import ScanResult
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from htsr.errors import BadInput, NotFound, UsageError
-from htsr.probability import SCHEMA, LayerTable, inclusion, probabilities, scores_by_rule, shortfall
+from htsr.layer_table import SCHEMA, LayerTable
+from htsr.probability import RULES, inclusion, probabilities, scores_by_rule, shortfall
 
 GOLDEN = np.array(paper.LLAMA2_7B_LOD_TAU13)
 
@@ -112,6 +113,12 @@ def test_rules_score_the_blocks_as_documented() -> None:
     for rule, scores in expected.items():
         assert scores_by_rule(rule, blocks).tolist() == pytest.approx(scores), rule
     assert scores_by_rule("alpha", blocks, "light").tolist() == [2.0, 4.0, 8.0]
+
+
+def test_a_rule_that_is_only_listed_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("htsr.probability.RULES", (*RULES, "new"))
+    with pytest.raises(UsageError, match=r"'new'.*expected another of lod, .*reverse"):
+        scores_by_rule("new", {"block": [0, 1], "lod": [1.0, 2.0]})
 
 
 def test_wrong_rules_and_numbers_are_usage_errors_that_name_the_nearest() -> None:

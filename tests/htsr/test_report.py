@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from makers import scan_rows as rows
 
-from htsr.report import cells, describe, notebook_html, report_html
+from htsr.plots import PICTURES, pictures
+from htsr.report import CAPTIONS, cells, describe, notebook_html, report_html
 from htsr.result import ScanResult
-from htsr.store import pictures
 
 EVIL = '<script>alert("x")</script>'
 
@@ -55,13 +52,8 @@ def test_a_table_shows_its_rows_and_bars_in_a_notebook_and_escapes_names(result:
     assert 'src="data:image/png;base64,' in page and "gamma 2" in page
 
 
-@pytest.mark.parametrize(
-    "first", ["from htsr.probability import LayerTable", "from htsr import LayerTable", "import owlore.sampling"]
-)
-def test_results_show_themselves_whoever_imports_them_first(first: str) -> None:
-    code = f"{first}\nfrom htsr.probability import LayerTable\nfrom htsr import ScanResult\n"
-    code += "assert ScanResult._repr_html_ and '<table>' in LayerTable.uniform(3, 1)._repr_html_()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+def test_every_picture_has_a_caption() -> None:
+    assert tuple(CAPTIONS) == PICTURES
 
 
 def test_a_scan_names_itself_in_one_short_line(result: ScanResult) -> None:

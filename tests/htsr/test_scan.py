@@ -26,7 +26,7 @@ from htsr import matrix_row as rows_module
 from htsr import scan as scan_function
 from htsr.errors import BadInput, NotFound, UsageError
 from htsr.model.layers import views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 CONTRACT = [
     *("block", "role", "tensor", "rows", "cols", "dtype", "alpha", "alpha_sigma", "ks_d", "xmin", "n_tail"),

@@ -17,7 +17,8 @@ from makers import scan_rows as rows
 
 import htsr
 from htsr.errors import BadInput, NotFound, UsageError
-from htsr.result import BLOCK_COLUMNS, ScanResult, aggregate_blocks
+from htsr.result import ScanResult
+from htsr.scan_data import BLOCK_COLUMNS, aggregate_blocks
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_importing_htsr_loads_neither_torch_nor_pandas() -> None:
     program = (
         "import sys, htsr; before = set(sys.modules); "
         "print([m for m in ('torch', 'pandas', 'numpy', 'matplotlib') if m in before]); "
-        "from htsr.scanner import scan; print(htsr.scanner is scan, sorted(htsr.__all__) == dir(htsr))"
+        "from htsr.scanner import scan; print(htsr.scan is scan, sorted(htsr.__all__) == dir(htsr))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split("\n")[:2] == ["[]", "True True"]

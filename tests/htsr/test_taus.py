@@ -12,7 +12,8 @@ import pytest
 from htsr import console, load_scan
 from htsr.cli import cli
 from htsr.errors import UsageError
-from htsr.result import BLOCK_COLUMNS, ScanResult
+from htsr.result import ScanResult
+from htsr.scan_data import BLOCK_COLUMNS
 from htsr.scanner import scan
 from htsr.taus import check_taus
 

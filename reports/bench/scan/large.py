@@ -68,7 +68,7 @@ def native(W: Any, device: str) -> dict[str, Any]:
     """The row of a scan, with how its spectrum was found."""
     from htsr.matrix_row import analyse
     from htsr.model.layers import views
-    from htsr.model.source import open_source
+    from htsr.model.open import open_source
 
     source = open_source({"layers.0.w.weight": W})
     options = {} if device == "cpu" else {"device": device}

@@ -91,7 +91,7 @@ def measure(model: Path, runs: int, *, default_blas: bool, threads: int = 1) -> 
 
 
 def largest_matrix_bytes(model: Path) -> int:
-    from htsr.model.source import open_source
+    from htsr.model.open import open_source
 
     return max(t.num_bytes for t in open_source(model).tensors if len(t.shape) == 2)
 

@@ -95,7 +95,7 @@ def first_blocks(folder: Path, target: Path, blocks: int) -> Path:
 def lod(folder: str, device: str) -> None:
     """(In a process of its own.) The calibration alone: [wall, CPU] seconds by block, memory, the table's numbers."""
     from htsr.model.calibration import calibrate
-    from htsr.model.source import open_source
+    from htsr.model.open import open_source
     from htsr.provenance import peak_bytes
 
     cuda = device.startswith("cuda")

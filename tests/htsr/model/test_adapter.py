@@ -17,7 +17,7 @@ from torch import nn
 from htsr import scan as scan_function
 from htsr.errors import BadInput
 from htsr.model.layers import num_blocks, views
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 peft = pytest.importorskip("peft")
 EPS = float(np.finfo(np.float32).eps)

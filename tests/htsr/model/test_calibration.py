@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from htsr.errors import BadInput, NotFound, UsageError
 from htsr.model.calibration import Calibration, calibrate
+from htsr.model.open import open_source
 from htsr.model.skeleton import Skeleton
-from htsr.model.source import Source, open_source
+from htsr.model.source import Source
 from htsr.model.windows import cut_windows, read_texts
 
 TAU, SEQ = 3.0, 24

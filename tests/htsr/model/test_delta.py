@@ -12,7 +12,7 @@ from torch import nn
 
 from htsr import scan as scan_function
 from htsr.errors import BadInput
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 
 def tuned(base: nn.Module, size: float, seed: int = 3) -> nn.Module:

@@ -15,8 +15,8 @@ from htsr.errors import BadInput
 from htsr.model import calibration
 from htsr.model.calibration import Calibration, calibrate
 from htsr.model.layers import views
+from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
-from htsr.model.source import open_source
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,

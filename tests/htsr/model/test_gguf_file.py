@@ -12,8 +12,8 @@ import torch
 
 from htsr.errors import BadInput
 from htsr.model.layers import num_blocks, views
-from htsr.model.parts import read_block
-from htsr.model.source import open_source
+from htsr.model.open import open_source
+from htsr.model.reading import read_block
 from htsr.numerics.spectrum import Block, eigenvalues
 from htsr.scanner import scan
 

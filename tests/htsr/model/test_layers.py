@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 from htsr.errors import BadInput
-from htsr.model.layers import find_blocks, linear_maps, locate_blocks, num_blocks, role_of, tied_copies, views
-from htsr.model.source import TensorInfo, open_source
+from htsr.model.blocks import find_blocks, linear_maps
+from htsr.model.layers import num_blocks, views
+from htsr.model.names import locate_blocks, role_of, tied_copies
+from htsr.model.open import open_source
+from htsr.model.source import TensorInfo
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 50}
 

@@ -19,8 +19,10 @@ from torch import nn
 
 from htsr import scan as scan_function
 from htsr.model.layers import LayerView, views
-from htsr.model.parts import Part, Runs, read_block, read_part, run
-from htsr.model.source import Source, open_source
+from htsr.model.open import open_source
+from htsr.model.parts import Part, Runs, run
+from htsr.model.reading import read_block, read_part
+from htsr.model.source import Source
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.spectrum import Block, plan_blocks
 
@@ -69,7 +71,7 @@ def test_a_part_is_a_choice_of_rows_and_columns(seed: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("budget", [8, 1 << 20])
 def test_distant_columns_are_read_a_few_rows_at_a_time(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("htsr.model.parts.WINDOW_ELEMENTS", budget)
+    monkeypatch.setattr("htsr.model.reading.WINDOW_ELEMENTS", budget)
     stored = torch.arange(12.0 * 20).reshape(12, 20)
     part = Part(tensor="w", rows=run(2, 8), cols=Runs(start=1, width=1, stride=2, count=9))
     found = read_part(open_source({"w": stored}), part, Block(axis=0, start=0, stop=8))

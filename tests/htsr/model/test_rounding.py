@@ -12,9 +12,9 @@ import torch
 
 from htsr.model import calibration, rounding
 from htsr.model.calibration import calibrate
+from htsr.model.open import open_source
 from htsr.model.outlier_pooling import Outliers
 from htsr.model.rounding import judge, relative_change
-from htsr.model.source import open_source
 
 
 def lods(*values: float) -> list[Outliers]:

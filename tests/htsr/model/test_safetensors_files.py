@@ -14,7 +14,7 @@ from safetensors.torch import save, save_file
 
 from htsr.errors import BadInput
 from htsr.model import safetensors_files
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 
 SHARD = "model-00001-of-00001.safetensors"
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from htsr.errors import BadInput, NotFound
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 from htsr.numerics.spectrum import Block
 
 
@@ -119,7 +119,7 @@ def test_the_demo_is_in_the_package() -> None:
 
 def test_listing_and_reading_for_spectra_imports_no_torch(directory: Path) -> None:
     code = (
-        "import sys; from htsr.model.source import open_source; from htsr.numerics.spectrum import Block\n"
+        "import sys; from htsr.model.open import open_source; from htsr.numerics.spectrum import Block\n"
         f"s = open_source({str(directory)!r}); s.weights_sha256()\n"
         "s.array(s.tensors[0].name, Block(axis=0, start=0, stop=2)); assert 'torch' not in sys.modules"
     )
@@ -187,7 +187,7 @@ def test_a_hub_id_is_read_from_the_local_cache(directory: Path, tmp_path: Path) 
         (home / "blobs" / f"{i:040x}").write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"{i:040x}")
     code = (
-        "import json; from htsr.errors import NotFound; from htsr.model.source import open_source\n"
+        "import json; from htsr.errors import NotFound; from htsr.model.open import open_source\n"
         "s = open_source('org/tiny'); found = [s.id, s.revision, s.weights_sha256(), s.config is not None]\n"
         "found.append(open_source('org/tiny', revision=s.revision).revision)\n"
         "for other in ('org/other', 'other'):\n"

@@ -12,7 +12,7 @@ from htsr import matrix_row
 from htsr.errors import BadInput
 from htsr.model.layers import views
 from htsr.model.memory import ModuleSource
-from htsr.model.source import open_source
+from htsr.model.open import open_source
 from htsr.numerics import certified
 from htsr.numerics.backend import Backend
 from htsr.numerics.device import exact_side, holds_tf32, largest_exact, products, torch_backend

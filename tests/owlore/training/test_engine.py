@@ -466,7 +466,7 @@ def test_a_failed_start_leaves_no_directory(tmp_path, monkeypatch):
     model = save_tiny(tmp_path / "model", blocks=4)
     other = save_tiny(tmp_path / "other", blocks=5)
     table = tmp_path / "table.json"
-    from htsr.probability import LayerTable
+    from htsr.layer_table import LayerTable
 
     LayerTable.uniform(5, 2).save(table)
     out = tmp_path / "run"

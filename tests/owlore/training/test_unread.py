@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import owlore
+from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
-from htsr.model.source import open_source
 from owlore.blocks import find_units
 from owlore.io.safetensors_writer import aligned, outline, pieces, write_tensors
 from owlore.models.loading import load

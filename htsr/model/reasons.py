@@ -1,0 +1,42 @@
+"""Why a tensor has no spectrum here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from htsr.model.source import TensorInfo
+
+MIN_SIDE = 8  # weightwatcher's own limit: fewer singular values make no spectrum
+
+
+def why_not(tensor: TensorInfo, *, convolution: bool, bias: bool) -> str:
+    """Why a tensor has no spectrum here; empty when it has one.
+
+    convolution, bias: by its name, a stack is a kernel, or the rows are biases (of several experts).
+    """
+    shape = tensor.shape
+    if tensor.note:
+        return tensor.note
+    if len(shape) < 2:
+        return f"{len(shape)}-D: not a matrix"
+    if bias:
+        return f"{len(shape)}-D: biases, not a matrix"
+    if not tensor.readable:
+        return f"stored as {tensor.dtype}: codes or integers, not the weights themselves"
+    if len(shape) > 4 or (len(shape) == 3 and convolution):
+        return f"{len(shape)}-D (a convolution): only matrices and 2-D convolutions are analysed"
+    values = min(shape) if len(shape) == 2 else min(shape[1:] if len(shape) == 3 else shape[:2])
+    values *= math.prod(shape[2:]) if len(shape) == 4 else 1
+    if values < MIN_SIDE:
+        each = " in each matrix of the stack" if len(shape) == 3 else ""
+        plural = "" if values == 1 else "s"
+        return f"only {values} singular value{plural}{each}, at least {MIN_SIDE} make a spectrum"
+    return ""
+
+
+def too_small(rows: int, cols: int) -> str:
+    """Why a matrix of this size has no spectrum; empty when it has one."""
+    least = min(rows, cols)
+    return f"only {least} singular values, at least {MIN_SIDE} make a spectrum" if least < MIN_SIDE else ""
