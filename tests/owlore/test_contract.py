@@ -48,14 +48,6 @@ def finished(model, tmp_path_factory):
     return get
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    """A run's three plots take longer than its seven steps, and other tests look at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.run.api.save_plots", lambda run: None)
-        yield
-
-
 def plain(model):
     from transformers import AutoModelForCausalLM
 
