@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,8 +112,14 @@ def test_a_table_says_where_it_comes_from(scanned: ScanResult) -> None:
         scanned.table("alfa")
 
 
-def test_a_saved_scan_reads_back_to_the_same_numbers(scanned: ScanResult, tmp_path: Path) -> None:
-    directory = scanned.save(tmp_path / "deep" / "scan")
+@pytest.fixture(scope="module")
+def saved(scanned: ScanResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder with everything in it; the six plots take seconds."""
+    return scanned.save(tmp_path_factory.mktemp("saved") / "deep" / "scan")
+
+
+def test_a_saved_scan_reads_back_to_the_same_numbers(scanned: ScanResult, saved: Path) -> None:
+    directory = saved
     names = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
     plots = {f"plots/{name}.png" for name in ("alpha", "lod", "heatmap", "esd", "ks", "table")}
     assert names == plots | {"scan.csv", "blocks.csv", "table.json", "scan.json", "report.html", "spectra.npz"}
@@ -143,9 +150,9 @@ def test_csv_files_hold_full_precision_and_empty_cells(scanned: ScanResult, tmp_
     assert not (directory / "plots").exists()
 
 
-def test_saving_again_replaces_its_own_files_and_leaves_others_alone(scanned: ScanResult, tmp_path: Path) -> None:
+def test_saving_again_replaces_its_own_files_and_leaves_others_alone(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "scan"
-    scanned.save(directory)
+    shutil.copytree(saved, directory)
     (directory / "notes.txt").write_text("mine")
     (directory / "plots" / "mine.png").write_bytes(b"x")
     bare = ScanResult(frame=rows(block=[pd.NA], tensor=["a"], alpha=[2.5]), provenance={"schema": "htsr-scan/1"})

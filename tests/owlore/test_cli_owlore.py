@@ -235,29 +235,39 @@ def test_the_result_names_what_changed_and_where_it_lies(tmp_path: Path) -> None
     assert "the best evaluation: 1.2500 at step 4" in render_run(tmp_path, {**record, **best})
 
 
-def test_a_run_goes_on_by_its_directory_alone(tmp_path: Path) -> None:
+def test_a_run_goes_on_by_its_directory_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def here(*arguments: Any) -> tuple[int, str, str]:
+        """In this process, which need not start; exit code and what was written."""
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            console.run(cli, [str(argument) for argument in arguments])
+        return ended.value.code, *capfd.readouterr()
+
     model = makers.save_tiny(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": a, "completion": a * 3}) + "\n" for a in "abcdef"))
     run = tmp_path / "run"
-    first = owlore("train", model, "--data", rows, "--table", "uniform", "--steps", "2", "--lr", "0.001", "--out", run)
-    assert first.returncode == 0, first.stderr
-    for number, again in enumerate((["--resume", run], ["--resume", "--out", run])):
-        longer = owlore("train", *again, "--steps", str(4 + number), "--json")
-        assert longer.returncode == 0, longer.stderr
-        assert json.loads(longer.stdout)["steps"] == 4 + number
-        assert json.loads(longer.stdout)["config"]["lr"] == 0.001
-    gone = owlore("train", "--resume", tmp_path / "gone")
-    assert (gone.returncode, gone.stderr.count("\n")) == (5, 1) and "no such run directory" in gone.stderr
+    settings = ["--data", rows, "--table", "uniform", "--lr", "0.001", "--out", run]
+    code, _, error = here("train", model, *settings, "--steps", 2)
+    assert code == 0, error
+    another = owlore("train", "--resume", run, "--steps", "4", "--json")  # a process that knows no more than the path
+    ways = [(4, another.returncode, another.stdout, another.stderr)]
+    ways += [(5, *here("train", "--resume", "--out", run, "--steps", 5, "--json"))]
+    for steps, code, shown, error in ways:
+        assert code == 0, error
+        assert json.loads(shown)["steps"] == steps
+        assert json.loads(shown)["config"]["lr"] == 0.001
+    code, _, error = here("train", "--resume", tmp_path / "gone")
+    assert (code, error.count("\n")) == (5, 1) and "no such run directory" in error
     (run / "run.json").unlink()
     shutil.rmtree(run / "model")
     for command in (["compare", run], ["generate", run, "--prompt", "a"]):
-        unfinished = owlore(*command)
-        assert unfinished.returncode == 4 and f"owlore train --resume {run}" in unfinished.stderr
+        code, _, error = here(*command)
+        assert code == 4 and f"owlore train --resume {run}" in error
 
 
 def test_a_plan_that_nothing_fits_is_out_of_memory(tmp_path: Path) -> None:
     model = makers.save_tiny(tmp_path / "model")
-    done = owlore("plan", model, "--batch", "64", "--fit", "1MB", "--json")
+    done = owlore("plan", model, "--batch", "8", "--fit", "1MB", "--json")  # few alternatives to try
     assert done.returncode == 3 and "nothing fits" in done.stderr
     assert json.loads(done.stdout)["fit"]["fits"] is False

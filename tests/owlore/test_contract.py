@@ -48,14 +48,6 @@ def finished(model, tmp_path_factory):
     return get
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    """A run's three plots take longer than its seven steps, and other tests look at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.run.lifecycle.save_plots", lambda run: None)
-        yield
-
-
 def plain(model):
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +112,7 @@ def test_a_run_stopped_inside_a_period_goes_on_bit_for_bit(model, finished, tmp_
     class Killed(BaseException):
         pass
 
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def dying(self):
         if self.step == 6:
@@ -128,7 +120,7 @@ def test_a_run_stopped_inside_a_period_goes_on_bit_for_bit(model, finished, tmp_
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", dying)
+        patch.setattr(Trainer, "train_step", dying)
         with pytest.raises(Killed):
             owlore.train(model, ROWS, out=tmp_path / "run", **settings(method))
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-000005"]
@@ -161,7 +153,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
     from owlore.plan.planner import plan_from_config
 
     counted = []
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def counting(self):
         row = advance(self)
@@ -169,7 +161,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
         counted.append((weight_bytes(self.units.model, self.attached), held.masters, held.moments + held.projectors))
         return row
 
-    monkeypatch.setattr(Trainer, "advance", counting)
+    monkeypatch.setattr(Trainer, "train_step", counting)
     changed = settings(method, steps=4)
     owlore.train(model, ROWS, out=tmp_path / "run", **changed)
     config = TrainConfig.build({"model": str(model), **changed})

@@ -74,7 +74,7 @@ def test_certified_spectra_use_the_units_where_there_are_some(
     monkeypatch.setattr(certified, "EXACT_SIDE", 64)
     monkeypatch.setattr(backend, "UNITS_SIDE", 64)
     W = (matrix(700, 300) * (torch.rand(700, 1, generator=torch.Generator().manual_seed(1)) ** -0.3)).bfloat16()
-    monkeypatch.setattr(backend, "has_matrix_units", lambda: False)  # the machine may have some
+    monkeypatch.setattr(backend, "has_matrix_units", lambda: False)
     plain = certified.spectrum(lambda: [W], 700, 300)
     assert products == []
     monkeypatch.setattr(backend, "has_matrix_units", lambda: True)

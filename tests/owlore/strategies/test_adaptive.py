@@ -90,7 +90,7 @@ def test_an_adaptive_draw_is_a_pure_function_of_what_is_recorded(tmp_path, adapt
 def test_an_adaptive_run_goes_on_bit_for_bit(tmp_path, adaptive, at):
     model = save_tiny(tmp_path / "model", blocks=5)
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **SETTINGS)
-    advance = Trainer.advance
+    advance = Trainer.train_step
 
     def interrupting(self):
         if self.step == at - 1:
@@ -98,7 +98,7 @@ def test_an_adaptive_run_goes_on_bit_for_bit(tmp_path, adaptive, at):
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", interrupting)
+        patch.setattr(Trainer, "train_step", interrupting)
         with pytest.raises(Interrupted):
             owlore.train(model, ROWS, out=tmp_path / "run", **SETTINGS)
     resumed = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **SETTINGS)

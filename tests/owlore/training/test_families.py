@@ -15,13 +15,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_pictures():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("owlore.run.lifecycle.save_plots", lambda run: None)
-        yield
-
-
 @pytest.mark.parametrize("always_on", ["none", "embeddings,norm,head"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_trains_resumes_and_exports(tmp_path, family, always_on):

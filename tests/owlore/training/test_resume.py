@@ -24,9 +24,10 @@ SETTINGS = {
 }  # fmt: skip
 
 # Slow after the checkpoint, so that the kill arrives inside step 7, between two micro-batches or in an update.
+# One process that has loaded the libraries divides itself into one for each model.
 CHILD = """
-import json, sys, time
-import owlore
+import json, os, sys, time
+import owlore, owlore.run.api, transformers
 from owlore.training.trainer import Trainer
 advance = Trainer.train_step
 def slow(self):
@@ -35,25 +36,33 @@ def slow(self):
         time.sleep(600)  # until it is killed, however busy the machine is
     return row
 Trainer.train_step = slow
-owlore.train(sys.argv[1], json.loads(sys.argv[2]), out=sys.argv[3], table="uniform", **json.loads(sys.argv[4]))
+rows, settings, models = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+place = models[0] if os.fork() else models[1]
+owlore.train(place + "/model", rows, out=place + "/killed", table="uniform", **settings)
 """
 
 
-def killed_run(model, out, settings):
-    """A run in another process, killed after its sixth step (the checkpoint is of the fifth)."""
-    command = [sys.executable, "-c", CHILD, str(model), json.dumps(ROWS), str(out), json.dumps(settings)]
-    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    metrics = out / "metrics.jsonl"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of a model and of a run in another process that was killed after step 6 (the checkpoint is of step 5)."""
+    places = {dtype: tmp_path_factory.mktemp(dtype) for dtype in ("float32", "bfloat16")}
+    for dtype, place in places.items():
+        save_tiny(place / "model", blocks=5, attention_dropout=0.1, dtype=getattr(torch, dtype))
+    command = [sys.executable, "-c", CHILD, json.dumps(ROWS), json.dumps(SETTINGS), *map(str, places.values())]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    waiting = [place / "killed/metrics.jsonl" for place in places.values()]
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and child.poll() is None:
-        if metrics.exists() and '"step": 6' in metrics.read_text():
-            break
-        time.sleep(0.05)
-    else:
-        child.kill()
-        raise AssertionError("no sixth step after five minutes, or the run ended by itself")
-    child.send_signal(signal.SIGKILL)
+    try:
+        while waiting and time.monotonic() < deadline and child.poll() is None:
+            waiting = [path for path in waiting if not path.exists() or '"step": 6' not in path.read_text()]
+            time.sleep(0.05)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
+    assert not waiting, "no sixth step after five minutes, or a run ended by itself"
+    return places
 
 
 @pytest.fixture
@@ -65,14 +74,13 @@ def one_thread():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, one_thread, dtype):
-    model = save_tiny(tmp_path / "model", blocks=5, attention_dropout=0.1, dtype=getattr(torch, dtype))
-    whole = owlore.train(model, ROWS, table="uniform", out=tmp_path / "whole", **SETTINGS)
-    killed_run(model, tmp_path / "killed", SETTINGS)
-    assert not (tmp_path / "killed/model").exists()
-    assert [p.name for p in sorted((tmp_path / "killed/checkpoints").iterdir())] == ["step-000005"]
+def test_a_killed_run_goes_on_bit_for_bit(killed, one_thread, pictures, dtype):
+    place = killed[dtype]
+    whole = owlore.train(place / "model", ROWS, table="uniform", out=place / "whole", **SETTINGS)
+    assert not (place / "killed/model").exists()
+    assert [p.name for p in sorted((place / "killed/checkpoints").iterdir())] == ["step-000005"]
 
-    resumed = owlore.train(model, ROWS, table="uniform", out=tmp_path / "killed", resume=True, **SETTINGS)
+    resumed = owlore.train(place / "model", ROWS, table="uniform", out=place / "killed", resume=True, **SETTINGS)
 
     for name in ("weights", "optimizer"):
         expected, found = (load_file(r / f"checkpoints/step-000012/{name}.safetensors")
