@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from htsr.errors import BadInput, NotFound
+from owlore.io.finished_run import read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,32 +16,6 @@ COLUMNS = (
     "run", "method", "steps", "tokens", "loss_before", "loss_after", "trainable", "seconds_per_step", "tokens_per_s",
     "peak_bytes", "peak_state_bytes",
 )  # fmt: skip
-
-
-def refuse_unfinished(path: Path) -> None:
-    """Raises: BadInput for the directory of a run that was begun and has not finished."""
-    if (path / "config.yaml").is_file() and not (path / "run.json").is_file():
-        raise BadInput(f"{path} is a run that has not finished: go on with `owlore train --resume {path}`")
-
-
-def read_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """run.json and the rows of metrics.jsonl of a finished run.
-
-    Raises: NotFound, BadInput (no finished run).
-    """
-    path = Path(directory)
-    if not path.exists():
-        raise NotFound(f"{path}: no such run directory")
-    refuse_unfinished(path)
-    try:
-        record = json.loads((path / "run.json").read_text())
-        rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        detail = error.strerror if isinstance(error, OSError) else error
-        raise BadInput(f"{path} is not the directory of a finished run (run.json, metrics.jsonl): {detail}") from error
-    if record.get("schema") != "owlore-run/1":
-        raise BadInput(f"{path}/run.json has schema {record.get('schema')!r}, expected 'owlore-run/1'")
-    return record, rows
 
 
 def compare_runs(directories: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -148,3 +148,54 @@ def test_importing_loads_nothing_heavy_and_prints_nothing(package):
     code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n" and done.stderr == ""
+
+
+# The packages of owlore from the top down; one imports only those of its own line and below.
+LAYERS = [
+    ("cli", "__main__", "demo", "compare", "merge"),
+    ("hf", "run", "evaluation", "generate"),
+    ("plan", "training"),
+    ("models", "io", "activations", "settings", "layer_table", "strategies", "residency", "plots", "render"),
+    ("optim", "adapters", "data", "attach", "config"),
+    ("kernels", "sampling", "blocks", "options", "methods", "patches"),
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def owlore_part(name):
+    return name.split(".")[1] if name.startswith("owlore.") else None
+
+
+@pytest.mark.parametrize("path", in_package("owlore"), ids=name_of)
+def test_arrows_between_the_packages_of_owlore_point_down(path):
+    own = owlore_part(name_of(path))
+    if own is None:  # owlore/__init__.py imports what users ask it for
+        return
+    assert own in LEVEL, f"{own} has no place among the packages; give it one"
+    upwards = {n for n in edges(path) if (part := owlore_part(n)) not in (None, own) and LEVEL[part] < LEVEL[own]}
+    assert not upwards
+
+
+def test_the_planner_does_not_import_the_engine_nor_the_engine_the_configuration():
+    for path in in_package("owlore.plan"):
+        assert not uses(path, "owlore.training", "owlore.run")
+    for path in in_package("owlore.training"):
+        assert not uses(path, "owlore.config", "owlore.settings", "owlore.plan", "owlore.run")
+
+
+MAY_CALL_BACKWARD = {
+    "owlore.training.step", "owlore.training.streamed_step", "owlore.adapters.selection", "owlore.kernels.mpo",
+}  # fmt: skip
+
+
+def calls_backward(path):
+    called = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return any(
+        isinstance(f, ast.Attribute)
+        and (f.attr == "backward" or (f.attr == "grad" and ast.unparse(f.value).endswith("autograd")))
+        for f in called
+    )
+
+
+def test_gradients_are_asked_for_in_four_places():
+    assert {name_of(path) for path in MODULES if calls_backward(path)} == MAY_CALL_BACKWARD

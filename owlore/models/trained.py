@@ -12,7 +12,7 @@ import torch
 
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput, first_line
-from owlore.compare import refuse_unfinished
+from owlore.io.finished_run import refuse_unfinished
 from owlore.models.loading import Loaded, load
 
 
