@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +251,11 @@ def test_default_directories_are_named_after_the_model(tmp_path: Path) -> None:
     assert slug("../..") not in ("", ".", "..")
 
 
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
     program = (
         "import sys\nfrom htsr import console\nfrom htsr.cli import cli\n"
@@ -259,12 +264,12 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_seconds() - start)
     assert done.stdout.endswith("[]\n")
     assert "--lod-scope" in done.stdout
-    assert min(seconds) < 0.3
+    assert min(seconds) < 0.3  # of the processor: other work hardly disturbs it
 
 
 @pytest.fixture(scope="module")
