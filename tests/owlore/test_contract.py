@@ -157,7 +157,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
 
     def counting(self):
         row = advance(self)
-        held = self.optimizer.held()
+        held = self.rotation.optimizer.held()
         counted.append((weight_bytes(self.units.model, self.attached), held.masters, held.moments + held.projectors))
         return row
 

@@ -104,8 +104,8 @@ def test_state_in_a_trainer_is_that_of_the_active_block_and_the_rest_keeps_its_b
     step = optimizer.step
 
     def watched(closure=None):
-        drawn.update(optimizer.active)
-        held.append((optimizer.inner.held().total, optimizer.inner.parked_bytes()))
+        drawn.update(optimizer.rotation.active)
+        held.append((optimizer.rotation.optimizer.held().total, optimizer.rotation.optimizer.parked_bytes()))
         return step(closure)
 
     optimizer.step = watched
@@ -114,7 +114,7 @@ def test_state_in_a_trainer_is_that_of_the_active_block_and_the_rest_keeps_its_b
     planned = sum(planned_bytes(s, torch.bfloat16, Rule(rank=8), Weights.MASTER).total for s in shapes)
     # The first step's bases are found in `step`, after it was watched.
     assert held[1:] and all(total <= planned and parked == 0 for total, parked in held)
-    assert 0 < len(drawn) < 4 and optimizer.inner.held().total == 0
+    assert 0 < len(drawn) < 4 and optimizer.rotation.optimizer.held().total == 0
     for name, p in model.named_parameters():
         changed = ".layers." in name and int(name.split(".")[2]) in drawn
         assert torch.equal(p, before[name]) != changed, name
@@ -153,7 +153,7 @@ def test_a_table_is_scanned_when_none_is_given(tmp_path):
     from makers import tiny_llama
 
     pieces = bridge(tiny_llama(), arguments(tmp_path, 2), tokenizer=byte_tokenizer(), active=2, quiet=True)
-    assert sum(pieces["optimizers"][0].strategy.hyper.inclusion) == pytest.approx(2)
+    assert sum(pieces["optimizers"][0].rotation.strategy.hyper.inclusion) == pytest.approx(2)
 
 
 def test_a_training_that_was_broken_off_leaves_nothing_that_listens_to_the_next_one(tmp_path):
@@ -185,6 +185,6 @@ def test_training_twice_records_each_period_that_trained_something_once_a_traini
     trainer = trainer_of(model, args, 4, place, **given)
     trainer.train()
     trainer.train()
-    past = given["optimizers"][0].strategy.record.past
+    past = given["optimizers"][0].rotation.strategy.record.past
     assert [(finished.period, finished.steps) for finished in past] == [(0, 3), (1, 1), (1, 2), (2, 2)]
     assert all(len(finished.blocks) == 1 for finished in past)

@@ -13,6 +13,7 @@ from makers import tiny_models
 from streaming import SHAPES, Streamed, batches, deep_llama, maker, pair, quantised_by_hand, same_bits
 from torch import nn
 
+from htsr.errors import NotFinite
 from owlore.residency.formats import FORMATS
 from owlore.residency.plan import loads_of_step, step_visits
 from owlore.residency.ports import CpuPort
@@ -92,7 +93,11 @@ def early(residency):
 def test_a_lease_given_back_too_early_does_not_go_unnoticed(landing):
     resident, streamed = pair(lambda: deep_llama(4), landing=landing)
     streamed.residency.visit = early(streamed.residency)
-    assert not steps_agree(resident, streamed, [(1,)])
+    try:
+        agree = steps_agree(resident, streamed, [(1,)])
+    except NotFinite:  # NaN was read where a block's weights should have been
+        agree = False
+    assert not agree
 
 
 @pytest.mark.parametrize(("slots", "landing"), [(2, "late"), (2, "random"), (3, "random"), (6, "late")])

@@ -429,7 +429,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
 
     def poisoned(self):
         if self.step == 4:
-            slot = next(slot for slot in self.optimizer.slots.values() if slot.projected)
+            slot = next(slot for slot in self.rotation.optimizer.slots.values() if slot.projected)
             slot.parameter.register_hook(lambda gradient: gradient * float("nan"))
         return advance(self)
 
