@@ -55,12 +55,14 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
     if inputs.directory.saved is not None:
         check_same_run(identity, inputs.directory.saved.state["identity"])
     strategy = inputs.strategy_class(units, hyper_of(config, inclusion, inputs.attached))
+    # The optimizer looks for plain linear maps, so it is made before any forward is replaced.
+    optimizer = _optimizer(inputs, patches)
     # What is put onto the model last runs first, so the order of these lines is that of the forwards from the inside.
     streams = placement_of(config).streams
     Compiled(units.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
     streamed = _open_streamed(inputs, patches) if streams else None
     try:
-        return _trainer(inputs, identity, strategy, streamed, patches)
+        return _trainer(inputs, identity, strategy, optimizer, streamed, patches)
     except BaseException:
         reassemble_module(inputs, streamed, patches)
         raise
@@ -70,11 +72,12 @@ def _trainer(
     inputs: RunInputs,
     identity: dict[str, Any],
     strategy: Strategy,
+    optimizer: RotatingOptimizer,
     streamed: StreamedBackend | None,
     patches: PatchStack,
 ) -> Trainer:
     config, units, ranks = inputs.config, inputs.units, inputs.ranks
-    optimizer, loss = _optimizer(inputs, patches), CausalLoss(inputs.loaded.model)
+    loss = CausalLoss(inputs.loaded.model)
     backend: Backend
     if streamed is None:
         recompute = Recompute(units.modules, enabled=recomputes(config, units), patches=patches)

@@ -168,3 +168,22 @@ def test_the_best_model_of_a_quantised_run_is_chosen_among_like_and_exported(tmp
     saved = load_file(run.directory / "checkpoints/step-000002/weights.safetensors")
     found = exported(run)
     assert saved and all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("frozen", ["bf16", "nf4"])
+def test_a_drawn_block_gives_its_gradients_by_their_factors_in_a_streamed_run_too(tmp_path, monkeypatch, frozen):
+    """A forward that is replaced before the optimizer looks for linear maps would hide them, and change roundings."""
+    from owlore.optim.slot import Slot
+
+    taken, receive_product = [], Slot.receive_product
+
+    def watched(slot, left, other):
+        taken.append(slot.name)
+        return receive_product(slot, left, other)
+
+    monkeypatch.setattr(Slot, "receive_product", watched)
+    model = save_tiny(tmp_path / "model", blocks=3, width=64, hidden=96)
+    rows = [{"prompt": "one two", "completion": " three four"}] * 4
+    owlore.train(model, rows, out=tmp_path / "run", table="uniform", active=1, steps=2, every=2, rank=4, batch=2,
+                 residency="host", frozen=frozen)  # fmt: skip
+    assert taken
