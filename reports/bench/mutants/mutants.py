@@ -5,7 +5,7 @@ python reports/bench/mutants/mutants.py run --work DIR --out FILE.jsonl --seed 1
 python reports/bench/mutants/mutants.py report FILE.jsonl [LATER.jsonl]
 
 `cover` copies the checkout to DIR/tree, runs the tests there once and writes down which test runs which line; `run`
-changes only a second copy, DIR/changed, and goes on where a broken-off run stopped. Needs the package `coverage`.
+changes only a second copy, DIR/changed. Both go on where a broken-off run stopped. Needs the package `coverage`.
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ def environment(tree: Path, temporary: str) -> dict[str, str]:
 
 
 def cover(work: Path, tree: Path, tests: list[str]) -> None:
-    """Copies the tree and lets a child process record it."""
-    work.mkdir(parents=True, exist_ok=True)
-    copy_tree(tree, work / "tree")
+    """Copies the tree and lets a child process record it; a broken-off record of the same copy goes on."""
+    done = work / "cover.json"
+    if done.exists() or not (work / "tests.json").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        for name in ("cover.json", "tests.json", "lines.sqlite"):
+            (work / name).unlink(missing_ok=True)
+        copy_tree(tree, work / "tree")
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         recorder = str(Path(__file__).resolve().with_name("recorder.py"))
-        command = [sys.executable, recorder, str(work / "cover.json"), *tests]
+        command = [sys.executable, recorder, str(done), *tests]
         subprocess.run(command, cwd=work / "tree", env=environment(work / "tree", temporary), check=True)
 
 

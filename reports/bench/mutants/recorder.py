@@ -1,4 +1,4 @@
-"""Runs tests in the current directory and writes down which test runs which line; `mutants.py cover` starts it.
+"""Runs the tests of the current directory, writes down which of them runs which line; `mutants.py cover` starts it.
 
 python recorder.py FILE.json TESTS...
 
@@ -28,13 +28,25 @@ def options() -> list[str]:
 
 
 class Recorder:
-    """A pytest plugin: a coverage context for every test and for every fixture that several tests share."""
+    """A pytest plugin: a coverage context for every test and for every fixture that several tests share.
 
-    def __init__(self, measure: Any) -> None:
-        self.measure, self.where, self.shared_now = measure, "", 0.0
-        self.seconds: Counter[str] = Counter()
-        self.failed: set[str] = set()
-        self.fixtures: dict[str, set[str]] = {}
+    Every 50 tests it saves what it has, and tests that an earlier, broken-off run has saved are not run again.
+    """
+
+    def __init__(self, measure: coverage.Coverage, state: Path) -> None:
+        self.measure, self.state, self.where, self.shared_now, self.unsaved = measure, state, "", 0.0, 0
+        saved = json.loads(state.read_text()) if state.exists() else {}
+        self.seconds: Counter[str] = Counter(saved.get("seconds", {}))
+        self.fixtures: dict[str, list[str]] = saved.get("fixtures", {})
+        self.failed: set[str] = set(saved.get("failed", []))
+        self.users: dict[str, list[str]] = {}
+
+    def save(self) -> None:
+        """Coverage first: a test that the state names has its lines."""
+        self.measure.save()
+        state = {"seconds": self.seconds, "fixtures": self.fixtures, "failed": sorted(self.failed)}
+        self.state.write_text(json.dumps(state))
+        self.unsaved = 0
 
     def _switch(self, where: str) -> str:
         before, self.where = self.where, where
@@ -45,13 +57,19 @@ class Recorder:
         self.shared_now = 0.0
         self._switch(nodeid)
 
-    def pytest_runtest_logfinish(self) -> None:
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self._switch("")
+        self.fixtures[nodeid] = self.users[nodeid]
+        self.unsaved += 1
+        if self.unsaved == 50:
+            self.save()
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if item.nodeid not in self.fixtures]
         for item in items:
             found = [d for ds in item._fixtureinfo.name2fixturedefs.values() for d in ds]
-            self.fixtures[item.nodeid] = {self._name(d) for d in found if d.scope != "function"}
+            self.users[item.nodeid] = sorted({self._name(d) for d in found if d.scope != "function"})
 
     @staticmethod
     def _name(definition: Any) -> str:
@@ -78,12 +96,18 @@ class Recorder:
 
 def record(out: Path, tests: list[str]) -> None:
     """Runs the tests in this process, in the current directory, and writes line -> tests and seconds to `out`."""
-    measure = coverage.Coverage(data_file=None, source=["htsr", "owlore"], config_file=False)
-    plugin = Recorder(measure)
+    state = out.with_name("tests.json")
+    measure = coverage.Coverage(data_file=out.with_name("lines.sqlite"), source=["htsr", "owlore"], config_file=False)
+    measure.load()
+    plugin = Recorder(measure, state)
     measure.start()
-    pytest.main([*options(), "-W", "ignore::coverage.exceptions.CoverageWarning", *tests], plugins=[plugin])
+    warning = "ignore::coverage.exceptions.CoverageWarning"
+    code = pytest.main([*options(), "-W", warning, *tests], plugins=[plugin])
     measure.stop()
-    good = [t for t in plugin.fixtures if t in plugin.seconds and t not in plugin.failed]
+    plugin.save()
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        sys.exit(code)
+    good = [t for t in plugin.fixtures if t not in plugin.failed]
     users = {t: [i] for i, t in enumerate(good)}
     for i, test in enumerate(good):
         for name in plugin.fixtures[test]:
@@ -94,7 +118,7 @@ def record(out: Path, tests: list[str]) -> None:
         by_line = {n: sorted({i for c in names for i in users.get(c, [])})
                    for n, names in data.contexts_by_lineno(path).items()}  # fmt: skip
         lines[str(Path(path).relative_to(Path.cwd()))] = {n: tests for n, tests in by_line.items() if tests}
-    failed = sorted(plugin.failed & set(plugin.fixtures))
+    failed = sorted(plugin.failed)
     out.write_text(json.dumps({"tests": good, "seconds": cost, "not used": failed, "lines": lines}))
     print(f"{len(good)} tests, {len(failed)} failed or skipped and are not used, {sum(cost):.0f} s")
 
