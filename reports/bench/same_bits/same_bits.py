@@ -200,7 +200,7 @@ def find_models(arguments: argparse.Namespace, temporary: Path) -> dict[str, str
     if arguments.minilm is None and arguments.rows in "MiniLM scan":
         fetch = [sys.executable, str(ROOT / "reports" / "scans" / "fetch_minilm.py"), str(minilm)]
         subprocess.run(fetch, capture_output=True, check=False)
-    stories = arguments.stories or ROOT / "shared" / "models" / "stories260K"
+    stories = arguments.stories or ROOT.parent / "shared" / "models" / "stories260K"
     for name, directory in (("stories260K", stories), ("MiniLM", minilm)):
         found[name] = str(directory) if (directory / "model.safetensors").is_file() else None
         if found[name] is None:
@@ -232,6 +232,7 @@ def main() -> int:
     chosen = {name: row for name, row in matrix().items() if arguments.rows in name}
     key, info = describe()
     file, different, began = HERE / "recorded" / f"{key}.json", 0, time.time()
+    skipped = 0
     partial = arguments.command == "compare" or arguments.rows
     if partial and not file.is_file():
         parser.error(f"nothing is recorded for {key}: run `record` on the code before the change")
@@ -245,6 +246,7 @@ def main() -> int:
             source, directory = models[row["model"]], Path(temporary) / str(number)
             if source is None:
                 print(f"skipped    {name}")
+                skipped += 1
                 continue
             directory.mkdir()
             new, old = run_row(row, source, directory), record["rows"].get(name)
@@ -259,8 +261,9 @@ def main() -> int:
     if arguments.command == "record":
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{len(chosen)} rows, {different} different, {time.time() - began:.0f} s")
-    return int(different > 0 or not chosen)
+    ran = len(chosen) - skipped
+    print(f"{ran} rows run, {different} different, {skipped} skipped, {time.time() - began:.0f} s")
+    return int(different > 0 or not ran)
 
 
 if __name__ == "__main__":
