@@ -35,10 +35,10 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
 
     Args:
         inputs: what the run starts from.
-        patches: everything that is put onto the model is registered here.
+        patches: everything that is put onto the model is registered here; it is closed when this fails.
 
     Raises:
-        HtsrError: settings, model and data do not go together. The model is left as it came once `patches` is closed.
+        HtsrError: settings, model and data do not go together. The model is left as it came.
     """
     config, units, loaded, ranks = inputs.config, inputs.units, inputs.loaded, inputs.ranks
     inclusion = None
@@ -59,9 +59,10 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
     optimizer = _optimizer(inputs, patches)
     # What is put onto the model last runs first, so the order of these lines is that of the forwards from the inside.
     streams = placement_of(config).streams
-    Compiled(units.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
-    streamed = _open_streamed(inputs, patches) if streams else None
+    streamed = None
     try:
+        Compiled(units.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
+        streamed = _open_streamed(inputs, patches) if streams else None
         return _trainer(inputs, identity, strategy, optimizer, streamed, patches)
     except BaseException:
         reassemble_module(inputs, streamed, patches)

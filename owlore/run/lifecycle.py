@@ -40,11 +40,7 @@ def run_inputs(inputs: RunInputs, started: float) -> Run:
         HtsrError: as the trainer raises; the model is then frozen, in evaluation mode and without patches.
     """
     patches, loaded = PatchStack(), inputs.loaded
-    try:
-        trainer = build_trainer(inputs, patches)
-    except BaseException:
-        patches.close()
-        raise
+    trainer = build_trainer(inputs, patches)
     try:
         _train(inputs, trainer)
     except BaseException as error:

@@ -83,9 +83,12 @@ def test_trainer_with_the_bridge_follows_owlore_train(tmp_path, method, accum):
     trainer.train()
     assert train_losses(run) == pytest.approx(losses_of(trainer), rel=1e-5)
     # The two losses differ in their last bits, which turns the axes of a basis where singular values are close, and
-    # Adam's first step is a sign: weights agree to a part of how far they went, norms to 5e-4 (1.4e-4 seen).
+    # Adam's first step is a sign: weights agree to a part of how far they went, norms of later
+    # steps to 5e-4 (1.4e-4 seen on a CPU with AVX-512).
     norms = [row["owlore_grad_norm"] for row in trainer.state.log_history if "owlore_grad_norm" in row]
-    assert run.history.query("split == 'train'")["grad_norm"].tolist() == pytest.approx(norms, rel=5e-4)
+    ours = run.history.query("split == 'train'")["grad_norm"].tolist()
+    assert ours[:6] == pytest.approx(norms[:6], rel=1e-4)
+    assert ours == pytest.approx(norms, rel=5e-4)
     assert not any(p.requires_grad for p in model.parameters())
     start = AutoModelForCausalLM.from_pretrained(place).parameters()
     triples = list(zip(run.model.parameters(), model.parameters(), start, strict=True))
