@@ -1,4 +1,4 @@
-"""The parts of a causal language model that are trained or frozen as units.
+"""The parts of a causal language model that are trained or frozen as parts.
 
 A parameter belongs to a decoder block or, outside the blocks, to one of the groups `embeddings` (with learned
 positions), `norm` (every vector) and `head`; together they are the whole model. Membership goes by identity: tied
@@ -17,7 +17,7 @@ from htsr.model.blocks import find_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Units:
+class ModelParts:
     """Parameters by unit; every tuple holds (name, parameter) with the first name a tied parameter goes by."""
 
     model: nn.Module
@@ -39,8 +39,8 @@ class Units:
         return chosen | {name: p for group in groups for name, p in self.groups[group]}
 
 
-def find_units(model: nn.Module) -> Units:
-    """Split a model into its units.
+def find_parts(model: nn.Module) -> ModelParts:
+    """Split a model into its parts.
 
     Raises: BadInput when no stack of decoder blocks can be found, or when two blocks share a parameter.
     """
@@ -62,7 +62,7 @@ def find_units(model: nn.Module) -> Units:
         "norm": tuple(pair for pair in rest if pair[1].ndim <= 1),
         "head": head,
     }
-    return Units(model=model, modules=stack.modules, blocks=blocks, groups=groups)
+    return ModelParts(model=model, modules=stack.modules, blocks=blocks, groups=groups)
 
 
 def freeze(model: nn.Module) -> None:

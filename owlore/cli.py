@@ -76,7 +76,7 @@ def train(file: str | None, **options: Any) -> None:
 
 
 def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]) -> TrainConfig:
-    """The configuration of a command line; UsageError when something that it needs is nowhere said."""
+    """The configuration of a command line; UsageError when something that it needs is said nowhere."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     resumed = _resumed(given) if file is None and "model" not in given else None
     config = TrainConfig.build(given, find_config(file) if file else resumed)
@@ -122,14 +122,14 @@ def plan(
 
     rates = rates_for(config.device, bus=bus, tflops=tflops)
 
-    def say(message: str) -> None:
+    def notify(message: str) -> None:
         console.notice(message, quiet=config.quiet)
 
     if limit is None:
-        made = plan_from_config(config, say, rates, advice=True, processes=processes).to_dict()
+        made = plan_from_config(config, notify, rates, advice=True, processes=processes).to_dict()
         click.echo(jsonlib.dumps(made) if config.json else render_plan(made))
         return
-    found = fit_from_config(config, limit, say, rates)
+    found = fit_from_config(config, limit, notify, rates)
     made = found.plan.to_dict() | {"fit": found.to_dict()}
     click.echo(jsonlib.dumps(made) if config.json else f"{render_fit(made['fit'])}\n\n{render_plan(made)}")
     if not made["fit"]["fits"]:
@@ -299,7 +299,7 @@ def method_facts(strategy: Any) -> dict[str, Any]:
     usual = {name: spec.default for name, spec in SETTINGS.items()} | dict(strategy.defaults)
     if strategy.table is not None:
         usual["table"] = strategy.table
-    own = [name for name in SETTINGS if name in strategy.reads or name in strategy.defaults]
+    own = [name for name in SETTINGS if name in strategy.accepted_options or name in strategy.defaults]
     return {
         "summary": strategy.summary,
         "paper": strategy.paper,
@@ -309,7 +309,7 @@ def method_facts(strategy: Any) -> dict[str, Any]:
         "options": {name: usual[name] for name in own},
         "set": {
             key: {"default": one.default, "values": one.parser.metavar, "help": one.help}
-            for key, one in strategy.own.items()
+            for key, one in strategy.method_options.items()
         },
         "preset": dict(strategy.preset),
     }
@@ -397,8 +397,8 @@ def generate(
     del quiet  # console.Command has seen to it
     from owlore.generate import generate as write
     from owlore.models.loading import pick_device
-    from owlore.models.trained import load_finished
+    from owlore.models.trained import load_trained
 
-    loaded = load_finished(model, device=pick_device(device))
+    loaded = load_trained(model, device=pick_device(device))
     text = write(loaded.model, loaded.tokenizer, prompt, form=form or "plain", **settings)
     click.echo(jsonlib.dumps({"model": model, "prompt": prompt, "text": text}) if as_json else text)

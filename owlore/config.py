@@ -22,11 +22,11 @@ from owlore.options import (
     names,
     number,
     off_or_number,
+    one_of_integers,
     pairs,
     share_or_path,
     text,
     true_or_path,
-    whole,
     word_or,
 )
 
@@ -117,7 +117,7 @@ class TrainConfig:
     weights: str = option(
         "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
     )
-    state_bits: int = option(32, whole(32, 8), "Bits of each optimizer moment.")
+    state_bits: int = option(32, one_of_integers(32, 8), "Bits of each optimizer moment.")
     checkpointing: str = option("auto", choice("auto", "on", "off"), "Recompute activations in backward.")
     eval_data: str | float | None = option(None, share_or_path(), "Held-out data, or the share of --data to hold out.")
     eval_every: int | None = option(None, integer(1), "Steps between evaluations. [default: before and after]")
@@ -187,7 +187,7 @@ class TrainConfig:
         """A method's defaults (or its paper's settings) in place of ours, wherever nothing was given."""
         return self._filled({name: value for name, value in defaults.items() if name not in self.fixed})
 
-    def with_own(self, own: Mapping[str, Any]) -> TrainConfig:
+    def with_method_options(self, own: Mapping[str, Any]) -> TrainConfig:
         """The same with all of the method's own options spelled out."""
         return self._filled({"set": own})
 
@@ -266,15 +266,21 @@ def find_config(name: str) -> Path:
     raise NotFound(f"--config {name}: no such file; give a YAML file, or one of the recipes {known}")
 
 
-def refuse_unread(config: TrainConfig, given: Iterable[str], reads: Iterable[str]) -> None:
-    """UsageError when one of the settings `given` is for certain methods only and this one does not read it.
+def refuse_unaccepted(config: TrainConfig, given: Iterable[str], accepted: Iterable[str]) -> None:
+    """Refuse settings of certain methods that this method does not accept.
 
-    `reads`: names of the method's own settings (`Strategy.reads`); settings common to all methods are never refused.
+    Args:
+        config: the configuration, for the method's name.
+        given: names of the settings that the user gave.
+        accepted: names of the settings that the method accepts beside those that all methods share.
+
+    Raises:
+        UsageError: one of `given` belongs to other methods only.
     """
     own = {name for name, spec in SETTINGS.items() if spec.metadata.get("method")}
-    unread = [name for name in SETTINGS if name in own & set(given) and name not in set(reads)]
+    unread = [name for name in SETTINGS if name in own & set(given) and name not in set(accepted)]
     if unread:
-        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(reads)) or "the common ones"
+        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(accepted)) or "the common ones"
         raise UsageError(
             f"{flag_name(unread[0])} is not read by the method {config.method} (its options: {known}, and with --set "
             f"those of `owlore methods {config.method}`); leave it out"

@@ -22,12 +22,12 @@ from transformers import TrainerCallback
 from htsr.console import notice
 from htsr.errors import UsageError
 from htsr.model.open import open_source
-from owlore.blocks import find_units, freeze
+from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.layer_table import find_table, run_inclusion, scanned_table
 from owlore.optim import RotatingOptimizer
-from owlore.settings import hyper_of, resolve, weights_of
-from owlore.strategies import Record
+from owlore.settings import resolve, strategy_config, weights_of
+from owlore.strategies import PeriodLog
 from owlore.training.rotation import Rotation
 from owlore.training.step import clipped_update
 
@@ -58,19 +58,19 @@ def bridge(
     config, strategy_class = resolve(TrainConfig.build(given))
     if strategy_class.adapts:
         raise UsageError(f"method {config.method} is an adapter: give Trainer a PEFT model, or use owlore train")
-    units = find_units(model)
+    parts = find_parts(model)
 
-    def say(message: str) -> None:
+    def notify(message: str) -> None:
         notice(message, quiet=quiet)
 
     wanted = table if table is not None else (config.table if strategy_class.table is not None else None)
     found = find_table(
         wanted,
-        num_blocks=units.num_blocks,
+        num_blocks=parts.num_blocks,
         weights_sha256="",
-        say=say,
+        notify=notify,
         scan=lambda: scanned_table(
-            model, tokenizer, weights_sha256=open_source(model).weights_sha256(), say=say, quiet=quiet
+            model, tokenizer, weights_sha256=open_source(model).weights_sha256(), notify=notify, quiet=quiet
         ),
     )
     inclusion = None if found is None else run_inclusion(found, active=config.active, floor=config.floor)
@@ -78,16 +78,16 @@ def bridge(
         before.remove()
     freeze(model)
     inner = RotatingOptimizer(
-        units.parameters(range(units.num_blocks), units.groups),
+        parts.parameters(range(parts.num_blocks), parts.groups),
         seed=config.seed,
         weights=weights_of(config),
         on_switch=config.on_switch,
     )
     _BRIDGED[model] = inner
     rotation = Rotation(
-        strategy=strategy_class(units, hyper_of(config, inclusion, None)),
+        strategy=strategy_class(parts, strategy_config(config, inclusion, None)),
         optimizer=inner,
-        every=config.every if "every" in strategy_class.reads else None,
+        every=config.every if "every" in strategy_class.accepted_options else None,
     )
     optimizer = LayerSampled(rotation, clip=config.clip, lr=args.learning_rate)
     return {"optimizers": (optimizer, None), "callbacks": [LayerSampling(optimizer)]}
@@ -110,7 +110,7 @@ class LayerSampled(torch.optim.Optimizer):
 
     def begin(self) -> None:
         """Make the period's blocks trainable, unless they are; the parameters are where they will be trained."""
-        if not self.rotation.optimizer.slots:
+        if not self.rotation.optimizer.states:
             self.rotation.begin(self.steps)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class LayerSampled(torch.optim.Optimizer):
             period = self.rotation.period_of(self.steps)
             self.rotation.restore(period, state_dict["record"], state_dict["tensors"], state_dict["counters"])
         else:
-            self.rotation.strategy.record = Record.from_dict(state_dict["record"])
+            self.rotation.strategy.record = PeriodLog.from_dict(state_dict["record"])
 
 
 class LayerSampling(TrainerCallback):

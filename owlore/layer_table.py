@@ -14,7 +14,7 @@ from htsr.errors import BadInput, HtsrError, UsageError
 from owlore.sampling import inclusion
 
 DEFAULT_GAMMA = 5
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 def cache_directory() -> Path:
@@ -22,8 +22,14 @@ def cache_directory() -> Path:
     return files.cache_directory("owlore")
 
 
-def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan: Callable[[], LayerTable], say: Say,
-               weights_sha256: str) -> LayerTable | None:  # fmt: skip
+def find_table(
+    wanted: str | Path | LayerTable | None,
+    *,
+    num_blocks: int,
+    scan: Callable[[], LayerTable],
+    notify: Notify,
+    weights_sha256: str,
+) -> LayerTable | None:
     """The table that `wanted` names: `auto` (scan), `uniform`, `decrease`, a file, a table, or None for none.
 
     Raises: BadInput for a table of another depth; NotFound for a missing file. A table made from other weights is
@@ -46,30 +52,30 @@ def find_table(wanted: str | Path | LayerTable | None, *, num_blocks: int, scan:
         )
     origin = table.model.get("weights_sha256")
     if origin and weights_sha256 and origin != weights_sha256:
-        say(f"note: the table was made from other weights ({table.model.get('id')}); it is used as it is")
+        notify(f"note: the table was made from other weights ({table.model.get('id')}); it is used as it is")
     if table.note:
-        say(f"note: {table.note}")
+        notify(f"note: {table.note}")
     return table
 
 
-def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, say: Say, quiet: bool) -> LayerTable:
+def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, notify: Notify, quiet: bool) -> LayerTable:
     """The LOD table of a model (alpha where no calibration can run, uniform where nothing can), cached by weights."""
     cached = cache_directory() / "tables" / f"{weights_sha256[:32]}-htsr-{htsr.__version__}.json"
     if cached.is_file():
         try:
             table = LayerTable.load(cached)
-            say(f"layer table of an earlier scan of these weights: rule {table.rule.get('name')} ({cached})")
+            notify(f"layer table of an earlier scan of these weights: rule {table.rule.get('name')} ({cached})")
             return table
         except HtsrError:
             cached.unlink()
-    say("no layer table given: scanning the model first (kept for the next run on the same weights)")
+    notify("no layer table given: scanning the model first (kept for the next run on the same weights)")
     result = htsr.scan(model, tokenizer=tokenizer, quiet=quiet, plots=False)
     for rule in ("lod", "alpha"):
         try:
             table = result.table(rule=rule)
             break
         except BadInput:
-            say(f"the scan gave no {rule} for every block")
+            notify(f"the scan gave no {rule} for every block")
     else:
         table = result.table(rule="uniform")
     cached.parent.mkdir(parents=True, exist_ok=True)

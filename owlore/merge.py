@@ -11,9 +11,9 @@ from torch import Tensor
 
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput, NotFound, UsageError
-from owlore.attach import CONFIG_FILE, is_adapter
+from owlore.injection import CONFIG_FILE, is_adapter
 from owlore.io.export import export
-from owlore.models.trained import adapter_on_base, base_of, load_finished
+from owlore.models.trained import adapter_on_base, base_of, load_trained
 
 PROBE_TOKENS = 64
 
@@ -46,14 +46,14 @@ def merge(ref: str | Path, out: str | Path, *, device: torch.device) -> Merged:
     place, out = adapter_of(ref), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"-o {out}: exists and is not empty; name another directory")
-    before = probe_logits(load_finished(place, device=device).model)
+    before = probe_logits(load_trained(place, device=device).model)
     loaded, wrapper = adapter_on_base(place, device=device, dtype="float32", quantised=False)
     names = {f"{name}.weight" for name in wrapper.targeted_module_names}
     with quiet_libraries():
         plain = wrapper.merge_and_unload(safe_merge=True)
     export(replace(loaded, model=plain), out, trained=names, seed=None)
     del wrapper, plain, loaded
-    after = probe_logits(load_finished(out, device=device).model)
+    after = probe_logits(load_trained(out, device=device).model)
     return Merged(
         directory=str(out),
         base=base_of(place),

@@ -53,7 +53,7 @@ def number(minimum: float, *, above: bool = False, below: float | None = None) -
     return Parser("X", parse)
 
 
-def whole(*known: int) -> Parser:
+def one_of_integers(*known: int) -> Parser:
     """One of the whole numbers `known`."""
     expected = "one of " + ", ".join(map(str, known))
 
@@ -214,7 +214,7 @@ def true_or_path() -> Parser:
 
 
 @dataclass(frozen=True)
-class Own:
+class MethodOption:
     """An option that one method has for itself, given as `--set key=value`."""
 
     default: Any
@@ -222,7 +222,7 @@ class Own:
     help: str
 
 
-def read_own(declared: Mapping[str, Own], given: Mapping[str, Any], method: str) -> dict[str, Any]:
+def read_method_options(declared: Mapping[str, MethodOption], given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Every declared option by name: what is given, parsed, else its default.
 
     Raises: UsageError for a value that cannot be read and for an unknown key, with the nearest known one.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from htsr.errors import UsageError
-from owlore.attach import Attached
-from owlore.blocks import Units
-from owlore.config import TrainConfig, refuse_unread
-from owlore.optim import Weights
-from owlore.options import read_own
+from owlore.blocks import ModelParts
+from owlore.config import TrainConfig, refuse_unaccepted
+from owlore.injection import InjectedAdapter
+from owlore.optim import MasterPolicy
+from owlore.options import read_method_options
 from owlore.residency.placement import Placement
-from owlore.strategies import STRATEGIES, Hyper, Strategy
+from owlore.strategies import STRATEGIES, Strategy, StrategyConfig
 
 CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
 
@@ -22,19 +22,19 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     Raises: UsageError for an option that the method does not read.
     """
     strategy = STRATEGIES[config.method]
-    refuse_unread(config, config.given, strategy.reads)
+    refuse_unaccepted(config, config.given, strategy.accepted_options)
     check_placement(config, adapts=strategy.adapts)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
-    own = read_own(strategy.own, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
+    own = read_method_options(strategy.method_options, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
     general = {**table, **strategy.defaults, **preset}
     general.pop("set", None)
-    return config.with_defaults(general).with_own(own), strategy
+    return config.with_defaults(general).with_method_options(own), strategy
 
 
-def hyper_of(config: TrainConfig, inclusion: Any, attached: Attached | None = None) -> Hyper:
+def strategy_config(config: TrainConfig, inclusion: Any, injected: InjectedAdapter | None = None) -> StrategyConfig:
     """What strategies read of the configuration, and of what they prepared."""
-    return Hyper(
+    return StrategyConfig(
         seed=config.seed,
         every=config.every,
         draw=config.draw,
@@ -48,21 +48,21 @@ def hyper_of(config: TrainConfig, inclusion: Any, attached: Attached | None = No
         project_always_on=config.project_always_on,
         project_larger=config.project_side == "larger",
         floor=config.floor,
-        own=config.set or {},
-        trained=frozenset() if attached is None else attached.trained,
+        options=config.set or {},
+        trained=frozenset() if injected is None else injected.trained,
     )
 
 
-def weights_of(config: TrainConfig) -> Weights:
+def weights_of(config: TrainConfig) -> MasterPolicy:
     """How 16-bit weights take updates."""
-    return {"bf16": Weights.NEAREST, "bf16-sr": Weights.STOCHASTIC}.get(config.weights, Weights.MASTER)
+    return {"bf16": MasterPolicy.NEAREST, "bf16-sr": MasterPolicy.STOCHASTIC}.get(config.weights, MasterPolicy.MASTER)
 
 
-def recomputes(config: TrainConfig, units: Units) -> bool:
+def recomputes(config: TrainConfig, parts: ModelParts) -> bool:
     """Whether activations are recomputed in backward; `auto` does so for large models."""
     if config.checkpointing != "auto":
         return config.checkpointing == "on"
-    return sum(p.numel() for p in units.model.parameters()) >= CHECKPOINTING_FROM
+    return sum(p.numel() for p in parts.model.parameters()) >= CHECKPOINTING_FROM
 
 
 def placement_of(config: TrainConfig) -> Placement:

@@ -1,6 +1,6 @@
 """A device for the tests of streaming: copies land when somebody waits, and poison is where nobody may read.
 
-eager: a copy lands when it is queued. late: when its ticket is waited for. random: also at any call in between, in
+eager: a copy lands when it is queued. late: when its event is waited for. random: also at any call in between, in
 queue order of its direction. A slot is all ones (NaN in every float format) from the moment that a copy into it is
 queued, and whenever nobody holds a lease on it; a lease that finds the owner's bytes still valid gets them back.
 """
@@ -9,12 +9,12 @@ import random
 
 import torch
 
-from owlore.residency.ports import Port
+from owlore.residency.copy_queue import CopyQueue
 
 POISON = 0xFF
 
 
-class FakePort(Port):
+class FakePort(CopyQueue):
     def __init__(self, landing="late", *, seed=0):
         super().__init__(torch.device("cpu"))
         assert landing in ("eager", "late", "random")
@@ -22,10 +22,10 @@ class FakePort(Port):
         self.queues = {
             "in": [],
             "out": [],
-        }  # (ticket, into, source), oldest first; the directions know nothing of each other
+        }  # (event, into, source), oldest first; the directions know nothing of each other
         self.now = 0  # tickets given
         self.kept = {}  # slot address -> bytes of a slot that was released
-        self.read_until = {}  # slot address -> ticket after which it may be overwritten
+        self.read_until = {}  # slot address -> event after which it may be overwritten
         self.leases_seen = 0
         self.unloaded_bytes = 0
 
@@ -33,18 +33,18 @@ class FakePort(Port):
 
     def _queue(self, direction, into, source):
         self.now += 1
-        ticket = (direction, self.now)
-        self.queues[direction].append((ticket, into, source))
+        event = (direction, self.now)
+        self.queues[direction].append((event, into, source))
         if self.landing == "eager":
-            self._land(ticket)
+            self._land(event)
         elif self.landing == "random":
             for queue in self.queues.values():
                 for _ in range(self.random.randrange(len(queue) + 1)):
                     self._land(queue[0][0])
-        return ticket
+        return event
 
-    def _land(self, ticket):
-        direction, number = ticket
+    def _land(self, event):
+        direction, number = event
         queue = self.queues[direction]
         while queue and queue[0][0][1] <= number:
             _, into, source = queue.pop(0)
@@ -67,9 +67,9 @@ class FakePort(Port):
         into.view(-1).view(torch.uint8).fill_(POISON)
         return self._queue("out", into, source)
 
-    def wait(self, ticket):
-        assert ticket is not None
-        self._land(ticket)
+    def wait(self, event):
+        assert event is not None
+        self._land(event)
 
     def mark(self):
         self.now += 1

@@ -8,22 +8,22 @@ from fake_port import FakePort
 from makers import tiny_llama, tiny_models
 from torch import nn
 
-from owlore.blocks import find_units, freeze
+from owlore.blocks import find_parts, freeze
 from owlore.data.batches import IGNORED, MicroBatch
 from owlore.kernels import int8, nf4
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.optim import RotatingOptimizer, UpdateSpec
+from owlore.residency.block_chain import BlockChain
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.build import empty_residency, move_in
-from owlore.residency.chain import Chain
+from owlore.residency.copy_queue import CudaCopyQueue
+from owlore.residency.exact_weights import Overlay
 from owlore.residency.formats import FORMATS
-from owlore.residency.masters import Overlay
 from owlore.residency.pinned import unlocked
-from owlore.residency.ports import CudaPort
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
 from owlore.training.step import train_step
 from owlore.training.streamed import StreamedBackend
-from owlore.training.streamed_step import BlockMajor
+from owlore.training.streamed_step import StreamedStep
 
 SHAPES = ("llama", "qwen2", "gpt2", "gemma")
 LOW_LR = 1e-2
@@ -58,9 +58,9 @@ class Side:
     def __init__(self, model, *, rank=None, groups=(), in_products=False):
         self.model, self.groups, self.rank = model, groups, rank
         freeze(model)
-        self.units = find_units(model)
-        everything = self.units.parameters(range(self.units.num_blocks), self.units.groups)
-        self.optimizer = RotatingOptimizer(everything, seed=0, layers=self.units.modules if in_products else ())
+        self.parts = find_parts(model)
+        everything = self.parts.parameters(range(self.parts.num_blocks), self.parts.groups)
+        self.optimizer = RotatingOptimizer(everything, seed=0, layers=self.parts.modules if in_products else ())
         self.gradients = []
         self.watches = True  # a copy of every gradient is kept
         self.step = 0
@@ -68,12 +68,12 @@ class Side:
 
     def draw(self, blocks):
         self.active = tuple(sorted(blocks))
-        rules = dict.fromkeys(self.units.parameters(blocks, self.groups), Rule(rank=self.rank))
+        rules = dict.fromkeys(self.parts.parameters(blocks, self.groups), UpdateSpec(rank=self.rank))
         self.optimizer.switch(rules, self.step, between=lambda: self.backend.set_active(rules))
-        for name, slot in self.optimizer.slots.items() if self.watches else ():
-            if not hasattr(slot, "watched"):
-                slot.watched, receive = True, slot.receive
-                slot.receive = self._watching(name, receive)
+        for name, state in self.optimizer.states.items() if self.watches else ():
+            if not hasattr(state, "watched"):
+                state.watched, receive = True, state.accumulate
+                state.accumulate = self._watching(name, receive)
 
     def _watching(self, name, receive):
         def take(gradient, *, last, step):
@@ -104,26 +104,26 @@ class Resident(Side):
     def __init__(self, model, **settings):
         super().__init__(model, **settings)
         self.loss = CausalLoss(model)
-        self.backend = ResidentBackend(self.units, self.optimizer, self.loss, model.device)
+        self.backend = ResidentBackend(self.parts, self.optimizer, self.loss, model.device)
 
 
 class Streamed(Side):
     """Blocks in a store, block by block. landing: how the fake device's copies land; "cuda" for a real one."""
 
-    def __init__(self, model, *, landing="random", slots=2, form="bf16", resident=(), offload=False, seed=0, read=None,
+    def __init__(self, model, *, landing="random", states=2, form="bf16", resident=(), offload=False, seed=0, read=None,
                  pin=unlocked, **settings):  # fmt: skip
         super().__init__(model, **settings)
-        self.port = CudaPort(model.device) if landing == "cuda" else FakePort(landing, seed=seed)
-        names = [[name for name, _ in block] for block in self.units.blocks]
-        self.residency = empty_residency(self.units.modules, names, form=FORMATS[form], resident=resident, pin=pin,
-                                         port=self.port, num_slots=slots)  # fmt: skip
+        self.copies = CudaCopyQueue(model.device) if landing == "cuda" else FakePort(landing, seed=seed)
+        names = [[name for name, _ in block] for block in self.parts.blocks]
+        self.residency = empty_residency(self.parts.modules, names, form=FORMATS[form], resident=resident, pin=pin,
+                                         copies=self.copies, num_buffers=states)  # fmt: skip
         self.overlay = Overlay()
         self.kept = move_in(self.residency, find=lambda name: name if read else None, read=read, overlay=self.overlay)
-        self.chain = Chain(self.units.modules, self.residency.visit)
-        self.boundaries = Boundaries(self.port, offload=offload, pin=pin)
+        self.chain = BlockChain(self.parts.modules, self.residency.visit)
+        self.boundaries = Boundaries(self.copies, offload=offload, pin=pin)
         self.loss = CausalLoss(model)
-        self.walk = BlockMajor(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
-        self.backend = StreamedBackend(units=self.units, residency=self.residency, chain=self.chain, frozen=form,
+        self.walk = StreamedStep(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
+        self.backend = StreamedBackend(parts=self.parts, residency=self.residency, chain=self.chain, frozen=form,
                                        boundaries=self.boundaries, overlay=self.overlay, embedding=None,
                                        _walk=self.walk)  # fmt: skip
 
@@ -146,7 +146,7 @@ def same_bits(a, b):
 
 def quantised_by_hand(model, form, keep):
     """Every linear map of the blocks that are not in `keep` replaced by what its codes stand for."""
-    for index, block in enumerate(find_units(model).modules):
+    for index, block in enumerate(find_parts(model).modules):
         for module in block.modules() if index not in keep else ():
             if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
                 W = module.weight.data

@@ -156,7 +156,7 @@ LAYERS = [
     ("hf", "run", "evaluation", "generate"),
     ("plan", "training"),
     ("models", "io", "activations", "settings", "layer_table", "strategies", "residency", "plots", "render"),
-    ("optim", "adapters", "data", "attach", "config"),
+    ("optim", "adapters", "data", "injection", "config"),
     ("kernels", "sampling", "blocks", "options", "methods", "patches"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from owlore.patches import PatchStack
 
 
-class Recompute:
+class ActivationCheckpointing:
     """Wraps the forward of every block; blocks from `lowest` up are recomputed in backward, the others run as they are.
 
     Non-reentrant, so a trained block whose input needs no gradient works, and nothing forces gradients into the

@@ -1,10 +1,10 @@
-"""What autograd keeps of a frozen block lies on shelves that every step uses again, on the CPU.
+"""What autograd keeps of a frozen block lies on arena that every step uses again, on the CPU.
 
 A frozen block that backward passes keeps its activations until backward comes by. Left where the forward made them,
 they lie between its passing tensors, and the C heap fills with holes that are too small for the next tensor (`heap`):
 memory grows until what is free is given back, and pages that are given back cost a fault when the next step wants them,
-0.3 s of 8.5 s in a step of SmolLM2-135M. So each is copied, once a storage, to a shelf as large as a block's
-activations, and its shelf is free again when the block's backward is through. Bits and strides are those of the
+0.3 s of 8.5 s in a step of SmolLM2-135M. So each is copied, once a storage, to a buffer as large as a block's
+activations, and its buffer is free again when the block's backward is through. Bits and strides are those of the
 original. A trained block's activations stay where they are: what comes in their place, gradients, needs their room.
 """
 
@@ -29,27 +29,27 @@ ALIGNED = 64  # bytes; where torch's own memory begins, so that kernels take the
 
 
 @contextmanager
-def shelved(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[Shelves]:
-    """While this lasts, activations kept for backward through frozen blocks are put on shelves."""
-    shelves = Shelves(blocks)
+def saved_tensor_arena(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[SavedTensorArena]:
+    """While this lasts, activations kept for backward through frozen blocks are put on arena."""
+    arena = SavedTensorArena(blocks)
     with PatchStack() as patches:
         for block in blocks if enabled else ():
-            patches.replace_forward(block, shelves.around(block, block.forward))
-        yield shelves
+            patches.replace_forward(block, arena.around(block, block.forward))
+        yield arena
 
 
-class Shelves:
+class SavedTensorArena:
     """Memory for the kept activations of as many blocks as were ever kept at once."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.size = 0  # bytes that a block was seen to keep at most
-        self.all: list[_Shelf] = []
+        self.all: list[_Buffer] = []
         self._own = frozenset(
             _address(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())
         )
 
     def around(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of `block`, with what it saves put on a shelf if the block is frozen then."""
+        """`forward` of `block`, with what it saves put on a buffer if the block is frozen then."""
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -65,23 +65,23 @@ class Shelves:
 
         return run
 
-    def _free(self) -> _Shelf | None:
-        """A shelf that nobody uses, of the present size; None before it is known what a block keeps."""
+    def _free(self) -> _Buffer | None:
+        """A buffer that nobody uses, of the present size; None before it is known what a block keeps."""
         if not self.size:
             return None
-        shelf = next((shelf for shelf in self.all if not shelf.is_used), None)
-        if shelf is None:
-            shelf = _Shelf()
-            self.all.append(shelf)
-        if shelf.size < self.size:
-            shelf.renew(self.size)
-        return shelf
+        buffer = next((buffer for buffer in self.all if not buffer.is_used), None)
+        if buffer is None:
+            buffer = _Buffer()
+            self.all.append(buffer)
+        if buffer.size < self.size:
+            buffer.renew(self.size)
+        return buffer
 
     def num_bytes(self) -> int:
-        return sum(shelf.size for shelf in self.all)
+        return sum(buffer.size for buffer in self.all)
 
 
-class _Shelf:
+class _Buffer:
     def __init__(self) -> None:
         self.room = torch.empty(0, dtype=torch.uint8)
         self.user: weakref.ref[_User] | None = None
@@ -103,16 +103,16 @@ class _Shelf:
 class _User:
     """One forward of one block: lives as long as something that it saved does."""
 
-    def __init__(self, shelf: _Shelf | None, leave: frozenset[int] | set[int]) -> None:
-        self.shelf, self.leave, self.needed = shelf, leave, 0
+    def __init__(self, buffer: _Buffer | None, leave: frozenset[int] | set[int]) -> None:
+        self.buffer, self.leave, self.needed = buffer, leave, 0
         # By address: the storage, if it still lives (else the address is another's now), its version then (else it was
         # written to after it was copied), and where the copy begins.
         self.copies: dict[int, tuple[weakref.ref[Any], int, int | None]] = {}
-        if shelf is not None:
-            shelf.user = weakref.ref(self)
+        if buffer is not None:
+            buffer.user = weakref.ref(self)
 
     def pack(self, tensor: Tensor) -> Any:
-        """The tensor itself, or a copy with its strides on the shelf."""
+        """The tensor itself, or a copy with its strides on the buffer."""
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             return tensor
         storage = tensor.untyped_storage()
@@ -123,26 +123,26 @@ class _User:
         if known() is None or version != tensor._version:
             begin = self._copied(storage, size)
             self.copies[address] = (weakref.ref(storage), tensor._version, begin)
-        if begin is None or self.shelf is None:
+        if begin is None or self.buffer is None:
             return tensor
         item = tensor.element_size()
-        room = self.shelf.room[: self.shelf.size // item * item].view(tensor.dtype)
+        room = self.buffer.room[: self.buffer.size // item * item].view(tensor.dtype)
         return _Kept(self, room.as_strided(tensor.shape, tensor.stride(), begin // item + tensor.storage_offset()))
 
     def _copied(self, storage: Any, size: int) -> int | None:
-        """Where the copy of the storage begins; None where the shelf has no room for it."""
+        """Where the copy of the storage begins; None where the buffer has no room for it."""
         begin, self.needed = self.needed, self.needed + -(-size // ALIGNED) * ALIGNED
-        if self.shelf is None or self.needed > self.shelf.size:
+        if self.buffer is None or self.needed > self.buffer.size:
             return None
         with torch.no_grad():
             whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self.shelf.room[begin : begin + size].copy_(whole)
+            self.buffer.room[begin : begin + size].copy_(whole)
         return begin
 
 
 @dataclass(frozen=True)
 class _Kept:
-    user: _User  # held, so that the shelf counts as used
+    user: _User  # held, so that the buffer counts as used
     tensor: Tensor
 
 

@@ -63,7 +63,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         self.explicit: str | None = None  # the adapter whose residual the base is
         self._pending: Callable[[], None] | None = None  # the base's change, waiting for the cores of a file
         self._unmerged: Tensor | None = None
-        self.register_load_state_dict_post_hook(_settle)
+        self.register_load_state_dict_post_hook(_apply_base_change)
 
     def update_layer(self, adapter_name: str, config: DotaConfig) -> None:
         """Add an adapter: decompose the weight (or take cores of the right shapes, to be loaded) and set the base.
@@ -86,7 +86,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         if changes:
             self._pending = lambda: self._change_base(adapter_name, config)
         if config.fresh:
-            _settle(self)
+            _apply_base_change(self)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _change_base(self, adapter_name: str, config: DotaConfig) -> None:
@@ -242,7 +242,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         return "dota." + super().__repr__()
 
 
-def _settle(layer: nn.Module, *unused: Any) -> None:
+def _apply_base_change(layer: nn.Module, *unused: Any) -> None:
     """Change the base now that the first cores are there; also called after a state dict was loaded."""
     assert isinstance(layer, DotaLayer)
     if layer._pending is None or any(core.is_meta for mpo in layer.dota_mpo.values() for core in mpo.buffers()):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from owlore.adapters.targets import is_plain, matrix_of, place_of, shape_of
 from owlore.kernels.block_sparse import (
+    BlockIndex,
     Cell,
-    Layout,
     block_product,
     make_layout,
     read_blocks,
@@ -41,9 +41,9 @@ class BlockDeltas(nn.Module):
         self.delta = nn.Parameter(torch.zeros(layout.size, dtype=dtype, device=device))
         self.register_buffer("index", torch.tensor(layout.cells, dtype=torch.int32, device=device))
         self.register_buffer("original", None, persistent=False)  # W0's blocks while ours are in the weight
-        self._layout: Layout | None = None
+        self._layout: BlockIndex | None = None
 
-    def layout(self) -> Layout:
+    def layout(self) -> BlockIndex:
         """Where the blocks lie, on the delta's device.
 
         Raises: ValueError when an adapter file brought an index that does not fit the deltas.

@@ -13,7 +13,7 @@ from typing import Any
 from htsr.errors import BadInput, NotFound, first_line
 from owlore.data.columns import format_of
 
-Record = dict[str, Any]
+PeriodLog = dict[str, Any]
 
 PARQUET_MAGIC = b"PAR1"
 LOOKS_LIKE_JSON = re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])')
@@ -38,7 +38,7 @@ def locate_data(data: str | Path) -> Path | None:
     return None
 
 
-def read_file(path: Path) -> tuple[list[Record], str]:
+def read_file(path: Path) -> tuple[list[PeriodLog], str]:
     """The records of a data file and the sha256 of its bytes. A plain text is one record `{"text": ...}`.
 
     Raises: BadInput for anything that cannot be parsed, with the line where there is one.
@@ -59,7 +59,7 @@ def read_file(path: Path) -> tuple[list[Record], str]:
     return [{"text": text}], digest
 
 
-def _json(text: str, path: Path) -> list[Record]:
+def _json(text: str, path: Path) -> list[PeriodLog]:
     """Records of a JSON array, of JSON lines, or of one object that holds the list of rows under a usual name."""
     if text.lstrip()[:1] == "[":
         rows = _parse(text, path, 1)
@@ -73,7 +73,7 @@ def _json(text: str, path: Path) -> list[Record]:
     return rows
 
 
-def _json_object(text: str, path: Path) -> list[Record] | None:
+def _json_object(text: str, path: Path) -> list[PeriodLog] | None:
     """The rows of a file that is one JSON object, or None when it is JSON lines."""
     try:
         json.loads(text)
@@ -111,7 +111,7 @@ def _has_known_header(text: str) -> bool:
     return len(columns) > 1 and format_of(columns) is not None
 
 
-def _csv(text: str, path: Path) -> list[Record]:
+def _csv(text: str, path: Path) -> list[PeriodLog]:
     import pandas as pd
 
     header = text.split("\n", 1)[0]
@@ -123,7 +123,7 @@ def _csv(text: str, path: Path) -> list[Record]:
     return frame.to_dict("records")
 
 
-def _parquet(content: bytes, path: Path) -> list[Record]:
+def _parquet(content: bytes, path: Path) -> list[PeriodLog]:
     import pandas as pd
 
     try:
@@ -134,7 +134,7 @@ def _parquet(content: bytes, path: Path) -> list[Record]:
         raise BadInput(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def read_data_set(name: str) -> list[Record]:
+def read_data_set(name: str) -> list[PeriodLog]:
     """The records of a Hugging Face data set NAME[:CONFIG][:SPLIT], or of a data set directory on disk.
 
     The split is `train` unless named; what is cached is used without the network.

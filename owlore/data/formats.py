@@ -9,7 +9,7 @@ from typing import Any
 from htsr.errors import BadInput
 from owlore.data.columns import EXPECTED, format_of
 from owlore.data.examples import Example, Rows, alpaca_prompt, fingerprint
-from owlore.data.files import Record, locate_data, read_data_set, read_file
+from owlore.data.files import PeriodLog, locate_data, read_data_set, read_file
 
 ROLES = {
     "human": "user", "user": "user", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
@@ -34,7 +34,7 @@ def load_rows(data: Any) -> Rows:
     return rows_from(_records_of(data), source=f"({type(data).__name__} in memory)")
 
 
-def rows_from(records: Sequence[Record], *, source: str, sha256: str | None = None) -> Rows:
+def rows_from(records: Sequence[PeriodLog], *, source: str, sha256: str | None = None) -> Rows:
     """Examples of `records`, all in the format that the first one's columns show."""
     if not records:
         raise BadInput(f"{source}: holds no rows; expected at least one")
@@ -57,7 +57,7 @@ def rows_from(records: Sequence[Record], *, source: str, sha256: str | None = No
     return Rows(examples=examples, provenance=provenance)
 
 
-def _records_of(data: Any) -> list[Record]:
+def _records_of(data: Any) -> list[PeriodLog]:
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return data.to_dict("records")
     if isinstance(data, dict) and "train" in data:  # a DatasetDict
@@ -71,7 +71,7 @@ def _records_of(data: Any) -> list[Record]:
     raise BadInput(f"data: got {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
 
 
-def _example(name: str, record: Record) -> Example:
+def _example(name: str, record: PeriodLog) -> Example:
     """One example; ValueError (without the place, which the caller knows) when the record does not fit."""
     match name:
         case "messages" | "sharegpt":
@@ -94,13 +94,13 @@ def _example(name: str, record: Record) -> Example:
             return Example(text=_text(record, "text"))
 
 
-def _cell(record: Record, column: str) -> Any:
+def _cell(record: PeriodLog, column: str) -> Any:
     if column not in record:
         raise ValueError(f"has no column {column!r}; got {', '.join(record) or 'none'}")
     return record[column]
 
 
-def _text(record: Record, column: str, *, optional: bool = False) -> str:
+def _text(record: PeriodLog, column: str, *, optional: bool = False) -> str:
     """A cell as text; missing values (None, NaN) are empty, numbers are written out."""
     value = record.get(column) if optional else _cell(record, column)
     if isinstance(value, str):

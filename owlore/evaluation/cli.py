@@ -70,7 +70,7 @@ def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dic
     from owlore.evaluation.run import check_data, evaluate
     from owlore.layer_table import cache_directory
     from owlore.models.loading import pick_device
-    from owlore.models.trained import load_finished
+    from owlore.models.trained import load_trained
 
     keys = ("data_dir", "protocol", "limit", "shots", "shuffle")
     chosen = {key: options[key] for key in keys}
@@ -79,14 +79,14 @@ def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dic
         check_data(names, **chosen)
     out = Path(options["out"]) if options["out"] else None
     device, quiet = pick_device(options["device"]), options["quiet"]
-    finished = load_finished(model, device=device, dtype=options["dtype"])
+    finished = load_trained(model, device=device, dtype=options["dtype"])
     result: dict[str, Any] = {"model": model, "model_sha256": finished.sha256, "tasks": {}}
     if names:
         result |= evaluate(
             finished.model, finished.tokenizer, names, **chosen, template=options["template"],
             budget=options["budget"], identity=finished.sha256, rows=True, quiet=quiet,
             store=None if options["fresh"] else cache_directory() / "eval",
-            say=lambda message: console.notice(message, quiet=quiet),
+            notify=lambda message: console.notice(message, quiet=quiet),
         )  # fmt: skip
     if questions is not None:
         place = out or Path("runs") / f"{Path(model).name}-eval"

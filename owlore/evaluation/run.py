@@ -33,7 +33,7 @@ def evaluate(
     identity: Any = None,
     store: Path | None = None,
     rows: bool = False,
-    say: Callable[[str], None] = lambda message: None,
+    notify: Callable[[str], None] = lambda message: None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Figures of a loaded model on `tasks`, with standard errors, counts, data digests and versions.
@@ -68,14 +68,14 @@ def evaluate(
             kept = None if store is None or identity is None else store / f"{name}-{key}.json"
             if kept is not None and kept.is_file():
                 results[name] = json.loads(kept.read_text())
-                say(f"{name}: found from an earlier evaluation")
+                notify(f"{name}: found from an earlier evaluation")
                 bar.update(sum(_requests(task, what, protocol) for task, what in parts.values()))
                 continue
             bar.set_postfix_str(name)
             results[name] = _one(scorer, name, parts, protocol, template)
             if kept is not None:
                 _keep(kept, results[name])
-            say(f"{name}: {_headline(results[name])}")
+            notify(f"{name}: {_headline(results[name])}")
     if not rows:
         results = {name: {k: v for k, v in result.items() if k != "rows"} for name, result in results.items()}
     return {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from htsr.console import quiet_libraries
-from owlore.attach import CONFIG_FILE, Attached
+from owlore.injection import CONFIG_FILE, InjectedAdapter
 from owlore.kernels.rounding import stochastic_round
 from owlore.kernels.seeds import generator_for
 from owlore.models.loading import Loaded
@@ -56,9 +56,9 @@ def export(
     _readable(directory, "config.json")
 
 
-def export_adapter(loaded: Loaded, attached: Attached, directory: Path) -> None:
+def export_adapter(loaded: Loaded, injected: InjectedAdapter, directory: Path) -> None:
     """Write the adapter, and the tokenizer that its data were made with; the base is named and not copied."""
-    attached.save(directory, base=loaded.reference)
+    injected.save(directory, base=loaded.reference)
     if loaded.tokenizer is not None:
         with quiet_libraries():
             loaded.tokenizer.save_pretrained(directory)

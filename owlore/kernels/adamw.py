@@ -36,7 +36,7 @@ def direction(mean: Tensor, square: Tensor, step: int, constants: AdamW) -> Tens
     return torch.div(mean, denominator, out=denominator).div_(1 - constants.beta1**step)
 
 
-def turn_into_change(gradient: Tensor, mean: Tensor, square: Tensor, step: int, constants: AdamW) -> Tensor:
+def adamw_update_(gradient: Tensor, mean: Tensor, square: Tensor, step: int, constants: AdamW) -> Tensor:
     """Both of the above on a few rows at a time, in place: `gradient` becomes the direction and is returned.
 
     Element by element the same as on the whole; no tensor of the parameter's size is made beside the three.

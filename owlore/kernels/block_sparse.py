@@ -66,7 +66,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class BlockIndex:
     """Where the chosen blocks of one weight lie; `cells` are in the order of the flat vector."""
 
     shape: tuple[int, int]
@@ -87,7 +87,7 @@ def grid_of(shape: tuple[int, int], block: int) -> Cell:
 
 def make_layout(
     shape: tuple[int, int], block: int, cells: Iterable[Sequence[int]], device: torch.device | str = "cpu"
-) -> Layout:
+) -> BlockIndex:
     """The layout of these cells, whatever their order.
 
     Raises: ValueError for a cell outside the grid or named twice.
@@ -129,7 +129,7 @@ def make_layout(
         groups.append(group)
         start += group.size
     ordered = tuple(cell for members in kinds.values() for cell in members)
-    return Layout(shape=shape, block=block, cells=ordered, groups=tuple(groups))
+    return BlockIndex(shape=shape, block=block, cells=ordered, groups=tuple(groups))
 
 
 def _rounds(values: list[int], device: torch.device | str) -> tuple[Tensor, ...]:
@@ -144,19 +144,19 @@ def _rounds(values: list[int], device: torch.device | str) -> tuple[Tensor, ...]
     return tuple(torch.tensor(members, device=device) for members in rounds)
 
 
-def read_blocks(matrix: Tensor, layout: Layout) -> Tensor:
+def read_blocks(matrix: Tensor, layout: BlockIndex) -> Tensor:
     """The chosen entries of W (m x n, any strides) as a flat vector of its dtype."""
     parts = [group.blocks(matrix)[group.i, :, group.j, :].flatten() for group in layout.groups]
     return torch.cat(parts) if parts else matrix.new_empty(0)
 
 
-def write_blocks(matrix: Tensor, layout: Layout, flat: Tensor) -> None:
+def write_blocks(matrix: Tensor, layout: BlockIndex, flat: Tensor) -> None:
     """Put the flat values in place in W, rounded to its dtype; nothing else of W is touched."""
     for group in layout.groups:
         group.blocks(matrix)[group.i, :, group.j, :] = group.of(flat).to(matrix.dtype)
 
 
-def block_gradient(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
+def block_gradient(g: Tensor, x: Tensor, layout: BlockIndex) -> Tensor:
     """g[:, R_b]^T x[:, C_b] of every chosen block, flat; g is (T, m), x is (T, n)."""
     found = g.new_empty(layout.size)
     for group in layout.groups:
@@ -168,7 +168,7 @@ def block_gradient(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
     return found
 
 
-def add_product(y: Tensor, x: Tensor, layout: Layout, flat: Tensor) -> None:
+def add_product(y: Tensor, x: Tensor, layout: BlockIndex, flat: Tensor) -> None:
     """y[:, R_b] += x[:, C_b] D_b^T for every chosen block, in place; y is (T, m), x is (T, n), flat of their dtype."""
     for group in layout.groups:
         blocks = group.of(flat)
@@ -178,7 +178,7 @@ def add_product(y: Tensor, x: Tensor, layout: Layout, flat: Tensor) -> None:
             group.outputs(y).index_add_(1, group.i[members], product.transpose(0, 1))
 
 
-def add_transposed(gx: Tensor, g: Tensor, layout: Layout, flat: Tensor) -> None:
+def add_transposed(gx: Tensor, g: Tensor, layout: BlockIndex, flat: Tensor) -> None:
     """gx[:, C_b] += g[:, R_b] D_b for every chosen block, in place: the input gradient of `add_product`."""
     for group in layout.groups:
         blocks = group.of(flat)
@@ -206,7 +206,7 @@ def written_linear(
     matrix: Tensor,
     bias: Tensor | None,
     contents: Callable[[], Any],
-    layouts: Sequence[Layout],
+    layouts: Sequence[BlockIndex],
     deltas: Sequence[Tensor],
 ) -> Tensor:
     """y = dense(x) where `matrix` (m x n) already holds W0 + D in place; gradients go to x, bias and each delta.
@@ -229,7 +229,7 @@ class _WrittenLinear(torch.autograd.Function):
         bias: Tensor | None,
         dense: Callable[[Tensor], Tensor],
         contents: Callable[[], Any],
-        layouts: tuple[Layout, ...],
+        layouts: tuple[BlockIndex, ...],
         *deltas: Tensor,
     ) -> Tensor:
         y = dense(x)
@@ -260,7 +260,7 @@ class _WrittenLinear(torch.autograd.Function):
         return gx, None, gb, None, None, None, *found
 
 
-def block_product(x: Tensor, layout: Layout, delta: Tensor) -> Tensor:
+def block_product(x: Tensor, layout: BlockIndex, delta: Tensor) -> Tensor:
     """x D^T for the sparse D alone, (..., m) in x's dtype: what a bypass adds to a base that cannot be written."""
     result: Tensor = _BlockProduct.apply(x, layout, delta)
     return result
@@ -268,7 +268,7 @@ def block_product(x: Tensor, layout: Layout, delta: Tensor) -> Tensor:
 
 class _BlockProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout, delta: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layout: BlockIndex, delta: Tensor) -> Tensor:
         flat_x = x.reshape(-1, x.shape[-1])
         y = x.new_zeros(flat_x.shape[0], layout.shape[0])
         add_product(y, flat_x, layout, delta.to(x.dtype))

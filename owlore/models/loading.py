@@ -18,8 +18,8 @@ from htsr.model.locate import locate
 from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
 from htsr.model.source import Source
-from owlore.attach import holds_adapter, is_adapter
-from owlore.models.meta_loading import open_unread
+from owlore.injection import holds_adapter, is_adapter
+from owlore.models.meta_loading import open_on_meta
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -167,7 +167,7 @@ def _without_blocks(
     """The model with its blocks left where they are, None where they are not to be or cannot be."""
     if leave is not None:
         try:
-            return open_unread(source, place, dtype=dtype, attn=attention(attn))
+            return open_on_meta(source, place, dtype=dtype, attn=attention(attn))
         except CannotStreamError as why:
             leave(f"note: {ref} is read into host memory as a whole: {why}")
     return None, {}

@@ -16,11 +16,11 @@ from htsr.console import quiet_libraries
 from htsr.model.safetensors_files import SafetensorsSource
 from htsr.model.skeleton import CannotStreamError, EmptyOnMeta
 from htsr.model.source import Source, TensorInfo
-from owlore.blocks import find_units
-from owlore.residency.binding import nowhere
+from owlore.blocks import find_parts
+from owlore.residency.binding import placeholder
 
 
-def open_unread(
+def open_on_meta(
     source: Source, place: Path, *, dtype: torch.dtype | None, attn: dict[str, str]
 ) -> tuple[Any, dict[str, str]]:
     """(model in evaluation mode, name of every parameter -> name of its tensor in the source).
@@ -36,13 +36,15 @@ def open_unread(
         raise CannotStreamError("its weights are stored quantised")
     model = _empty_model(source, place, dtype, attn)
     origins = _origins(model, source)
-    inside = find_units(model).block_of()
+    inside = find_parts(model).block_of()
     held: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the bare parameter is kept, so that no id is used twice
     for name, bare in list(model.named_parameters(remove_duplicate=False)):
         if id(bare) not in held:
             first = bare.data
             values = (
-                nowhere(first, torch.device("cpu")) if name in inside else source.read(origins[name]).to(first.dtype)
+                placeholder(first, torch.device("cpu"))
+                if name in inside
+                else source.read(origins[name]).to(first.dtype)
             )
             held[id(bare)] = (bare, nn.Parameter(values, requires_grad=False))
         _place(model, name, held[id(bare)][1])

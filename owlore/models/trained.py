@@ -17,7 +17,7 @@ from owlore.models.loading import Loaded, load
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
+class TrainedModel:
     """A model ready to be used, its tokenizer, and a digest of everything that its weights are made of."""
 
     model: Any
@@ -25,7 +25,7 @@ class Finished:
     sha256: str
 
 
-def load_finished(ref: str | Path, *, device: torch.device, dtype: str = "auto", attn: str = "sdpa") -> Finished:
+def load_trained(ref: str | Path, *, device: torch.device, dtype: str = "auto", attn: str = "sdpa") -> TrainedModel:
     """Load what `ref` names; the model of a run directory, and an adapter on the base that it names.
 
     Raises: NotFound, BadInput as `owlore.models.loading.load`; BadInput for an adapter that does not fit its base.
@@ -35,7 +35,7 @@ def load_finished(ref: str | Path, *, device: torch.device, dtype: str = "auto",
         refuse_unfinished(Path(ref))
     if not (Path(place) / "adapter_config.json").is_file():
         loaded = load(place, dtype=dtype, attn=attn, device=device)
-        return Finished(model=loaded.model.eval(), tokenizer=loaded.tokenizer, sha256=loaded.weights_sha256)
+        return TrainedModel(model=loaded.model.eval(), tokenizer=loaded.tokenizer, sha256=loaded.weights_sha256)
     return _with_adapter(Path(place), device, dtype, attn)
 
 
@@ -46,12 +46,12 @@ def place_of(ref: str | Path) -> str:
     return str(exported) if held else str(ref)
 
 
-def _with_adapter(place: Path, device: torch.device, dtype: str, attn: str) -> Finished:
+def _with_adapter(place: Path, device: torch.device, dtype: str, attn: str) -> TrainedModel:
     loaded, model = adapter_on_base(place, device=device, dtype=dtype, attn=attn)
     digest = hashlib.sha256(loaded.weights_sha256.encode())
     for file in sorted(place.glob("adapter_*")):
         digest.update(file.read_bytes())
-    return Finished(model=model, tokenizer=loaded.tokenizer, sha256=digest.hexdigest())
+    return TrainedModel(model=model, tokenizer=loaded.tokenizer, sha256=digest.hexdigest())
 
 
 def adapter_on_base(

@@ -1,6 +1,6 @@
 """The rotating optimizer: state lives and dies with activation."""
 
+from owlore.optim.parameter_state import MasterPolicy, UpdateSpec
 from owlore.optim.rotating import RotatingOptimizer, Switch
-from owlore.optim.slot import Rule, Weights
 
-__all__ = ["RotatingOptimizer", "Rule", "Switch", "Weights"]
+__all__ = ["MasterPolicy", "RotatingOptimizer", "Switch", "UpdateSpec"]

@@ -1,7 +1,7 @@
 """An optimizer whose state is a function of the active set.
 
 Every parameter that may ever be trained is known from the start; `switch` says which are active now. A parameter that
-joins gets a slot (master, moments, basis) and a gradient hook, one that leaves loses both, and what is held between
+joins gets a state (master, moments, basis) and a gradient hook, one that leaves loses both, and what is held between
 switches depends on nothing but the active set.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlore.optim.parameter_state import HeldBytes, MasterPolicy, ParameterState, UpdateSpec
 from owlore.optim.projected_linear import linear_maps, tap
-from owlore.optim.slot import HeldBytes, Rule, Slot, Weights
 from owlore.patches import PatchStack, Undo
 
 ON_SWITCH = ("drop", "host", "keep")
@@ -55,7 +55,7 @@ class RotatingOptimizer:
         parameters: Mapping[str, nn.Parameter],
         *,
         seed: int,
-        weights: Weights = Weights.MASTER,
+        weights: MasterPolicy = MasterPolicy.MASTER,
         on_switch: str = "drop",
         grad_scale: float = 1.0,
         add_up: Callable[[Sequence[Tensor]], None] | None = None,
@@ -67,20 +67,20 @@ class RotatingOptimizer:
         self.parameters = dict(parameters)
         self.seed, self.weights, self.on_switch, self.grad_scale = seed, weights, on_switch, grad_scale
         self.add_up = add_up
-        self.slots: dict[str, Slot] = {}
+        self.states: dict[str, ParameterState] = {}
         self.parked: dict[str, Parked] = {}
         self._linear_maps = linear_maps(layers)
         self._patches = PatchStack() if patches is None else patches
         self._listeners: dict[str, list[Undo]] = {}  # by active parameter: what takes its hook and forward off
         self._last_micro_batch = True
         self._step = 0
-        self._squares: Tensor | None = None  # of this step, by slot: squared norm of what was gathered
+        self._squares: Tensor | None = None  # of this step, by state: squared norm of what was gathered
         self._seen: Tensor | None = None  # the same summed over the updates since the last `take_norms`
         self._updates_seen = 0
 
     # -- the active set ----------------------------------------------------------------------------------------------
 
-    def switch(self, wanted: Mapping[str, Rule], step: int, between: Callable[[], None] = lambda: None) -> Switch:
+    def switch(self, wanted: Mapping[str, UpdateSpec], step: int, between: Callable[[], None] = lambda: None) -> Switch:
         """Make exactly `wanted` active from global step `step` on; those that stay get a new basis and keep moments.
 
         between: called when those that leave are written back and those that join have not been looked at.
@@ -90,44 +90,44 @@ class RotatingOptimizer:
         unknown = [name for name in wanted if name not in self.parameters]
         if unknown:
             raise KeyError(f"not a parameter of this optimizer: {unknown[0]}")
-        self._squares, self._seen, self._updates_seen = None, None, 0  # they go by slot, and the slots change
-        left = tuple(name for name in self.slots if name not in wanted)
+        self._squares, self._seen, self._updates_seen = None, None, 0  # they go by state, and the states change
+        left = tuple(name for name in self.states if name not in wanted)
         lost = sum(self._leave(name, step) ** 2 for name in left) ** 0.5
         between()
-        stayed = tuple(name for name in wanted if name in self.slots)
+        stayed = tuple(name for name in wanted if name in self.states)
         for name in stayed:
-            self.slots[name].renew()
-        joined = tuple(name for name in wanted if name not in self.slots)
+            self.states[name].reset_basis()
+        joined = tuple(name for name in wanted if name not in self.states)
         for name in joined:
             self._join(name, wanted[name])
         return Switch(joined=joined, stayed=stayed, left=left, lost_norm=lost)
 
-    def _join(self, name: str, rule: Rule) -> None:
+    def _join(self, name: str, rule: UpdateSpec) -> None:
         parameter = self.parameters[name]
-        slot = Slot(name, parameter, rule, weights=self.weights, seed=self.seed, grad_scale=self.grad_scale)
+        state = ParameterState(name, parameter, rule, weights=self.weights, seed=self.seed, grad_scale=self.grad_scale)
         parked = self.parked.pop(name, None)
         if parked is not None:
-            slot.restore(parked.tensors, parked.counters)
-            slot.renew()
-        self.slots[name] = slot
+            state.restore(parked.tensors, parked.counters)
+            state.reset_basis()
+        self.states[name] = state
         parameter.requires_grad_(True)
-        layer = self._linear_maps.get(id(parameter)) if slot.takes_products else None
-        hook = parameter.register_post_accumulate_grad_hook(self._taker(slot, tapped=layer is not None))
+        layer = self._linear_maps.get(id(parameter)) if state.accepts_factors else None
+        hook = parameter.register_post_accumulate_grad_hook(self._taker(state, tapped=layer is not None))
         listeners = [self._patches.add(hook.remove)]
         if layer is not None:
             # The method is looked up when it is called, so that a measurement can replace it.
-            listeners.append(tap(layer, lambda left, other: slot.receive_product(left, other), self._patches))
+            listeners.append(tap(layer, lambda left, other: state.accumulate_factored(left, other), self._patches))
         self._listeners[name] = listeners
 
     def _leave(self, name: str, step: int) -> float:
-        slot = self.slots.pop(name)
+        state = self.states.pop(name)
         self._stop_listening(name)
-        slot.parameter.requires_grad_(False)
-        slot.parameter.grad = None
-        lost = slot.retire(step)
+        state.parameter.requires_grad_(False)
+        state.parameter.grad = None
+        lost = state.write_back(step)
         if self.on_switch != "drop":
-            device = torch.device("cpu") if self.on_switch == "host" else slot.parameter.device
-            self.parked[name] = Parked({key: t.to(device) for key, t in slot.tensors().items()}, slot.counters())
+            device = torch.device("cpu") if self.on_switch == "host" else state.parameter.device
+            self.parked[name] = Parked({key: t.to(device) for key, t in state.tensors().items()}, state.counters())
         return lost
 
     def _stop_listening(self, name: str) -> None:
@@ -139,13 +139,13 @@ class RotatingOptimizer:
         for name in list(self._listeners):
             self._stop_listening(name)
 
-    def _taker(self, slot: Slot, *, tapped: bool) -> Callable[[Tensor], None]:
+    def _taker(self, state: ParameterState, *, tapped: bool) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
-                assert tapped, f"{slot.name}: somebody else takes its gradient"
+                assert tapped, f"{state.name}: somebody else takes its gradient"
                 return  # its factors were taken
-            slot.receive(gradient, last=self._last_micro_batch, step=self._step)
+            state.accumulate(gradient, last=self._last_micro_batch, step=self._step)
 
         return take
 
@@ -162,9 +162,9 @@ class RotatingOptimizer:
         """Norm over everything gathered in this step, by all processes; projected gradients in their own space."""
         if self.add_up is not None:
             self._add_up(self.add_up)
-        for slot in self.slots.values():
-            slot.settle(self._step)
-        parts = [slot.norm_squared() for slot in self.slots.values()]
+        for state in self.states.values():
+            state.refresh_basis(self._step)
+        parts = [state.norm_squared() for state in self.states.values()]
         device = next((part.device for part in parts if part is not None), torch.device("cpu"))
         zero = torch.zeros((), device=device)
         self._squares = torch.stack([zero if part is None else part.to(device) for part in parts]) if parts else None
@@ -172,10 +172,10 @@ class RotatingOptimizer:
 
     def _add_up(self, add_up: Callable[[Sequence[Tensor]], None]) -> None:
         """Sum what the processes gathered. A parameter that got a gradient on none of them is left out."""
-        slots = list(self.slots.values())
-        present = torch.tensor([float(slot.has_gradient) for slot in slots])
+        states = list(self.states.values())
+        present = torch.tensor([float(state.has_gradient) for state in states])
         add_up([present])
-        add_up([slot.pending() for slot, count in zip(slots, present.tolist(), strict=True) if count])
+        add_up([state.pending() for state, count in zip(states, present.tolist(), strict=True) if count])
 
     def update(self, lr: float, clip: float | None, norm: Tensor | None = None) -> None:
         """One update of every active parameter; gradients are scaled so that their norm is at most `clip`."""
@@ -185,21 +185,21 @@ class RotatingOptimizer:
             seen, device = self._seen, self._squares.device
             self._seen = self._squares if seen is None else self._squares + seen.to(device)
             self._updates_seen, self._squares = self._updates_seen + 1, None
-        for slot in self.slots.values():
-            slot.update(lr, factor, self._step)
+        for state in self.states.values():
+            state.update(lr, factor, self._step)
 
     def take_norms(self) -> tuple[dict[str, float], int]:
         """Squared gradient norms by active parameter, summed over the updates since the last call or `switch`, and the
         number of these updates. They are sums that the steps made anyway; asking waits for the device once."""
-        sums = [0.0] * len(self.slots) if self._seen is None else self._seen.tolist()
+        sums = [0.0] * len(self.states) if self._seen is None else self._seen.tolist()
         updates, self._seen, self._updates_seen = self._updates_seen, None, 0
-        return dict(zip(self.slots, sums, strict=True)), updates
+        return dict(zip(self.states, sums, strict=True)), updates
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def held(self) -> HeldBytes:
-        """Bytes of the active slots (parked state is counted by `parked_bytes`)."""
-        return sum((slot.held() for slot in self.slots.values()), HeldBytes())
+        """Bytes of the active states (parked state is counted by `parked_bytes`)."""
+        return sum((state.held() for state in self.states.values()), HeldBytes())
 
     def parked_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for parked in self.parked.values() for t in parked.tensors.values())
@@ -210,18 +210,20 @@ class RotatingOptimizer:
         counters: dict[str, Any] = {"active": {}, "parked": {}, "updates_seen": self._updates_seen}
         if self._seen is not None:
             tensors["seen||squares"] = self._seen
-        for name, slot in self.slots.items():
-            counters["active"][name] = slot.counters()
-            tensors |= {f"active|{name}|{key}": t for key, t in slot.tensors().items()}
+        for name, state in self.states.items():
+            counters["active"][name] = state.counters()
+            tensors |= {f"active|{name}|{key}": t for key, t in state.tensors().items()}
         for name, parked in self.parked.items():
             counters["parked"][name] = dict(parked.counters)
             tensors |= {f"parked|{name}|{key}": t for key, t in parked.tensors.items()}
         return tensors, counters
 
-    def load_state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    def load_state(
+        self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], rules: Mapping[str, UpdateSpec]
+    ) -> None:
         """Continue from `state()`; `rules` names how each saved active parameter is updated. What is held now goes."""
-        for name in list(self.slots):
-            self.slots.pop(name)
+        for name in list(self.states):
+            self.states.pop(name)
             self._stop_listening(name)
             self.parameters[name].requires_grad_(False)
         fields: dict[tuple[str, str], dict[str, Tensor]] = {}
@@ -230,7 +232,7 @@ class RotatingOptimizer:
             fields.setdefault((kind, name), {})[part] = tensor
         for name, counts in counters["active"].items():
             self._join(name, rules[name])
-            self.slots[name].restore(fields["active", name], counts)
+            self.states[name].restore(fields["active", name], counts)
         for name, counts in counters["parked"].items():
             self.parked[name] = Parked(fields["parked", name], dict(counts))
         self._seen, self._updates_seen = fields.get(("seen", ""), {}).get("squares"), counters.get("updates_seen", 0)

@@ -43,7 +43,7 @@ def advise(config: TrainConfig, now: Planned, plan: Callable[[TrainConfig], Plan
 
 def _changes(config: TrainConfig) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that this method can make and that are not made yet, each with its price."""
-    reads = STRATEGIES[config.method].reads
+    reads = STRATEGIES[config.method].accepted_options
     for change, price in _every_change(config):
         unread = {name for name in change if SETTINGS[name].metadata.get("method") and name not in reads}
         if not unread and any(getattr(config, name) != value for name, value in change.items()):

@@ -43,13 +43,13 @@ class Fit:
                 "cost": LEVELS[self.level]}  # fmt: skip
 
 
-def fit_from_config(config: TrainConfig, limit: int, say: Callable[[str], None], rates: Rates | None = None) -> Fit:
+def fit_from_config(config: TrainConfig, limit: int, notify: Callable[[str], None], rates: Rates | None = None) -> Fit:
     """The cheapest settings with which the peak is at most `limit` bytes; where none fits, the smallest found.
 
     What the user gave stays; only settings that were left open are changed (`--batch` may be split into `--accum`).
     """
     config, strategy = resolve(config)
-    planner = planner_of(config, strategy, say, rates or Rates())
+    planner = planner_of(config, strategy, notify, rates or Rates())
     smallest: Fit | None = None
     tried: list[dict[str, Any]] = []
     for level in range(len(LEVELS)):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from htsr.console import quiet_libraries
-from owlore.blocks import find_units, freeze
+from owlore.blocks import find_parts, freeze
 from owlore.models.loading import attention
 
 MULTIPLY = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2)}  # operator -> places of its two factors
@@ -137,10 +137,10 @@ def _saved(model: nn.Module, trained: tuple[int, ...], tokens: int, names: Colle
     Without a trained block the last norm's input is made to need a gradient, which gives what lies outside the blocks.
     """
     freeze(model)
-    units = find_units(model)
-    for name, parameter in units.parameters(trained, ()).items():
+    parts = find_parts(model)
+    for name, parameter in parts.parameters(trained, ()).items():
         parameter.requires_grad_(names is None or name in names)
-    handle = units.modules[-1].register_forward_hook(_start_here) if not trained else None
+    handle = parts.modules[-1].register_forward_hook(_start_here) if not trained else None
     try:
         positions = torch.arange(tokens // 2).repeat(2)[None] if packed else None
         return saved_bytes(model, torch.zeros(1, tokens, dtype=torch.long), positions)

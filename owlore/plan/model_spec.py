@@ -1,4 +1,4 @@
-"""A model that is known by its configuration alone: its units on the meta device, and what a sequence costs."""
+"""A model that is known by its configuration alone: its parts on the meta device, and what a sequence costs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import nn
 from htsr.console import quiet_libraries
 from htsr.errors import BadInput, HtsrError
 from htsr.model.locate import locate
-from owlore.attach import Attached
-from owlore.blocks import Units, find_units
+from owlore.blocks import ModelParts, find_parts
 from owlore.config import TrainConfig
+from owlore.injection import InjectedAdapter
 from owlore.models.loading import DTYPES
 from owlore.plan.footprint import Footprint, measure_footprint
-from owlore.strategies import Start, Strategy
+from owlore.strategies import PrepareContext, Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model known by its configuration: units on the meta device and what a sequence costs.
+class ModelSpec:
+    """A model known by its configuration: parts on the meta device and what a sequence costs.
 
-    parameters: of the model alone; `attached` is what the method put into it.
+    parameters: of the model alone; `injected` is what the method put into it.
     """
 
-    units: Units
+    parts: ModelParts
     parameters: int
-    attached: Attached | None
+    injected: InjectedAdapter | None
     footprint: Footprint
     dtype: torch.dtype
     hidden: int
@@ -37,7 +37,7 @@ class Shape:
     positions: int | None
 
 
-def model_shape(config: TrainConfig, device: str = "cpu", *, strategy: type[Strategy] = Strategy) -> Shape:
+def model_spec(config: TrainConfig, device: str = "cpu", *, strategy: type[Strategy] = Strategy) -> ModelSpec:
     """The model that `config.model` names, without its weights, as the method prepares it.
 
     Raises: NotFound, BadInput (no configuration of a causal language model).
@@ -49,47 +49,47 @@ def model_shape(config: TrainConfig, device: str = "cpu", *, strategy: type[Stra
     try:
         with quiet_libraries():
             described = AutoConfig.from_pretrained(path.parent if gguf else path, **gguf)
-        return shape_of_config(described, _dtype(config, described, bool(gguf), device), config, strategy)
+        return spec_of_config(described, _dtype(config, described, bool(gguf), device), config, strategy)
     except HtsrError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{config.model} has no configuration of a causal language model: {error}") from error
 
 
-def shape_of_config(described: Any, dtype: torch.dtype, config: TrainConfig, strategy: type[Strategy]) -> Shape:
+def spec_of_config(described: Any, dtype: torch.dtype, config: TrainConfig, strategy: type[Strategy]) -> ModelSpec:
     """The shape of the model that a transformers configuration describes; no weights are made."""
     from transformers import AutoModelForCausalLM
 
     with quiet_libraries(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(described, dtype=dtype)
-    return shape_of(model, attn=config.attn, strategy=strategy, own=config.set or {}, packed=config.packing)
+    return spec_of_model(model, attn=config.attn, strategy=strategy, options=config.set or {}, packed=config.packing)
 
 
-def shape_of(
+def spec_of_model(
     model: Any,
     *,
     attn: str = "sdpa",
     strategy: type[Strategy] = Strategy,
-    own: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     packed: bool = False,
-) -> Shape:
+) -> ModelSpec:
     """The shape of a model object, which the method prepares; its parameters may be on the meta device."""
     text = model.config.get_text_config()
     dtype = next(model.parameters()).dtype
     parameters = sum(p.numel() for p in model.parameters())
-    start = Start(own=own or {}, seed=0)
+    start = PrepareContext(options=options or {}, seed=0)
 
     def names(toy: nn.Module) -> frozenset[str] | None:
-        attached = strategy.prepare(toy, start)
-        return None if attached is None else attached.trained
+        injected = strategy.prepare(toy, start)
+        return None if injected is None else injected.trained
 
     prepare = names if strategy.adapts else None
     footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=prepare, packed=packed)
-    attached = strategy.prepare(model, start)
-    return Shape(
-        units=find_units(model),
+    injected = strategy.prepare(model, start)
+    return ModelSpec(
+        parts=find_parts(model),
         parameters=parameters,
-        attached=attached,
+        injected=injected,
         footprint=footprint,
         dtype=dtype,
         hidden=text.hidden_size,
@@ -98,10 +98,10 @@ def shape_of(
     )
 
 
-def weight_bytes(model: nn.Module, attached: Attached | None) -> int:
+def weight_bytes(model: nn.Module, injected: InjectedAdapter | None) -> int:
     """Bytes of the weights; with an adapter also of what it keeps in buffers (frozen first values, codes, indexes)."""
     held = _bytes(model.parameters())
-    return held if attached is None else held + _bytes(stored_buffers(model)) - attached.saves_bytes
+    return held if injected is None else held + _bytes(stored_buffers(model)) - injected.saves_bytes
 
 
 def stored_buffers(model: nn.Module) -> list[torch.Tensor]:

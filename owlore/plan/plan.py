@@ -19,16 +19,16 @@ import numpy as np
 from torch import nn
 
 from htsr.errors import UsageError
-from owlore.blocks import Units
-from owlore.optim import Rule, Weights
-from owlore.optim.slot import HeldBytes, planned_bytes
+from owlore.blocks import ModelParts
+from owlore.optim import MasterPolicy, UpdateSpec
+from owlore.optim.parameter_state import HeldBytes, planned_state_bytes
 from owlore.plan.advice import Advice
-from owlore.plan.model_spec import Shape, weight_bytes
-from owlore.plan.resident import logits_bytes, resident_moments
-from owlore.plan.streamed import Load, Moments, Rates, StreamedModel, Traffic, traffic, walk_moments
+from owlore.plan.model_spec import ModelSpec, weight_bytes
+from owlore.plan.resident import logits_bytes, resident_peak
+from owlore.plan.streamed import MicroBatchBytes, PeakBytes, Rates, StreamedModel, Traffic, streamed_peak, traffic
 from owlore.residency.placement import Placement
 from owlore.sampling import DRAWS
-from owlore.strategies import Hyper, Strategy
+from owlore.strategies import Strategy, StrategyConfig
 
 DRAWS_FOR_DEPTH = 2000
 
@@ -58,11 +58,11 @@ class Plan:
 
 
 def make_plan(
-    shape: Shape,
+    shape: ModelSpec,
     strategy_class: type[Strategy],
-    hyper: Hyper,
+    hyper: StrategyConfig,
     *,
-    weights: Weights,
+    weights: MasterPolicy,
     batch: int,
     accum: int,
     tokens: int,
@@ -79,17 +79,19 @@ def make_plan(
     if processes > 1 and placement.streams:
         raise UsageError(f"got {processes} processes and streamed blocks, expected one process; leave --processes out")
     together = max(accum, min(processes, 2))  # is what a new basis has to see more than one micro-batch of one process?
-    units = shape.units
-    strategy = strategy_class(units, hyper)
-    draws = _draws(strategy, hyper, units.num_blocks)
-    worst = _worst(draws, units)
-    outside = units.parameters((), hyper.always_on)
+    parts = shape.parts
+    strategy = strategy_class(parts, hyper)
+    draws = _draws(strategy, hyper, parts.num_blocks)
+    worst = _worst(draws, parts)
+    outside = parts.parameters((), hyper.always_on)
     rules = strategy.rules_for(worst)
-    parameters = dict(_all(units, rules))
-    state = sum((planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes())
-    bottom = any(name in outside for name, _ in units.groups["embeddings"])
+    parameters = dict(_all(parts, rules))
+    state = sum(
+        (planned_state_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes()
+    )
+    bottom = any(name in outside for name, _ in parts.groups["embeddings"])
     low = 0 if bottom else min(min(draw) for draw in draws)
-    model = StreamedModel(units, placement)
+    model = StreamedModel(parts, placement)
     recompute = recompute or placement.streams
     optimizer = state.moments + state.projectors
     if placement.streams:
@@ -97,11 +99,11 @@ def make_plan(
         gradients, activations, logits = moments.gradients, moments.activations, moments.logits
         peak = held + state.masters + optimizer + moments.peak
     else:
-        plain = resident_moments(
+        plain = resident_peak(
             shape, parameters, rules, low=low, drawn=len(worst), batch=batch, tokens=tokens, accumulates=accum > 1,
             together=together, recompute=recompute,
         )  # fmt: skip
-        held, host = weight_bytes(units.model, shape.attached), None
+        held, host = weight_bytes(parts.model, shape.injected), None
         gradients, activations, logits = plain.gradients, plain.activations + plain.in_backward, plain.logits
         peak = held + state.masters + optimizer + plain.peak
     kinds = {
@@ -114,15 +116,15 @@ def make_plan(
     }
     total = shape.parameters
     always = sum(p.numel() for p in outside.values())
-    named = strategy.rules_for(range(units.num_blocks))
-    inside = [sum(p.numel() for name, p in block if name in named) for block in units.blocks]
+    named = strategy.rules_for(range(parts.num_blocks))
+    inside = [sum(p.numel() for name, p in block if name in named) for block in parts.blocks]
     mean = float(np.mean([sum(inside[block] for block in draw) for draw in draws]))
-    depths = [units.num_blocks - (0 if bottom else min(draw)) for draw in draws]
+    depths = [parts.num_blocks - (0 if bottom else min(draw)) for draw in draws]
     return Plan(
         bytes=kinds | {"total": peak},
         trainable={"per_step": (mean + always) / total, "always_on": always / total},
-        backward_depth={"expected": float(np.mean(depths)), "blocks": units.num_blocks},
-        compute={"of_full": _compute(units, draws, named.keys() | outside.keys(), outside, bottom, recompute)},
+        backward_depth={"expected": float(np.mean(depths)), "blocks": parts.num_blocks},
+        compute={"of_full": _compute(parts, draws, named.keys() | outside.keys(), outside, bottom, recompute)},
         traffic=traffic(
             model, draws, inside, tokens=batch * accum * tokens, bottom=bottom, rates=rates, recompute=recompute
         ),
@@ -130,32 +132,34 @@ def make_plan(
     )
 
 
-def parked_bytes(shape: Shape, strategy: Strategy, hyper: Hyper, weights: Weights) -> int:
+def parked_bytes(shape: ModelSpec, strategy: Strategy, hyper: StrategyConfig, weights: MasterPolicy) -> int:
     """Moments and bases that wait for their blocks once every block that can be drawn was: at most so many bytes."""
-    units = shape.units
-    draws = set(_draws(strategy, hyper, units.num_blocks))
+    parts = shape.parts
+    draws = set(_draws(strategy, hyper, parts.num_blocks))
     drawn = sorted(set().union(*draws))
 
     def held(blocks: Iterable[int]) -> int:
         rules = strategy.rules_for(blocks)
-        inside = units.parameters(blocks, ())
-        state = [planned_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in inside.items() if n in rules]
+        inside = parts.parameters(blocks, ())
+        state = [
+            planned_state_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in inside.items() if n in rules
+        ]
         return sum(s.moments + s.projectors for s in state)
 
     return held(drawn) - min(held(draw) for draw in draws)
 
 
 def _compute(
-    units: Units, draws: list[tuple[int, ...]], trained: Collection[str], outside: Collection[str], bottom: bool,
+    parts: ModelParts, draws: list[tuple[int, ...]], trained: Collection[str], outside: Collection[str], bottom: bool,
     recompute: bool,
 ) -> float:  # fmt: skip
     """Multiplications by weights in a step, as a share of full fine-tuning's without recomputation; scores of attention
     left out. Of a matrix that is passed: one unit forward, one for the gradient of its input where backward comes by,
     one for its own gradient where it is trained, one more forward where it is recomputed."""
-    sizes = [[(name, p.numel()) for name, p in block if p.ndim > 1] for block in units.blocks]
+    sizes = [[(name, p.numel()) for name, p in block if p.ndim > 1] for block in parts.blocks]
     whole = [sum(size for _, size in block) for block in sizes]
     own = [sum(size for name, size in block if name in trained) for block in sizes]
-    head = {name: p.numel() for name, p in units.groups["head"]}  # tied embeddings are multiplied by here
+    head = {name: p.numel() for name, p in parts.groups["head"]}  # tied embeddings are multiplied by here
     at_head = sum(head.values()) * 2 + sum(size for name, size in head.items() if name in outside)
     costs = []
     for draw, count in Counter(draws).items():
@@ -166,20 +170,20 @@ def _compute(
 
 
 def _streamed(
-    shape: Shape,
+    shape: ModelSpec,
     model: StreamedModel,
     drawn: tuple[int, ...],
     low: int,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, UpdateSpec],
     parameters: Mapping[str, nn.Parameter],
-    hyper: Hyper,
+    hyper: StrategyConfig,
     batch: int,
     accum: int,
     tokens: int,
-) -> tuple[int, Moments, dict[str, int]]:
+) -> tuple[int, PeakBytes, dict[str, int]]:
     """(weights on the device, the step's moments, bytes on the host) of a run whose blocks are walked one by one."""
     footprint = shape.footprint
-    load = Load(
+    load = MicroBatchBytes(
         accum=accum,
         boundary=int(batch * footprint.boundary(tokens)),
         block=int(batch * footprint.trained(tokens)),
@@ -189,13 +193,13 @@ def _streamed(
     )
     outside, left = model.outside_bytes(hyper.always_on)
     held = outside + sum(model.device_bytes(drawn).values())
-    moments = walk_moments(model, load, drawn=drawn, low=low, rules=rules, parameters=parameters)
+    moments = streamed_peak(model, load, drawn=drawn, low=low, rules=rules, parameters=parameters)
     return held, moments, model.host_bytes(load, low, left)
 
 
-def _draws(strategy: Strategy, hyper: Hyper, blocks: int) -> list[tuple[int, ...]]:
+def _draws(strategy: Strategy, hyper: StrategyConfig, blocks: int) -> list[tuple[int, ...]]:
     """Draws of many periods; a method that samples nothing has one."""
-    if "draw" not in strategy.reads:
+    if "draw" not in strategy.accepted_options:
         return [strategy.blocks_at(0)]
     periods = DRAWS_FOR_DEPTH if hyper.draw == "exact" else min(DRAWS_FOR_DEPTH, 4 * blocks)
     return list(_drawn(hyper.draw, tuple(hyper.inclusion.tolist()), hyper.seed, periods))
@@ -207,12 +211,12 @@ def _drawn(draw: str, inclusion: tuple[float, ...], seed: int, periods: int) -> 
     return tuple(DRAWS[draw](pi, seed, period) for period in range(periods))
 
 
-def _worst(draws: list[tuple[int, ...]], units: Units) -> tuple[int, ...]:
+def _worst(draws: list[tuple[int, ...]], parts: ModelParts) -> tuple[int, ...]:
     """The draw with the most parameters."""
-    sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
+    sizes = [sum(p.numel() for _, p in block) for block in parts.blocks]
     return max(draws, key=lambda draw: sum(sizes[block] for block in draw))
 
 
-def _all(units: Units, rules: Mapping[str, Rule]) -> list[tuple[str, nn.Parameter]]:
-    everything = units.parameters(range(units.num_blocks), units.groups)
+def _all(parts: ModelParts, rules: Mapping[str, UpdateSpec]) -> list[tuple[str, nn.Parameter]]:
+    everything = parts.parameters(range(parts.num_blocks), parts.groups)
     return [(name, everything[name]) for name in rules]

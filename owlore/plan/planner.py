@@ -14,16 +14,16 @@ from owlore.data.prepare import prepare
 from owlore.layer_table import DEFAULT_GAMMA, find_table, run_inclusion
 from owlore.models.loading import pick_device
 from owlore.plan.advice import advise
-from owlore.plan.model_spec import Shape, model_shape
+from owlore.plan.model_spec import ModelSpec, model_spec
 from owlore.plan.plan import Plan, make_plan, parked_bytes
 from owlore.plan.streamed import Rates
-from owlore.settings import hyper_of, placement_of, recomputes, resolve, weights_of
+from owlore.settings import placement_of, recomputes, resolve, strategy_config, weights_of
 from owlore.strategies import Strategy
 
 
 def plan_from_config(
     config: TrainConfig,
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
     rates: Rates | None = None,
     *,
     advice: bool = False,
@@ -36,22 +36,22 @@ def plan_from_config(
     processes: that train together; the bytes are those of each.
     """
     config, strategy = resolve(config)
-    planner = planner_of(config, strategy, say, rates or Rates(), processes)
+    planner = planner_of(config, strategy, notify, rates or Rates(), processes)
     return planner.advised(config) if advice else planner.plan(config)
 
 
 def planner_of(
-    config: TrainConfig, strategy: type[Strategy], say: Callable[[str], None], rates: Rates, processes: int = 1
+    config: TrainConfig, strategy: type[Strategy], notify: Callable[[str], None], rates: Rates, processes: int = 1
 ) -> Planner:
     """A planner of the model, table and data that `config` names."""
     device = pick_device(config.device).type
 
-    def describe(other: TrainConfig) -> Shape:
-        return model_shape(other, device, strategy=strategy)
+    def describe(other: TrainConfig) -> ModelSpec:
+        return model_spec(other, device, strategy=strategy)
 
     planner = Planner(strategy, describe, device=device, rates=rates, processes=processes)
     shape = planner.shape(config)
-    planner.table = _table(config, strategy, shape.units.num_blocks, say)
+    planner.table = _table(config, strategy, shape.parts.num_blocks, notify)
     planner.tokens = _longest(config, shape.positions)
     return planner
 
@@ -67,7 +67,7 @@ class Planner:
     def __init__(
         self,
         strategy: type[Strategy],
-        describe: Callable[[TrainConfig], Shape],
+        describe: Callable[[TrainConfig], ModelSpec],
         *,
         device: str,
         table: LayerTable | None = None,
@@ -77,9 +77,9 @@ class Planner:
     ) -> None:
         self.rates, self.processes = rates, processes
         self.strategy, self.describe, self.device, self.table, self.tokens = strategy, describe, device, table, tokens
-        self._shapes: dict[tuple[Any, ...], Shape] = {}
+        self._shapes: dict[tuple[Any, ...], ModelSpec] = {}
 
-    def shape(self, config: TrainConfig) -> Shape:
+    def shape(self, config: TrainConfig) -> ModelSpec:
         """The model under these settings, described once for each kind."""
         kind = (config.dtype, config.weights == "fp32", config.packing, config.attn)
         if kind not in self._shapes:
@@ -95,7 +95,7 @@ class Planner:
         """The plan under these (resolved) settings."""
         table, shape = self.table, self.shape(config)
         inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-        hyper = hyper_of(config, inclusion, shape.attached)
+        hyper = strategy_config(config, inclusion, shape.injected)
         made = make_plan(
             shape,
             self.strategy,
@@ -105,25 +105,25 @@ class Planner:
             accum=config.accum,
             processes=self.processes,
             tokens=min(self.tokens, config.seq_len),
-            recompute=recomputes(config, shape.units),
+            recompute=recomputes(config, shape.parts),
             placement=placement_of(config),
             rates=self.rates,
         )
         if config.on_switch == "keep" or (config.on_switch == "host" and self.device == "cpu"):
-            parked = parked_bytes(shape, self.strategy(shape.units, hyper), hyper, weights_of(config))
+            parked = parked_bytes(shape, self.strategy(shape.parts, hyper), hyper, weights_of(config))
             made = replace(made, bytes=made.bytes | {k: made.bytes[k] + parked for k in ("optimizer", "total")})
         return made
 
 
 def _table(
-    config: TrainConfig, strategy: type[Strategy], num_blocks: int, say: Callable[[str], None]
+    config: TrainConfig, strategy: type[Strategy], num_blocks: int, notify: Callable[[str], None]
 ) -> LayerTable | None:
     def unscanned() -> LayerTable:
-        say("note: the layer table is not known without a scan; the draws are taken as uniform")
+        notify("note: the layer table is not known without a scan; the draws are taken as uniform")
         return LayerTable.uniform(num_blocks, min(DEFAULT_GAMMA, num_blocks))
 
     wanted = config.table if strategy.table is not None else None
-    return find_table(wanted, num_blocks=num_blocks, scan=unscanned, say=say, weights_sha256="")
+    return find_table(wanted, num_blocks=num_blocks, scan=unscanned, notify=notify, weights_sha256="")
 
 
 def _longest(config: TrainConfig, positions: int | None) -> int:

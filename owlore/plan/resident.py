@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from owlore.blocks import Units
+from owlore.blocks import ModelParts
 from owlore.kernels.cross_entropy import chunk_rows
-from owlore.optim import Rule
-from owlore.plan.model_spec import Shape
+from owlore.optim import UpdateSpec
+from owlore.plan.model_spec import ModelSpec
 from owlore.plan.streamed import gathered_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidentMoments:
+class ResidentPeak:
     """Bytes that come and go within a step, and the larger of the two moments that can be the peak."""
 
     gradients: int
@@ -44,10 +44,10 @@ class ResidentMoments:
         return max(self.activations + self.logits + self.head, kept + self.in_backward)
 
 
-def resident_moments(
-    shape: Shape,
+def resident_peak(
+    shape: ModelSpec,
     parameters: Mapping[str, nn.Parameter],
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, UpdateSpec],
     *,
     low: int,
     drawn: int,
@@ -56,25 +56,25 @@ def resident_moments(
     accumulates: bool,
     together: int,
     recompute: bool,
-) -> ResidentMoments:
+) -> ResidentPeak:
     """Those of a step that trains `parameters` in `drawn` blocks, the lowest of them `low`.
 
     together: micro-batches, of all processes, that a new basis has to see; above one it waits for their sum.
     """
     trained = shape.footprint.trained
-    return ResidentMoments(
+    return ResidentPeak(
         gradients=gradient_bytes(parameters, rules, together),
         arriving=arriving_bytes(parameters, rules),
         activations=_activations(shape, low, drawn, batch, tokens, recompute),
         block=int(batch * trained(tokens) + trained.fixed),
         logits=logits_bytes(shape, batch * tokens),
-        head=_head_gradient(shape.units, parameters),
+        head=_head_gradient(shape.parts, parameters),
         recompute=recompute,
         accumulates=accumulates,
     )
 
 
-def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule], accum: int) -> int:
+def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, UpdateSpec], accum: int) -> int:
     """Most bytes of gradients at once: what is gathered, and the one matrix that is arriving.
 
     A step that looks for new bases with accumulation gathers those matrices' sums whole; so does every step of an
@@ -83,12 +83,12 @@ def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, R
     gathered = 0
     for name, parameter in parameters.items():
         rule = rules[name]
-        together = accum > 1 and not rule.whole
+        together = accum > 1 and not rule.full_rank
         gathered += 4 * parameter.numel() if together else gathered_bytes(rule, parameter)
     return gathered + arriving_bytes(parameters, rules)
 
 
-def arriving_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, Rule]) -> int:
+def arriving_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, UpdateSpec]) -> int:
     """The largest gradient that exists for the moment of its hook: as autograd made it, and in fp32."""
     sizes = [
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4))
@@ -98,9 +98,9 @@ def arriving_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, R
     return max(sizes, default=0)
 
 
-def _activations(shape: Shape, low: int, active: int, batch: int, tokens: int, recompute: bool) -> int:
+def _activations(shape: ModelSpec, low: int, active: int, batch: int, tokens: int, recompute: bool) -> int:
     """Saved for backward when the forward is done."""
-    footprint, blocks = shape.footprint, shape.units.num_blocks - low
+    footprint, blocks = shape.footprint, shape.parts.num_blocks - low
     if recompute:
         kept, fixed = blocks * footprint.boundary(tokens), 0.0
     else:
@@ -109,7 +109,7 @@ def _activations(shape: Shape, low: int, active: int, batch: int, tokens: int, r
     return int(batch * (kept + footprint.outside(tokens)) + fixed)
 
 
-def logits_bytes(shape: Shape, tokens: int) -> int:
+def logits_bytes(shape: ModelSpec, tokens: int) -> int:
     """One chunk of logits in fp32 (and, for a moment, in 16 bits), and the hidden states that are given to the head
     with their gradient."""
     size = torch.empty((), dtype=shape.dtype).element_size()
@@ -117,8 +117,8 @@ def logits_bytes(shape: Shape, tokens: int) -> int:
     return rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
 
 
-def _head_gradient(units: Units, trained: Mapping[str, nn.Parameter]) -> int:
+def _head_gradient(parts: ModelParts, trained: Mapping[str, nn.Parameter]) -> int:
     """Bytes of the head's gradient while the loss is computed, summed in fp32; in 16 bits a chunk's part beside it."""
     sizes = [p.numel() * (4 if p.element_size() == 4 else 4 + p.element_size())
-             for name, p in units.groups["head"] if name in trained]  # fmt: skip
+             for name, p in parts.groups["head"] if name in trained]  # fmt: skip
     return sum(sizes)

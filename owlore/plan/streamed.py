@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from owlore.blocks import Units
+from owlore.blocks import ModelParts
 from owlore.kernels.nf4 import CHUNK
 from owlore.kernels.projector import projected_shape
-from owlore.optim import Rule
+from owlore.optim import UpdateSpec
 from owlore.residency.binding import layout_of
+from owlore.residency.blob_layout import BlobLayout
 from owlore.residency.boundaries import AHEAD
 from owlore.residency.formats import FORMATS, NF4
-from owlore.residency.layout import Layout
 from owlore.residency.pinned import locked_bytes
 from owlore.residency.placement import Placement
-from owlore.residency.plan import Loads, loads_of_step
+from owlore.residency.visits import Loads, loads_of_step
 
 NUM_SLOTS = 2
 DRAWS_FOR_LOADS = 50
@@ -41,7 +41,7 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class MicroBatchBytes:
     """What a step is made of. boundary, block, frozen, outside, logits: bytes for one micro-batch."""
 
     accum: int
@@ -53,7 +53,7 @@ class Load:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moments:
+class PeakBytes:
     """Largest bytes by kind over the walk of a step, and the largest sum of them."""
 
     gradients: int
@@ -65,12 +65,12 @@ class Moments:
 class StreamedModel:
     """Layouts of a model's blocks under given placement."""
 
-    def __init__(self, units: Units, placement: Placement) -> None:
-        self.units, self.placement = units, placement
-        self.layouts: list[Layout] = [layout_of(module, FORMATS[placement.frozen]) for module in units.modules]
-        self.resident = set(placement.resident_blocks(units.num_blocks))
-        self.streamed = set(range(units.num_blocks)) - self.resident
-        self.own = [sum(p.numel() * p.element_size() for _, p in block) for block in units.blocks]
+    def __init__(self, parts: ModelParts, placement: Placement) -> None:
+        self.parts, self.placement = parts, placement
+        self.layouts: list[BlobLayout] = [layout_of(module, FORMATS[placement.frozen]) for module in parts.modules]
+        self.resident = set(placement.resident_blocks(parts.num_blocks))
+        self.streamed = set(range(parts.num_blocks)) - self.resident
+        self.own = [sum(p.numel() * p.element_size() for _, p in block) for block in parts.blocks]
 
     def device_bytes(self, drawn: Sequence[int]) -> dict[str, int]:
         """Block weights on the device, by kind, as `Residency.device_bytes` counts them."""
@@ -85,21 +85,21 @@ class StreamedModel:
 
     def outside_bytes(self, always_on: Sequence[str]) -> tuple[int, int]:
         """(on the device, on the host): parameters outside the blocks."""
-        outside = self.units.parameters((), self.units.groups)
+        outside = self.parts.parameters((), self.parts.groups)
         total = sum(p.numel() * p.element_size() for p in outside.values())
-        head = {name for name, _ in self.units.groups["head"]}
-        access: Any = getattr(self.units.model, "get_input_embeddings", None)
+        head = {name for name, _ in self.parts.groups["head"]}
+        access: Any = getattr(self.parts.model, "get_input_embeddings", None)
         table = {id(p) for p in access().parameters()} if access is not None else set()
-        inputs = {name: p for name, p in self.units.groups["embeddings"] if id(p) in table}
+        inputs = {name: p for name, p in self.parts.groups["embeddings"] if id(p) in table}
         if self.placement.residency != "host" or "embeddings" in always_on or inputs.keys() & head:
             return total, 0
         left = sum(p.numel() * p.element_size() for p in inputs.values())
         return total - left, left
 
-    def host_bytes(self, load: Load, low: int, embedding: int) -> dict[str, int]:
+    def host_bytes(self, load: MicroBatchBytes, low: int, embedding: int) -> dict[str, int]:
         """Host memory by kind. overlay: exact bits of all blocks, what it grows to when each has been trained."""
         blobs = [self.layouts[block].num_bytes for block in self.streamed]
-        boundaries = (self.units.num_blocks - low) * load.accum * load.boundary if self.placement.offload else 0
+        boundaries = (self.parts.num_blocks - low) * load.accum * load.boundary if self.placement.offload else 0
         return {
             "store": sum(blobs),
             "locked": sum(locked_bytes(size) for size in blobs) + boundaries,
@@ -121,27 +121,27 @@ class StreamedModel:
         return count * weight.dtype.itemsize + passing
 
 
-def _lossy_bytes(layout: Layout) -> int:
+def _lossy_bytes(layout: BlobLayout) -> int:
     """Of a block's lossy matrices when they are dense."""
     return sum(int(np.prod(w.shape)) * w.dtype.itemsize for w in layout.weights if not w.form.exact)
 
 
-def walk_moments(
+def streamed_peak(
     model: StreamedModel,
-    load: Load,
+    load: MicroBatchBytes,
     *,
     drawn: Sequence[int],
     low: int,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, UpdateSpec],
     parameters: Mapping[str, nn.Parameter],
-) -> Moments:
+) -> PeakBytes:
     """The largest moment of a step: at the loss, or in the backward of some block."""
-    dense, blocks = model.dense_bytes(together=load.accum > 1), model.units.num_blocks
-    home = model.units.block_of()
-    by_block: dict[int | None, list[tuple[Rule, nn.Parameter]]] = {}
+    dense, blocks = model.dense_bytes(together=load.accum > 1), model.parts.num_blocks
+    home = model.parts.block_of()
+    by_block: dict[int | None, list[tuple[UpdateSpec, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
         by_block.setdefault(home.get(name), []).append((rules[name], parameter))
-    ends = _Ends(model.units, rules, parameters, load.accum)
+    ends = _Ends(model.parts, rules, parameters, load.accum)
 
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
@@ -161,7 +161,7 @@ def walk_moments(
         held = kept(block) + passing + load.boundary + work + load.block // 3 + (0 if block in drawn else dense)
         moments.append((gathered + (whole if load.accum > 1 else single), held, 0))
     moments.append((gathered + ends.at_bottom, passing, 0))
-    return Moments(
+    return PeakBytes(
         gradients=max(g for g, _, _ in moments),
         activations=max(a for _, a, _ in moments),
         logits=load.logits,
@@ -177,19 +177,19 @@ class _Ends:
     """
 
     def __init__(
-        self, units: Units, rules: Mapping[str, Rule], parameters: Mapping[str, nn.Parameter], accum: int
+        self, parts: ModelParts, rules: Mapping[str, UpdateSpec], parameters: Mapping[str, nn.Parameter], accum: int
     ) -> None:
         inputs, heads = (
-            {name for name, _ in units.groups[group]} & parameters.keys() for group in ("embeddings", "head")
+            {name for name, _ in parts.groups[group]} & parameters.keys() for group in ("embeddings", "head")
         )
-        outside = parameters.keys() - units.block_of().keys()
+        outside = parameters.keys() - parts.block_of().keys()
         shared = bool(inputs & heads)
         early, late = (set(), outside) if shared else (outside - inputs, inputs)
 
-        def total(names: Iterable[str], size: Callable[[Rule, nn.Parameter], int]) -> int:
+        def total(names: Iterable[str], size: Callable[[UpdateSpec, nn.Parameter], int]) -> int:
             return sum(size(rules[name], parameters[name]) for name in names)
 
-        def most(names: Iterable[str], size: Callable[[Rule, nn.Parameter], int]) -> int:
+        def most(names: Iterable[str], size: Callable[[UpdateSpec, nn.Parameter], int]) -> int:
             return max((size(rules[name], parameters[name]) for name in names), default=0)
 
         held = total(outside if shared else (), lambda rule, p: p.numel() * p.element_size())
@@ -206,27 +206,27 @@ class _Ends:
         self.at_bottom = total(late, gathered_bytes) + late_sums + most(late, _single) + twice
 
 
-def _sum(rule: Rule, parameter: nn.Parameter) -> int:
+def _sum(rule: UpdateSpec, parameter: nn.Parameter) -> int:
     return _arriving(rule, parameter, together=True)
 
 
-def _single(rule: Rule, parameter: nn.Parameter) -> int:
+def _single(rule: UpdateSpec, parameter: nn.Parameter) -> int:
     return _arriving(rule, parameter, together=False)
 
 
-def gathered_bytes(rule: Rule, parameter: nn.Parameter) -> int:
+def gathered_bytes(rule: UpdateSpec, parameter: nn.Parameter) -> int:
     """A parameter's gradient as it waits for the update: fp32, projected where the rule projects, and beside it whole
     where the update is of full rank."""
     count = parameter.numel()
     if rule.projects(parameter.shape):
         rows, cols = parameter.shape
         count = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger))) + (
-            count if rule.whole else 0
+            count if rule.full_rank else 0
         )
     return 4 * count
 
 
-def _arriving(rule: Rule, parameter: nn.Parameter, *, together: bool) -> int:
+def _arriving(rule: UpdateSpec, parameter: nn.Parameter, *, together: bool) -> int:
     """A gradient as autograd makes it and its fp32 copy; with `together` the sum that waits for the last micro-batch.
 
     A block sees all its micro-batches in one visit, so only its own sums wait.
@@ -280,20 +280,20 @@ def traffic(
     recompute: bool,
 ) -> Traffic:
     """Copies and compute of a step of `tokens` tokens. trained: parameters of each block that are trained if drawn."""
-    units = model.units
-    sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
-    head = sum(p.numel() for _, p in units.groups["head"])
+    parts = model.parts
+    sizes = [sum(p.numel() for _, p in block) for block in parts.blocks]
+    head = sum(p.numel() for _, p in parts.groups["head"])
     blob = max((model.layouts[block].num_bytes for block in model.streamed), default=0)
     copy, size = blob / rates.bus, max(sizes)
     forward = 2 * size * tokens / rates.flops
     loads, stalls, flops = [], [], []
     for draw in draws[:DRAWS_FOR_LOADS]:
-        low = 0 if bottom else min(draw, default=units.num_blocks)
-        counted = _loads(units.num_blocks, low, frozenset(model.streamed - set(draw)))
+        low = 0 if bottom else min(draw, default=parts.num_blocks)
+        counted = _loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)))
         loads.append(counted.total)
         stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
         again = 2 if recompute else 0
-        down = sum((again + 2) * sizes[block] for block in range(low, units.num_blocks))
+        down = sum((again + 2) * sizes[block] for block in range(low, parts.num_blocks))
         down += 2 * sum(trained[block] for block in draw)
         flops.append((2 * sum(sizes) + down + 4 * head) * tokens)
     return Traffic(

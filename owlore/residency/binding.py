@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from owlore.kernels.linear import input_of, linear_kind
 from owlore.patches import PatchStack
+from owlore.residency.blob_layout import BlobLayout, Weight
 from owlore.residency.formats import FORMATS, Format, Raw
 from owlore.residency.frozen_linear import PackedWeight, frozen_linear
-from owlore.residency.layout import Layout, Weight
 
 Views = Mapping[str, Mapping[str, Tensor]]
 
 
-def layout_of(module: nn.Module, form: Format) -> Layout:
+def layout_of(module: nn.Module, form: Format) -> BlobLayout:
     """The layout of a block: the matrices of plain linear maps in `form`, everything else as it is."""
     matrices = {id(m.weight) for m in module.modules() if linear_kind(m) is not None}
     raw = FORMATS[Raw.name]
@@ -30,7 +30,7 @@ def layout_of(module: nn.Module, form: Format) -> Layout:
         Weight(name=name, shape=tuple(p.shape), dtype=p.dtype, form=form if id(p) in matrices else raw)
         for name, p in module.named_parameters()
     ]
-    return Layout(tuple(weights))
+    return BlobLayout(tuple(weights))
 
 
 class Binding:
@@ -41,7 +41,7 @@ class Binding:
         block: int,
         module: nn.Module,
         names: Sequence[str],
-        layout: Layout,
+        layout: BlobLayout,
         device: torch.device,
         patches: PatchStack,
     ) -> None:
@@ -49,7 +49,7 @@ class Binding:
         self.local = dict(zip(names, self.parameters, strict=True))
         self.own = False  # parameters have exact values for as long as the block is drawn
         self._borrowed = False  # and they lie in the store
-        self._nowhere = {name: nowhere(p, device) for name, p in self.parameters.items()}
+        self._placeholders = {name: placeholder(p, device) for name, p in self.parameters.items()}
         forms = {weight.name: weight for weight in layout.weights if not weight.form.exact}
         self._packed = {name: PackedWeight(weight, block) for name, weight in forms.items()}
         for name, m in module.named_modules():
@@ -83,12 +83,12 @@ class Binding:
                 packed.lend(views[name], keeps=keeps)
 
     def unbind(self) -> None:
-        """Let the parameters be nowhere."""
+        """Let the parameters be placeholders."""
         for name, parameter in self.parameters.items():
             packed = self._packed.get(name)
             if packed is not None:
                 packed.lend(None)
-            parameter.data = self._nowhere[name]
+            parameter.data = self._placeholders[name]
         self.own = self._borrowed = False
 
     def take(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
@@ -114,6 +114,6 @@ class Binding:
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
 
 
-def nowhere(parameter: Tensor, device: torch.device) -> Tensor:
+def placeholder(parameter: Tensor, device: torch.device) -> Tensor:
     """A tensor of that shape and dtype which holds one value, NaN."""
     return torch.full((), float("nan"), dtype=parameter.dtype, device=device).expand(parameter.shape)

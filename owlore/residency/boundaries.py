@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from owlore.residency.copy_queue import CopyEvent, CopyQueue
 from owlore.residency.pinned import Pin
-from owlore.residency.ports import Port, Ticket
 
 Key = tuple[int, int]  # (block, micro-batch)
 AHEAD = 2  # boundaries in flight in each direction
@@ -24,18 +24,18 @@ AHEAD = 2  # boundaries in flight in each direction
 class _Away:
     host: Tensor
     like: Tensor  # shape and dtype, on the meta device
-    ticket: Ticket
+    event: CopyEvent
 
 
 class Boundaries:
     """`keep` in forward order, `take` in backward order, `clear` at the end of a step."""
 
-    def __init__(self, port: Port, *, offload: bool, pin: Pin) -> None:
-        self.port, self.offload, self._pin = port, offload, pin
+    def __init__(self, copies: CopyQueue, *, offload: bool, pin: Pin) -> None:
+        self.copies, self.offload, self._pin = copies, offload, pin
         self._here: dict[Key, Tensor] = {}
         self._away: dict[Key, _Away] = {}
         self._leaving: deque[Key] = deque()
-        self._coming: dict[Key, Ticket] = {}
+        self._coming: dict[Key, CopyEvent] = {}
         self._order: list[Key] = []
         self._hosts: dict[Key, Tensor] = {}  # one a key, for the whole run
 
@@ -48,12 +48,12 @@ class Boundaries:
         if not self.offload:
             return
         host = self._host(key, hidden)
-        self.port.about = key[0]
-        self._away[key] = _Away(host, hidden.to("meta"), self.port.unload(host, hidden))
+        self.copies.about = key[0]
+        self._away[key] = _Away(host, hidden.to("meta"), self.copies.unload(host, hidden))
         self._leaving.append(key)
         if len(self._leaving) > AHEAD:
             gone = self._leaving.popleft()
-            self.port.wait(self._away[gone].ticket)  # what is computed next may reuse the memory
+            self.copies.wait(self._away[gone].event)  # what is computed next may reuse the memory
             del self._here[gone]
 
     def take(self, key: Key) -> Tensor:
@@ -62,22 +62,22 @@ class Boundaries:
         self._fetch(key)
         for later in self._order[:AHEAD]:
             self._fetch(later)
-        self.port.about = key[0]
+        self.copies.about = key[0]
         away = self._away.pop(key, None)
         if key in self._coming:
-            self.port.wait(self._coming.pop(key))
+            self.copies.wait(self._coming.pop(key))
         elif away is not None:  # it never left, but its copy may still be read from it when the caller lets go
             self._leaving.remove(key)
-            self.port.wait(away.ticket)
+            self.copies.wait(away.event)
         return self._here.pop(key)
 
     def _fetch(self, key: Key) -> None:
         if key in self._here:
             return
         away = self._away[key]
-        into = torch.empty_like(away.like, device=self.port.device)
-        self.port.about = key[0]
-        self._coming[key] = self.port.fetch(into, away.host)
+        into = torch.empty_like(away.like, device=self.copies.device)
+        self.copies.about = key[0]
+        self._coming[key] = self.copies.fetch(into, away.host)
         self._here[key] = into
 
     def _host(self, key: Key, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a model in memory or in files to streamed blocks: layouts, store, masters, one block after another."""
+"""From a model in memory or in files to streamed blocks: layouts, store, exact weights, one block after another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from owlore.patches import PatchStack
 from owlore.residency.binding import layout_of
+from owlore.residency.copy_queue import CopyQueue
+from owlore.residency.exact_weights import ExactWeights, FileExactWeights, LazyWeights, Overlay, Read
 from owlore.residency.formats import Format
-from owlore.residency.masters import FileMasters, Masters, Overlay, Read, Unread
 from owlore.residency.pinned import Pin
-from owlore.residency.ports import Port
-from owlore.residency.run import Residency, StoreMasters
+from owlore.residency.residency import Residency, StoreExactWeights
 from owlore.residency.store import Store
 
 Find = Callable[[str], str | None]  # a parameter's name -> its name in the checkpoint
@@ -25,21 +25,24 @@ def empty_residency(
     *,
     form: Format,
     resident: Collection[int],
-    port: Port,
+    copies: CopyQueue,
     pin: Pin,
-    num_slots: int = 2,
-    masters: Masters | None = None,
+    num_buffers: int = 2,
+    exact_weights: ExactWeights | None = None,
     patches: PatchStack | None = None,
 ) -> Residency:
-    """Blocks without weights yet: `Residency.occupy` gives each its own. masters: None where the store is exact."""
-    store = Store([layout_of(m, form) for m in modules], device=port.device, resident=resident, pin=pin)
+    """Blocks without weights yet: `Residency.occupy` gives each its own.
+
+    exact_weights: None where the store is exact.
+    """
+    store = Store([layout_of(m, form) for m in modules], device=copies.device, resident=resident, pin=pin)
     return Residency(
         modules,
         names,
         store=store,
-        masters=masters or StoreMasters(store),
-        port=port,
-        num_slots=num_slots,
+        exact_weights=exact_weights or StoreExactWeights(store),
+        copies=copies,
+        num_buffers=num_buffers,
         patches=patches,
     )
 
@@ -63,7 +66,7 @@ def move_in(residency: Residency, *, find: Find, read: Read, overlay: Overlay) -
         places.append(place)
         residency.occupy(block, exact)
     if not residency.store.exact:
-        residency.masters = FileMasters(read, places, overlay)
+        residency.exact_weights = FileExactWeights(read, places, overlay)
     return kept
 
 
@@ -76,9 +79,9 @@ def read_in(residency: Residency, *, origins: Mapping[str, str], read: Read, ove
     for block, binding in enumerate(residency.bindings):
         place = {local: (origins[name], binding.parameters[local].dtype) for name, local in binding.local.items()}
         places.append(place)
-        residency.occupy(block, Unread(place, read))
+        residency.occupy(block, LazyWeights(place, read))
     if not residency.store.exact:
-        residency.masters = FileMasters(read, places, overlay)
+        residency.exact_weights = FileExactWeights(read, places, overlay)
 
 
 def _places(

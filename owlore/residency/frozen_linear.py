@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from owlore.kernels.linear import apply_linear, input_gradient
-from owlore.residency.layout import Weight
+from owlore.residency.blob_layout import Weight
 
 
 class PackedWeight:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from htsr.errors import BadInput
-from owlore.residency.layout import Layout
+from owlore.residency.blob_layout import BlobLayout
 from owlore.residency.pinned import HostBlob, Pin, locked_bytes
 
 SCHEMA = "owlore-store/1"
@@ -24,7 +24,9 @@ SCHEMA = "owlore-store/1"
 class Store:
     """Blobs of all blocks. resident: blocks whose blob lies on `device`; the others lie on the host."""
 
-    def __init__(self, layouts: Sequence[Layout], *, device: torch.device, resident: Collection[int], pin: Pin) -> None:
+    def __init__(
+        self, layouts: Sequence[BlobLayout], *, device: torch.device, resident: Collection[int], pin: Pin
+    ) -> None:
         self.layouts, self.device, self.resident, self._pin = tuple(layouts), device, frozenset(resident), pin
         self.blobs: dict[int, HostBlob] = {}
 

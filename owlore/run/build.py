@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from htsr.errors import BadInput, UsageError
-from owlore.activations.checkpointing import Recompute
+from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.activations.compiled import Compiled
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement
@@ -18,7 +18,7 @@ from owlore.optim import RotatingOptimizer
 from owlore.patches import PatchStack
 from owlore.run.directory import check_same_run
 from owlore.run.inputs import RunInputs, arrange
-from owlore.settings import hyper_of, placement_of, recomputes, weights_of
+from owlore.settings import placement_of, recomputes, strategy_config, weights_of
 from owlore.strategies import Strategy
 from owlore.training.backend import Backend
 from owlore.training.loss import CausalLoss
@@ -40,7 +40,7 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
     Raises:
         HtsrError: settings, model and data do not go together. The model is left as it came.
     """
-    config, units, loaded, ranks = inputs.config, inputs.units, inputs.loaded, inputs.ranks
+    config, parts, loaded, ranks = inputs.config, inputs.parts, inputs.loaded, inputs.ranks
     inclusion = None
     if inputs.table is not None:
         inclusion = run_inclusion(inputs.table, active=config.active, floor=config.floor)
@@ -54,14 +54,14 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
     ranks.agree("weights, data, table or settings", json.dumps(identity))
     if inputs.directory.saved is not None:
         check_same_run(identity, inputs.directory.saved.state["identity"])
-    strategy = inputs.strategy_class(units, hyper_of(config, inclusion, inputs.attached))
+    strategy = inputs.strategy_class(parts, strategy_config(config, inclusion, inputs.injected))
     # The optimizer looks for plain linear maps, so it is made before any forward is replaced.
     optimizer = _optimizer(inputs, patches)
     # What is put onto the model last runs first, so the order of these lines is that of the forwards from the inside.
     streams = placement_of(config).streams
     streamed = None
     try:
-        Compiled(units.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
+        Compiled(parts.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
         streamed = _open_streamed(inputs, patches) if streams else None
         return _trainer(inputs, identity, strategy, optimizer, streamed, patches)
     except BaseException:
@@ -77,12 +77,12 @@ def _trainer(
     streamed: StreamedBackend | None,
     patches: PatchStack,
 ) -> Trainer:
-    config, units, ranks = inputs.config, inputs.units, inputs.ranks
+    config, parts, ranks = inputs.config, inputs.parts, inputs.ranks
     loss = CausalLoss(inputs.loaded.model)
     backend: Backend
     if streamed is None:
-        recompute = Recompute(units.modules, enabled=recomputes(config, units), patches=patches)
-        backend = ResidentBackend(units, optimizer, loss, inputs.device, recompute)
+        recompute = ActivationCheckpointing(parts.modules, enabled=recomputes(config, parts), patches=patches)
+        backend = ResidentBackend(parts, optimizer, loss, inputs.device, recompute)
     else:
         streamed.connect(loss, optimizer, compiled=config.compile)
         backend = streamed
@@ -92,9 +92,9 @@ def _trainer(
             "rows); use --group-by-length"
         )
     arrangement = arrange(config, inputs.prepared, ranks.size)
-    every = config.every if "every" in inputs.strategy_class.reads else None
+    every = config.every if "every" in inputs.strategy_class.accepted_options else None
     trainer = Trainer(
-        units=units,
+        parts=parts,
         rotation=Rotation(
             strategy=strategy, optimizer=optimizer, every=every, set_active=backend.set_active, agree=ranks.agree
         ),
@@ -112,8 +112,8 @@ def _trainer(
         checkpoints=inputs.directory.checkpoints,
         device=inputs.device,
         identity=identity,
-        stats=RunStats(draws=[0] * units.num_blocks),
-        attached=inputs.attached,
+        stats=RunStats(draws=[0] * parts.num_blocks),
+        injected=inputs.injected,
         ranks=ranks,
     )
     if inputs.directory.saved is not None:
@@ -136,21 +136,21 @@ def _open_streamed(inputs: RunInputs, patches: PatchStack) -> StreamedBackend:
         )
     return open_streamed_backend(
         placement_of(inputs.config),
-        inputs.units,
+        inputs.parts,
         inputs.loaded,
         always_on=inputs.config.always_on,
         device=inputs.device,
         directory=inputs.directory.path,
-        say=inputs.say,
+        notify=inputs.notify,
         patches=patches,
     )
 
 
 def _optimizer(inputs: RunInputs, patches: PatchStack) -> RotatingOptimizer:
-    units, config, attached = inputs.units, inputs.config, inputs.attached
-    candidates = units.parameters(range(units.num_blocks), units.groups)
-    if attached is not None:
-        candidates = {name: p for name, p in candidates.items() if name in attached.trained}
+    parts, config, injected = inputs.parts, inputs.config, inputs.injected
+    candidates = parts.parameters(range(parts.num_blocks), parts.groups)
+    if injected is not None:
+        candidates = {name: p for name, p in candidates.items() if name in injected.trained}
     return RotatingOptimizer(
         candidates,
         seed=config.seed,
@@ -158,7 +158,7 @@ def _optimizer(inputs: RunInputs, patches: PatchStack) -> RotatingOptimizer:
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if inputs.loaded.model.dtype == torch.float16 else 1.0,
         add_up=inputs.ranks.sum_into if inputs.ranks.size > 1 else None,
-        layers=() if config.compile else units.modules,
+        layers=() if config.compile else parts.modules,
         patches=patches,
     )
 

@@ -14,21 +14,21 @@ import torch
 
 from htsr.console import notice
 from htsr.errors import BadInput
-from owlore.attach import Attached
-from owlore.blocks import Units, find_units, freeze
+from owlore.blocks import ModelParts, find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement, Grouped
 from owlore.data.files import locate_data
 from owlore.data.packing import Packed
 from owlore.data.prepare import Prepared, prepare
 from owlore.data.tokenise import Encoded
+from owlore.injection import InjectedAdapter
 from owlore.io.trackers import check_trackers
 from owlore.kernels.cross_entropy import IGNORED
 from owlore.layer_table import cache_directory, find_table, floor_of, scanned_table
 from owlore.models.loading import Loaded, load, pick_device
 from owlore.run.directory import RunDirectory, find_directory
 from owlore.settings import placement_of, resolve
-from owlore.strategies import Start, Strategy
+from owlore.strategies import PrepareContext, Strategy
 from owlore.training.distributed import Ranks
 from owlore.training.loss import CausalLoss
 from owlore.training.trainer import collated
@@ -48,11 +48,11 @@ class RunInputs:
         device: where the model computes.
         loaded: the model, its tokenizer and its checkpoint.
         prepared: the encoded data.
-        attached: the adapter that the method put into the model, if any.
-        units: the model's parts, the adapter among them.
+        injected: the adapter that the method put into the model, if any.
+        parts: the model's parts, the adapter among them.
         table: the layer table, None where nothing is sampled.
         ranks: the processes that train together.
-        say: is told what is noteworthy.
+        notify: is told what is noteworthy.
     """
 
     config: TrainConfig
@@ -61,11 +61,11 @@ class RunInputs:
     device: torch.device
     loaded: Loaded
     prepared: Prepared
-    attached: Attached | None
-    units: Units
+    injected: InjectedAdapter | None
+    parts: ModelParts
     table: LayerTable | None
     ranks: Ranks
-    say: Callable[[str], None]
+    notify: Callable[[str], None]
 
 
 def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tokenizer: Any, table: Any) -> RunInputs:
@@ -81,7 +81,7 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
     if not ranks.leads:
         config = replace(config, quiet=True)
 
-    def say(message: str) -> None:
+    def notify(message: str) -> None:
         notice(message, quiet=config.quiet)
 
     config, strategy_class = resolve(config)
@@ -97,40 +97,40 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
         attn=config.attn,
         device=torch.device("cpu") if streams else device,
         tokenizer=tokenizer,
-        leave=say if streams else None,
+        leave=notify if streams else None,
     )
     freeze(loaded.model)
     with ranks.lead_first():
         prepared = prepare(
             data,
             loaded.tokenizer,
-            seq_len=_seq_len(config, loaded, say),
+            seq_len=_seq_len(config, loaded, notify),
             eval_data=config.eval_data,
             seed=config.seed,
             cache=cache_directory() / "tokens",
         )
         for line in prepared.report.shown():
-            say(line)
+            notify(line)
     prepared = _within_vocabulary(prepared, loaded.model.get_input_embeddings().weight.shape[0])
-    attached = _attach(config, strategy_class, loaded, prepared, directory, device)
-    units = find_units(loaded.model)
+    injected = _attach(config, strategy_class, loaded, prepared, directory, device)
+    parts = find_parts(loaded.model)
     with ranks.lead_first():
         found = find_table(
             table if table is not None else (config.table if strategy_class.table is not None else None),
-            num_blocks=units.num_blocks,
+            num_blocks=parts.num_blocks,
             weights_sha256=loaded.weights_sha256,
-            say=say,
+            notify=notify,
             scan=lambda: scanned_table(
-                model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, say=say, quiet=config.quiet
+                model, loaded.tokenizer, weights_sha256=loaded.weights_sha256, notify=notify, quiet=config.quiet
             ),
         )
     if found is not None and config.floor is None and (floor := floor_of(found)):
-        say(f"note: the table was made with floor {floor:g}, which this run keeps; --floor 0 leaves it out")
-    if (config.active or 0) > units.num_blocks:
-        say(f"note: --active got {config.active}, the model has {units.num_blocks} blocks: all are always trained")
+        notify(f"note: the table was made with floor {floor:g}, which this run keeps; --floor 0 leaves it out")
+    if (config.active or 0) > parts.num_blocks:
+        notify(f"note: --active got {config.active}, the model has {parts.num_blocks} blocks: all are always trained")
     return RunInputs(
         config=config, strategy_class=strategy_class, directory=directory, device=device, loaded=loaded,
-        prepared=prepared, attached=attached, units=units, table=found, ranks=ranks, say=say,
+        prepared=prepared, injected=injected, parts=parts, table=found, ranks=ranks, notify=notify,
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def _attach(
     prepared: Prepared,
     directory: RunDirectory,
     device: torch.device,
-) -> Attached | None:
+) -> InjectedAdapter | None:
     """Let the method put its adapter into the loaded model, if it has one; nothing is trainable afterwards."""
     arrangement = arrange(config, prepared)
 
@@ -162,10 +162,12 @@ def _attach(
             yield collated(prepared.train, part).on(device)
 
     saved = None if directory.saved is None else directory.saved.state.get("notes")
-    start = Start(own=config.set or {}, seed=config.seed, batches=batches, loss=_mean_loss(loaded.model), saved=saved)
-    attached = strategy_class.prepare(loaded.model, start)
+    start = PrepareContext(
+        options=config.set or {}, seed=config.seed, batches=batches, loss=_mean_loss(loaded.model), saved=saved
+    )
+    injected = strategy_class.prepare(loaded.model, start)
     freeze(loaded.model)
-    return attached
+    return injected
 
 
 def _mean_loss(model: Any) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
@@ -200,11 +202,11 @@ def _within_vocabulary(prepared: Prepared, rows: int) -> Prepared:
     return replace(prepared, train=checked(prepared.train), heldout=heldout)
 
 
-def _seq_len(config: TrainConfig, loaded: Loaded, say: Callable[[str], None]) -> int:
+def _seq_len(config: TrainConfig, loaded: Loaded, notify: Callable[[str], None]) -> int:
     """The asked length, at most what the model's positions allow."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.seq_len > limit:
-        say(f"note: --seq-len {config.seq_len} is cut to the model's {limit} positions")
+        notify(f"note: --seq-len {config.seq_len} is cut to the model's {limit} positions")
         return int(limit)
     return config.seq_len
 

@@ -12,7 +12,7 @@ import torch
 from htsr.console import progress
 from htsr.errors import OutOfMemory
 from owlore.activations.malloc_trim import trimmed_heap
-from owlore.activations.saved_tensors import shelved
+from owlore.activations.saved_tensors import saved_tensor_arena
 from owlore.blocks import freeze
 from owlore.io.export import export, export_adapter
 from owlore.io.export_files import export_files
@@ -86,15 +86,15 @@ def _train(inputs: RunInputs, trainer: Trainer) -> None:
     with (
         open_trackers(config.log_to if leads else (), directory.path, config.to_dict(), step=first_step) as trackers,
         progress(steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
-        trimmed_heap(trainer.units.modules, trainer.device),
-        shelved(trainer.units.modules, enabled=_keeps_on_the_heap(inputs, trainer)),
+        trimmed_heap(trainer.parts.modules, trainer.device),
+        saved_tensor_arena(trainer.parts.modules, enabled=_keeps_on_the_heap(inputs, trainer)),
     ):
-        trainer.run(reporter(bar, inputs.say, steps, trackers))
+        trainer.run(reporter(bar, inputs.notify, steps, trackers))
 
 
 def _keeps_on_the_heap(inputs: RunInputs, trainer: Trainer) -> bool:
     """Whether activations that autograd saves stay in the C heap until backward comes by."""
-    recomputed = isinstance(trainer.backend, StreamedBackend) or recomputes(inputs.config, inputs.units)
+    recomputed = isinstance(trainer.backend, StreamedBackend) or recomputes(inputs.config, inputs.parts)
     return trainer.device.type == "cpu" and not recomputed and not inputs.config.compile
 
 
@@ -105,14 +105,14 @@ def _model_of(inputs: RunInputs, trainer: Trainer, patches: PatchStack) -> Any:
         patches.close()
         stays = inputs.config.residency == "device" and backend.exact
         backend.reassemble(trainer.device if stays else torch.device("cpu"))
-    return inputs.loaded.model if inputs.attached is None else inputs.attached.wrapper
+    return inputs.loaded.model if inputs.injected is None else inputs.injected.wrapper
 
 
 def _write_results(inputs: RunInputs, trainer: Trainer, run: Run) -> None:
     """Write the model or adapter, run.json, the model card and the plots."""
     directory, loaded, values = run.directory / "model", inputs.loaded, trainer.backend.values
-    if inputs.attached is not None:
-        export_adapter(loaded, inputs.attached, directory)
+    if inputs.injected is not None:
+        export_adapter(loaded, inputs.injected, directory)
     elif loaded.origins and isinstance(trainer.backend, StreamedBackend):
         export_files(
             loaded, directory, trained=trainer.trained, seed=inputs.config.seed, value=lambda name: values([name])[name]

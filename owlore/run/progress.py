@@ -10,7 +10,7 @@ from owlore.io.trackers import Tracker
 
 
 def reporter(
-    bar: Any, say: Callable[[str], None], steps: int, trackers: Sequence[Tracker]
+    bar: Any, notify: Callable[[str], None], steps: int, trackers: Sequence[Tracker]
 ) -> Callable[[dict[str, Any]], None]:
     """A function that passes metrics rows to the trackers and shows them on the bar, or as lines without a terminal."""
     stride = max(1, steps // 20)
@@ -21,7 +21,7 @@ def reporter(
         if row.get("split") == "eval":
             weights = row.get("weights", "exact")
             read = "" if weights == "exact" else f" (frozen blocks in {weights})"
-            say(f"step {row['step']}: held-out loss {row['loss']:.4f}{read}")
+            notify(f"step {row['step']}: held-out loss {row['loss']:.4f}{read}")
         elif row:
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
             blocks = spans(row["active_blocks"])
@@ -30,6 +30,6 @@ def reporter(
                 f"loss {loss}, {row['tokens_per_s']:.0f} tok/s, {row['mem_bytes'] / 1e9:.2f} GB, blocks {blocks}"
             )
             if bar.disable and (row["step"] % stride == 0 or row["step"] == steps):
-                say(f"step {row['step']}/{steps}: loss {loss}, {row['tokens_per_s']:.0f} tokens/s, blocks {blocks}")
+                notify(f"step {row['step']}/{steps}: loss {loss}, {row['tokens_per_s']:.0f} tokens/s, blocks {blocks}")
 
     return show

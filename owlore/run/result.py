@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from htsr import LayerTable
-    from owlore.plan.model_spec import Shape
+    from owlore.plan.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -105,7 +105,7 @@ def run_record(inputs: RunInputs, trainer: Trainer, seconds: float) -> dict[str,
         "config": inputs.config.to_dict(),
         "model": {"id": loaded.id, "revision": loaded.revision, "weights_sha256": loaded.weights_sha256,
                   "config_sha256": loaded.config_sha256, "parameters": parameters,
-                  "num_blocks": trainer.units.num_blocks},
+                  "num_blocks": trainer.parts.num_blocks},
         "data": prepared.provenance["train"],
         "eval_data": prepared.provenance.get("eval"),
         "data_report": prepared.report.to_dict(),
@@ -166,7 +166,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
     """What is held, as counted, and what other settings would save, as planned; one line."""
-    weights = sum(p.numel() * p.element_size() for p in trainer.units.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in trainer.parts.model.parameters())
     held = trainer.rotation.optimizer.held()
     peak = memory_peak(trainer.device)["peak_bytes"]
     rest = max(0, peak - weights - held.total)
@@ -179,14 +179,14 @@ def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | Non
 
 def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
     """The five changes that would save most, each alone."""
-    from owlore.plan.model_spec import shape_of_config
+    from owlore.plan.model_spec import spec_of_config
     from owlore.plan.planner import Planner
 
-    model, strategy = trainer.units.model, STRATEGIES[config.method]
+    model, strategy = trainer.parts.model, STRATEGIES[config.method]
 
-    def describe(other: TrainConfig) -> Shape:
+    def describe(other: TrainConfig) -> ModelSpec:
         dtype = DTYPES[other.dtype] if other.dtype != "auto" else next(model.parameters()).dtype
-        return shape_of_config(model.config, torch.float32 if other.weights == "fp32" else dtype, other, strategy)
+        return spec_of_config(model.config, torch.float32 if other.weights == "fp32" else dtype, other, strategy)
 
     longest = config.seq_len if config.packing else int(trainer.arrangement.lengths.max())
     planner = Planner(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from owlore.strategies.badam import BAdam
-from owlore.strategies.base import Hyper, Past, Record, Start, Strategy
+from owlore.strategies.base import PeriodLog, PeriodStats, PrepareContext, Strategy, StrategyConfig
 from owlore.strategies.dota import DoTA, QDoTA
 from owlore.strategies.full import Full
 from owlore.strategies.galore import GaLore
@@ -17,4 +17,4 @@ STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls for cls in (OwLore, Lisa, LisaD, Grass, BAdam, GaLore, Full, LoRA, DoRA, SMT, DoTA, QDoTA)
 }
 
-__all__ = ["STRATEGIES", "Hyper", "Past", "Record", "Start", "Strategy"]
+__all__ = ["STRATEGIES", "PeriodLog", "PeriodStats", "PrepareContext", "Strategy", "StrategyConfig"]

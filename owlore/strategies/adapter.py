@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from owlore.attach import Attached, attach
-from owlore.optim import Rule
-from owlore.strategies.base import Start, Strategy
+from owlore.injection import InjectedAdapter, inject_adapter
+from owlore.optim import UpdateSpec
+from owlore.strategies.base import PrepareContext, Strategy
 
 
 class AdapterStrategy(Strategy):
@@ -19,25 +19,25 @@ class AdapterStrategy(Strategy):
     """
 
     adapts = True
-    reads = frozenset()
+    accepted_options = frozenset()
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: Start) -> Attached:
-        return attach(model, cls.adapter_config(model, start), seed=start.seed)
+    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
+        return inject_adapter(model, cls.adapter_config(model, start), seed=start.seed)
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: Start) -> Any:
+    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
         """The PEFT configuration of the method's options."""
         raise NotImplementedError
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
         del period
-        holds = {block for name, block in self.units.block_of().items() if name in self.hyper.trained}
+        holds = {block for name, block in self.parts.block_of().items() if name in self.config.trained}
         return tuple(sorted(holds))
 
-    def rules_for(self, blocks: Iterable[int]) -> dict[str, Rule]:
+    def rules_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
         del blocks
-        parameters = self.units.parameters(range(self.units.num_blocks), self.units.groups)
+        parameters = self.parts.parameters(range(self.parts.num_blocks), self.parts.groups)
         return {
-            name: self.rule(p.ndim, projectable=False) for name, p in parameters.items() if name in self.hyper.trained
+            name: self.rule(p.ndim, projectable=False) for name, p in parameters.items() if name in self.config.trained
         }

@@ -17,6 +17,6 @@ class BAdam(Sampled):
     share = "one of L blocks"
     memory = "weights + AdamW state of one block"
     table = "uniform"
-    reads = SAMPLING
+    accepted_options = SAMPLING
     defaults = {"active": 1, "draw": "shuffled"}
     preset = {**defaults, "every": 100}  # the paper: min(max(rows / (batch * blocks), 50), 100)

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from htsr.errors import UsageError
-from owlore.blocks import Units
+from owlore.blocks import ModelParts
 from owlore.kernels.adamw import AdamW
-from owlore.optim import Rule
-from owlore.options import Own, choice, number
+from owlore.optim import UpdateSpec
+from owlore.options import MethodOption, choice, number
 from owlore.sampling import DRAWS
 
 if TYPE_CHECKING:
-    from owlore.attach import Attached
+    from owlore.injection import InjectedAdapter
 
 OUTSIDE = frozenset({"always_on"})
 SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"}) | OUTSIDE
@@ -32,21 +32,25 @@ PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_alw
 
 
 LOW_RANK = {
-    "residual": Own("none", choice("none", "fira"), "Add what lies outside the basis, scaled (arXiv 2410.01623)."),
-    "scaling": Own(
+    "residual": MethodOption(
+        "none", choice("none", "fira"), "Add what lies outside the basis, scaled (arXiv 2410.01623)."
+    ),
+    "scaling": MethodOption(
         "none", choice("none", "apollo", "apollo-mini"), "Random basis; scale the gradient itself (arXiv 2412.05270)."
     ),
-    "limit": Own(1.01, number(1), "Most that the norm of such a part may grow in a step."),
-    "moments": Own("rotate", choice("rotate", "keep"), "What a new basis does to Adam's moments; published: keep."),
+    "limit": MethodOption(1.01, number(1), "Most that the norm of such a part may grow in a step."),
+    "moments": MethodOption(
+        "rotate", choice("rotate", "keep"), "What a new basis does to Adam's moments; published: keep."
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hyper:
+class StrategyConfig:
     """The settings that strategies read, already resolved against the model.
 
     inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
-    `owlore.config.GROUPS` trained in every period. own: the method's own options by name. trained: names of the
+    `owlore.config.GROUPS` trained in every period. options: the method's own options by name. trained: names of the
     parameters that `Strategy.prepare` put into the model. floor: of inclusions, as asked for.
     """
 
@@ -63,21 +67,24 @@ class Hyper:
     project_always_on: bool = False
     project_larger: bool = False
     floor: float | None = None
-    own: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     trained: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class PrepareContext:
     """What a method may look at before step 1, when it prepares the model.
 
-    own: its own options by name. batches: the first micro-batches of the run, as many as asked for, as arguments of the
-    model with unshifted labels; None where only shapes are known and no weight may be read (a plan). loss: of a model
-    and such a batch, mean nats a trained token. saved: the notes that the preparation of this run left in a checkpoint,
-    None in a new run.
+    Attributes:
+        options: the method's own options by name.
+        seed: seed of the run.
+        batches: gives the first so many micro-batches of the run as arguments of the model with unshifted labels; None
+            where only shapes are known and no weight may be read (a plan).
+        loss: mean loss in nats a trained token of a model and such a batch.
+        saved: the notes that the preparation of this run left in a checkpoint; None in a new run.
     """
 
-    own: Mapping[str, Any]
+    options: Mapping[str, Any]
     seed: int
     batches: Callable[[int], Iterator[dict[str, Tensor]]] | None = None
     loss: Callable[[nn.Module, Any], Tensor] | None = None
@@ -85,7 +92,7 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past:
+class PeriodStats:
     """What a finished period left behind, as run.json and every checkpoint record it.
 
     steps: optimizer steps in which a gradient came. blocks: those drawn. norms: for each of them the root mean square
@@ -99,7 +106,7 @@ class Past:
     norms: tuple[float, ...]
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Past:
+    def from_dict(cls, saved: Mapping[str, Any]) -> PeriodStats:
         """What `to_dict` gave, back."""
         return cls(period=saved["period"], steps=saved["steps"], blocks=tuple(saved["blocks"]),
                    norms=tuple(saved["norms"]))  # fmt: skip
@@ -110,20 +117,22 @@ class Past:
 
 
 @dataclass
-class Record:
+class PeriodLog:
     """What is recorded of a run's periods: all that an adaptive rule may look at.
 
     past: the finished periods in order. tables: inclusion probabilities by period, only where a rule adapts them; the
     last one belongs to the period that is running.
     """
 
-    past: list[Past] = field(default_factory=list)
+    past: list[PeriodStats] = field(default_factory=list)
     tables: list[list[float]] = field(default_factory=list)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> Record:
+    def from_dict(cls, saved: Mapping[str, Any]) -> PeriodLog:
         """What `to_dict` gave, back."""
-        return cls(past=[Past.from_dict(row) for row in saved["past"]], tables=[list(t) for t in saved["tables"]])
+        return cls(
+            past=[PeriodStats.from_dict(row) for row in saved["past"]], tables=[list(t) for t in saved["tables"]]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -146,33 +155,33 @@ class Strategy:
     share: ClassVar[str]
     memory: ClassVar[str]
     adapts: ClassVar[bool] = False
-    own: ClassVar[Mapping[str, Own]] = {}
+    method_options: ClassVar[Mapping[str, MethodOption]] = {}
     table: ClassVar[str | None] = None
-    reads: ClassVar[frozenset[str]] = OUTSIDE
+    accepted_options: ClassVar[frozenset[str]] = OUTSIDE
     defaults: ClassVar[Mapping[str, Any]] = {}
     preset: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, units: Units, hyper: Hyper) -> None:
-        self.units, self.hyper, self.record = units, hyper, Record()
-        if all(hyper.own.get(key, "none") != "none" for key in ("residual", "scaling")):
+    def __init__(self, parts: ModelParts, config: StrategyConfig) -> None:
+        self.parts, self.config, self.record = parts, config, PeriodLog()
+        if all(config.options.get(key, "none") != "none" for key in ("residual", "scaling")):
             raise UsageError("got --set residual and --set scaling, expected one of them: each replaces the update")
 
     def close(self, period: int, blocks: Sequence[int], squares: Mapping[str, float], steps: int) -> None:
         """Record a period that ends: `squares` are squared gradient norms by parameter, summed over `steps` updates."""
-        home = self.units.block_of()
+        home = self.parts.block_of()
         sums = dict.fromkeys(blocks, 0.0)
         for name, square in squares.items():
             if name in home:
                 sums[home[name]] += square
         norms = tuple(math.sqrt(total / max(1, steps)) for total in sums.values())
-        self.record.past.append(Past(period=period, steps=steps, blocks=tuple(blocks), norms=norms))
+        self.record.past.append(PeriodStats(period=period, steps=steps, blocks=tuple(blocks), norms=norms))
 
     def adapt(self, period: int) -> None:
         """`period` begins and everything before it is in the record: set its table, in a method whose tables change."""
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: Start) -> Attached | None:
-        """Put what is to be trained into the model, before its units are found; None where that is its own weights.
+    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter | None:
+        """Put what is to be trained into the model, before its parts are found; None where that is its own weights.
 
         Raises: UsageError when the options do not fit the model.
         """
@@ -182,30 +191,30 @@ class Strategy:
     def blocks_at(self, period: int) -> tuple[int, ...]:
         """Sorted indexes of the blocks trained in this period; all of them unless a method samples."""
         del period
-        return tuple(range(self.units.num_blocks))
+        return tuple(range(self.parts.num_blocks))
 
-    def rules_at(self, period: int) -> dict[str, Rule]:
-        """Rule of every parameter trained in this period, by name."""
+    def rules_at(self, period: int) -> dict[str, UpdateSpec]:
+        """Update of every parameter trained in this period, by name."""
         return self.rules_for(self.blocks_at(period))
 
-    def rules_for(self, blocks: Iterable[int]) -> dict[str, Rule]:
-        """Rule of every parameter trained while these blocks are drawn, by name."""
-        outside = self.units.parameters((), self.hyper.always_on)
-        inside = self.units.parameters(blocks, ())
+    def rules_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
+        """Update of every parameter trained while these blocks are drawn, by name."""
+        outside = self.parts.parameters((), self.config.always_on)
+        inside = self.parts.parameters(blocks, ())
         rules = {name: self.rule(p.ndim, projectable=True) for name, p in inside.items()}
-        project = self.hyper.project_always_on
+        project = self.config.project_always_on
         return rules | {name: self.rule(p.ndim, projectable=project) for name, p in outside.items()}
 
-    def rule(self, ndim: int, *, projectable: bool) -> Rule:
+    def rule(self, ndim: int, *, projectable: bool) -> UpdateSpec:
         """Vectors are not decayed; matrices are projected where the method projects and the place allows it."""
-        adam, bits = AdamW(decay=self.hyper.weight_decay if ndim > 1 else 0.0), self.hyper.state_bits
-        if not (projectable and "rank" in self.reads):
-            return Rule(adam=adam, bits=bits)
-        hyper, own = self.hyper, self.hyper.own
-        return Rule(
-            adam=adam, bits=bits, rank=hyper.rank, scale=hyper.scale, refresh=hyper.refresh,
-            larger=hyper.project_larger, rotate=own.get("moments", "rotate") == "rotate",
-            whole=next((own[key] for key in ("residual", "scaling") if own.get(key, "none") != "none"), None),
+        adam, bits = AdamW(decay=self.config.weight_decay if ndim > 1 else 0.0), self.config.state_bits
+        if not (projectable and "rank" in self.accepted_options):
+            return UpdateSpec(adam=adam, bits=bits)
+        config, own = self.config, self.config.options
+        return UpdateSpec(
+            adam=adam, bits=bits, rank=config.rank, scale=config.scale, refresh=config.refresh,
+            larger=config.project_larger, rotate=own.get("moments", "rotate") == "rotate",
+            full_rank=next((own[key] for key in ("residual", "scaling") if own.get(key, "none") != "none"), None),
             limit=own.get("limit", 1.01),
         )  # fmt: skip
 
@@ -214,15 +223,15 @@ class Sampled(Strategy):
     """A strategy that draws blocks by their inclusion probabilities at the start of every period."""
 
     table = "uniform"
-    reads = SAMPLING
+    accepted_options = SAMPLING
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
-        return DRAWS[self.hyper.draw](self.inclusion_at(period), self.hyper.seed, period)
+        return DRAWS[self.config.draw](self.inclusion_at(period), self.config.seed, period)
 
     def inclusion_at(self, period: int) -> NDArray[np.float64]:
         """Inclusion probabilities of a period: the recorded table where the rule adapts, else the run's one table."""
         tables = self.record.tables
-        return np.array(tables[period]) if period < len(tables) else self.hyper.inclusion
+        return np.array(tables[period]) if period < len(tables) else self.config.inclusion
 
     def adapt(self, period: int) -> None:
         """Record the table of `period`; one recorded before (the run goes on inside that period) stays."""
@@ -230,9 +239,9 @@ class Sampled(Strategy):
         if len(tables) == period and (found := self.next_inclusion(period, self.record.past)) is not None:
             tables.append(found.tolist())
 
-    def next_inclusion(self, period: int, past: Sequence[Past]) -> NDArray[np.float64] | None:
+    def next_inclusion(self, period: int, past: Sequence[PeriodStats]) -> NDArray[np.float64] | None:
         """The table of `period` as a pure function of what the periods before it recorded; for adaptive methods.
 
-        It sums to the same whole number of blocks as the run's own table, `self.hyper.inclusion`. A method that adapts
+        It sums to the same whole number of blocks as the run's own table, `self.config.inclusion`. A method that adapts
         gives one for every period (the run's own where it has nothing to say); None means that it does not adapt.
         """

@@ -7,18 +7,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from owlore.attach import Attached
-from owlore.options import Own, choice, integer, number, targets
+from owlore.injection import InjectedAdapter
+from owlore.options import MethodOption, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
-from owlore.strategies.base import Start
+from owlore.strategies.base import PrepareContext
 
 SHARE = 8  # the default bond keeps the cores below this part of the targets
 OPTIONS = {
-    "num_cores": Own(3, integer(1), "Cores of each matrix; 1 is the dense matrix."),
-    "bond": Own(None, integer(1), "Largest inner bond; 16, or less where the cores would pass an eighth of W's size."),
-    "density": Own(None, number(0, above=True, below=1), "Share of the 2-D parameters instead of `bond`."),
-    "init": Own("mpo", choice("mpo", "random"), "The weight's own decomposition, or the paper's control."),
-    "target_modules": Own("all-linear", targets(), "Linear maps that get cores, by name."),
+    "num_cores": MethodOption(3, integer(1), "Cores of each matrix; 1 is the dense matrix."),
+    "bond": MethodOption(
+        None, integer(1), "Largest inner bond; 16, or less where the cores would pass an eighth of W's size."
+    ),
+    "density": MethodOption(None, number(0, above=True, below=1), "Share of the 2-D parameters instead of `bond`."),
+    "init": MethodOption("mpo", choice("mpo", "random"), "The weight's own decomposition, or the paper's control."),
+    "target_modules": MethodOption("all-linear", targets(), "Linear maps that get cores, by name."),
 }
 
 
@@ -35,24 +37,26 @@ class DoTA(AdapterStrategy):
     summary = "tensor-train cores of the weights, begun as their own decomposition"
     share = "the cores: sum r o i r' values a matrix"
     memory = "weights + cores (twice, once frozen)"
-    own = OPTIONS | {"residual": Own("implicit", choice("implicit", "explicit"), "Whether W keeps MPO(c0) inside.")}
+    method_options = OPTIONS | {
+        "residual": MethodOption("implicit", choice("implicit", "explicit"), "Whether W keeps MPO(c0) inside.")
+    }
     fixed: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: Start) -> Any:
+    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
         """The tuner's configuration, its bond resolved from the shapes of the targets."""
         from owlore.adapters import DotaConfig
         from owlore.adapters.targets import count_2d, find_targets
         from owlore.kernels.mpo import largest_bond
 
-        given = {key: value for key, value in start.own.items() if key != "bond"}
+        given = {key: value for key, value in start.options.items() if key != "bond"}
         known = start.batches is not None  # else only shapes are: nothing is decomposed
         config = DotaConfig(task_type="CAUSAL_LM", seed=start.seed, fresh=known, **{**given, **cls.fixed})
         sides = [target.shape for target in find_targets(model, config)]
         if config.density is not None:
             config.bond = largest_bond(sides, config.num_cores, int(config.density * count_2d(model)))
-        elif start.own["bond"] is not None:
-            config.bond = start.own["bond"]
+        elif start.options["bond"] is not None:
+            config.bond = start.options["bond"]
         else:
             limit = sum(m * n for m, n in sides) // SHARE
             config.bond = min(config.bond, largest_bond(sides, config.num_cores, limit))
@@ -70,17 +74,19 @@ class QDoTA(DoTA):
     name = "qdota"
     summary = "DoTA beside a residual that rests in NF4"
     memory = "4-bit weights of the targets + cores (twice, once frozen)"
-    own = OPTIONS | {"alternations": Own(0, integer(0), "Rounds of refitting the cores to what NF4 lost.")}
+    method_options = OPTIONS | {
+        "alternations": MethodOption(0, integer(0), "Rounds of refitting the cores to what NF4 lost.")
+    }
     fixed: ClassVar[dict[str, Any]] = {"residual": "explicit", "quantise": "nf4"}
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: Start) -> Attached:
+    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
         from owlore.adapters.targets import find_targets
         from owlore.kernels.nf4 import planned_bytes
 
-        attached = super().prepare(model, start)
+        injected = super().prepare(model, start)
         if start.batches is not None:
-            return attached
-        bases: list[Any] = [target.module.weight for target in find_targets(model, attached.config)]
+            return injected
+        bases: list[Any] = [target.module.weight for target in find_targets(model, injected.config)]
         saved = sum(w.numel() * w.element_size() - planned_bytes(w.numel()) for w in bases)
-        return replace(attached, saves_bytes=saved)
+        return replace(injected, saves_bytes=saved)

@@ -18,7 +18,7 @@ class GaLore(Strategy):
     summary = "all blocks, gradients projected to rank r, basis refreshed every N steps"
     share = "all blocks, through rank r"
     memory = "weights + rank-r state of all blocks"
-    reads = PROJECTION
-    own = LOW_RANK
+    accepted_options = PROJECTION
+    method_options = LOW_RANK
     defaults = {"refresh": 200, "scale": 0.25, "always_on": ("embeddings", "norm", "head")}
     preset = {**defaults, "rank": 128}

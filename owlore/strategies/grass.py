@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from owlore.options import Own, number
+from owlore.options import MethodOption, number
 from owlore.sampling import inclusion
-from owlore.strategies.base import SAMPLING, Past, Sampled
+from owlore.strategies.base import SAMPLING, PeriodStats, Sampled
 
 FLOOR_SHARE = 0.25  # of uniform inclusion, where --floor says nothing
 
@@ -35,29 +35,35 @@ class Grass(Sampled):
     share = "gamma of L blocks"
     memory = "weights + AdamW state of gamma blocks"
     table = "uniform"
-    reads = SAMPLING
+    accepted_options = SAMPLING
     defaults = {"active": 2, "every": 20}
-    own = {
-        "temperature": Own(1.0, number(0, above=True), "tau of the softmax; lower follows the norms more steeply."),
-        "smoothing": Own(0.5, number(0, above=True, below=1 + 1e-9), "Weight s of a new norm against the old one."),
-        "forget": Own(0.1, number(0, below=1), "Share of its distance to the mean that an undrawn norm loses."),
+    method_options = {
+        "temperature": MethodOption(
+            1.0, number(0, above=True), "tau of the softmax; lower follows the norms more steeply."
+        ),
+        "smoothing": MethodOption(
+            0.5, number(0, above=True, below=1 + 1e-9), "Weight s of a new norm against the old one."
+        ),
+        "forget": MethodOption(
+            0.1, number(0, below=1), "Share of its distance to the mean that an undrawn norm loses."
+        ),
     }
 
-    def next_inclusion(self, period: int, past: Sequence[Past]) -> NDArray[np.float64]:
+    def next_inclusion(self, period: int, past: Sequence[PeriodStats]) -> NDArray[np.float64]:
         del period
-        start, own = self.hyper.inclusion, self.hyper.own
+        start, own = self.config.inclusion, self.config.options
         gamma = round(float(start.sum()))
         norms = smoothed_norms(past, self.sizes(), smoothing=own["smoothing"], forget=own["forget"])
-        floor = FLOOR_SHARE * gamma / len(start) if self.hyper.floor is None else self.hyper.floor
+        floor = FLOOR_SHARE * gamma / len(start) if self.config.floor is None else self.config.floor
         return inclusion(start * softmax_weights(norms, own["temperature"]), gamma, floor)
 
     def sizes(self) -> NDArray[np.float64]:
         """Parameters of each block."""
-        return np.array([sum(p.numel() for _, p in block) for block in self.units.blocks], dtype=np.float64)
+        return np.array([sum(p.numel() for _, p in block) for block in self.parts.blocks], dtype=np.float64)
 
 
 def smoothed_norms(
-    past: Sequence[Past], sizes: NDArray[np.float64], *, smoothing: float, forget: float
+    past: Sequence[PeriodStats], sizes: NDArray[np.float64], *, smoothing: float, forget: float
 ) -> NDArray[np.float64]:
     """m after the periods of `past`, one a block; a block that was never seen has the mean of those that were."""
     norms = np.full(len(sizes), np.nan)

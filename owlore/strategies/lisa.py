@@ -19,7 +19,7 @@ class Lisa(Sampled):
     share = "gamma of L blocks and what is always on"
     memory = "weights + AdamW state of gamma blocks and of what is always on"
     table = "uniform"
-    reads = SAMPLING
+    accepted_options = SAMPLING
     defaults = {"active": 2, "every": 20, "always_on": ("embeddings", "norm", "head")}
     preset = defaults
 

@@ -7,17 +7,19 @@ from typing import Any
 from torch import nn
 
 from htsr.errors import UsageError
-from owlore.attach import Attached, attach, smallest_side
-from owlore.options import Own, choice, integer, number, targets
+from owlore.injection import InjectedAdapter, inject_adapter, smallest_side
+from owlore.options import MethodOption, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
-from owlore.strategies.base import Start
+from owlore.strategies.base import PrepareContext
 
 OPTIONS = {
-    "r": Own(16, integer(1), "Rank of the update, at most the smallest side of a target."),
-    "alpha": Own(None, number(0, above=True), "The update is scaled by alpha / r; twice r by default."),
-    "dropout": Own(0.0, number(0, below=1), "Share of the adapter's inputs that are dropped in training."),
-    "target_modules": Own("all-linear", targets(), "Linear maps that get an adapter, by name."),
-    "init": Own("default", choice("default", "gaussian", "pissa"), "How A and B begin; pissa takes the leading part."),
+    "r": MethodOption(16, integer(1), "Rank of the update, at most the smallest side of a target."),
+    "alpha": MethodOption(None, number(0, above=True), "The update is scaled by alpha / r; twice r by default."),
+    "dropout": MethodOption(0.0, number(0, below=1), "Share of the adapter's inputs that are dropped in training."),
+    "target_modules": MethodOption("all-linear", targets(), "Linear maps that get an adapter, by name."),
+    "init": MethodOption(
+        "default", choice("default", "gaussian", "pissa"), "How A and B begin; pissa takes the leading part."
+    ),
 }
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 # LLM-Adapters' comparison, whose rows the literature quotes: q, k, v, up and down.
@@ -47,21 +49,21 @@ class LoRA(AdapterStrategy):
     summary = "low-rank updates B A beside frozen weights"
     share = "r (m + n) values a matrix of m x n"
     memory = "weights + adapter"
-    own = OPTIONS
+    method_options = OPTIONS
     preset = PROTOCOL
     dora = False
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: Start) -> Attached:
-        return attach(
-            model, cls.adapter_config(model, start), seed=start.seed, takes_from_base=start.own["init"] == "pissa"
+    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
+        return inject_adapter(
+            model, cls.adapter_config(model, start), seed=start.seed, takes_from_base=start.options["init"] == "pissa"
         )
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: Start) -> Any:
+    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
         from peft import LoraConfig
 
-        own = start.own
+        own = start.options
         side = smallest_side(model, own["target_modules"])
         if own["r"] > max(side, *USUAL):
             raise UsageError(f"--set r got {own['r']}, expected at most {side}, the smallest side of a target")
@@ -90,6 +92,6 @@ class DoRA(LoRA):
     paper = "arXiv 2402.09353"
     summary = "LoRA on directions, magnitudes trained beside it"
     share = "r (m + n) + m values a matrix of m x n"
-    own = OPTIONS | {"init": Own("default", choice("default", "gaussian"), "How A begins.")}
+    method_options = OPTIONS | {"init": MethodOption("default", choice("default", "gaussian"), "How A begins.")}
     preset = PROTOCOL | {"lr": 2e-4, "set": {"r": 16, "target_modules": TARGETS}}
     dora = True

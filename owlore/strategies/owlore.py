@@ -21,8 +21,8 @@ class OwLore(Sampled):
     share = "gamma of L blocks"
     memory = "weights + rank-r state of gamma blocks"
     table = "auto"
-    reads = SAMPLING | PROJECTION
-    own = LOW_RANK
+    accepted_options = SAMPLING | PROJECTION
+    method_options = LOW_RANK
     preset = {
         "always_on": ("embeddings", "norm", "head"),
         "active": 5,

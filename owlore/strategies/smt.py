@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from owlore.attach import Attached, attach
-from owlore.optim import Rule
-from owlore.options import Own, choice, integer, number, targets
+from owlore.injection import InjectedAdapter, inject_adapter
+from owlore.optim import UpdateSpec
+from owlore.options import MethodOption, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
-from owlore.strategies.base import Start
+from owlore.strategies.base import PrepareContext
 
 
 class SMT(AdapterStrategy):
@@ -32,21 +32,27 @@ class SMT(AdapterStrategy):
     summary = "l x l blocks of weights with the largest gradients, trained densely"
     share = "`density` of the 2-D parameters"
     memory = "weights + fp32 deltas and AdamW state of the chosen blocks"
-    own = {
-        "density": Own(0.0084, number(0, above=True, below=1 + 1e-9), "Share of all 2-D parameters that is trained."),
-        "block_size": Own(256, integer(1), "Side l of a block, before halving."),
-        "selection": Own(
+    method_options = {
+        "density": MethodOption(
+            0.0084, number(0, above=True, below=1 + 1e-9), "Share of all 2-D parameters that is trained."
+        ),
+        "block_size": MethodOption(256, integer(1), "Side l of a block, before halving."),
+        "selection": MethodOption(
             "gradient",
             choice("gradient", "magnitude", "random", "diagonal"),
             "By gradients, by mean |w|, by the seed, or on the diagonal.",
         ),
-        "criterion": Own(
+        "criterion": MethodOption(
             "mean_of_abs", choice("mean_of_abs", "abs_of_mean", "mean_square"), "Score of a block's gradients."
         ),
-        "allotment": Own(None, choice("global", "per_matrix"), "One list for all, or equal numbers; the tuner's own."),
-        "warmup_batches": Own(16, integer(1), "Micro-batches that score the blocks before step 1."),
-        "target_modules": Own(None, targets(), "Maps that may get blocks; q, k and v, or PEFT's choice for the model."),
-        "beta2": Own(0.999, number(0, below=1), "AdamW's beta2."),
+        "allotment": MethodOption(
+            None, choice("global", "per_matrix"), "One list for all, or equal numbers; the tuner's own."
+        ),
+        "warmup_batches": MethodOption(16, integer(1), "Micro-batches that score the blocks before step 1."),
+        "target_modules": MethodOption(
+            None, targets(), "Maps that may get blocks; q, k and v, or PEFT's choice for the model."
+        ),
+        "beta2": MethodOption(0.999, number(0, below=1), "AdamW's beta2."),
     }
     preset = {
         "lr": 9.65e-6,
@@ -61,34 +67,38 @@ class SMT(AdapterStrategy):
     }  # fmt: skip
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: Start) -> Attached:
+    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
         from owlore.adapters import select_blocks
 
         config = cls.adapter_config(model, start)
         if start.saved is not None:
             config.block_map = start.saved["block_map"]
         elif config.selection == "gradient" and start.batches is not None:
-            config.block_map = select_blocks(model, start.batches(start.own["warmup_batches"]), config, loss=start.loss)
+            config.block_map = select_blocks(
+                model, start.batches(start.options["warmup_batches"]), config, loss=start.loss
+            )
         elif config.selection == "gradient":
             config.selection = "diagonal"  # only shapes are known: as many blocks of the same size
-        attached = attach(model, config, seed=start.seed)
-        return Attached(wrapper=attached.wrapper, trained=attached.trained, notes={"block_map": config.block_map})
+        injected = inject_adapter(model, config, seed=start.seed)
+        return InjectedAdapter(
+            wrapper=injected.wrapper, trained=injected.trained, notes={"block_map": config.block_map}
+        )
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: Start) -> Any:
+    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
         from owlore.adapters import SmtConfig
 
         names = ("density", "block_size", "selection", "criterion", "allotment")
-        wanted = start.own["target_modules"]
+        wanted = start.options["target_modules"]
         if wanted is None and any(name.endswith(".q_proj") for name, _ in model.named_modules()):
             wanted = ["q_proj", "k_proj", "v_proj"]
         return SmtConfig(
             task_type="CAUSAL_LM",
             seed=start.seed,
             target_modules=wanted,
-            **{name: start.own[name] for name in names},
+            **{name: start.options[name] for name in names},
         )
 
-    def rule(self, ndim: int, *, projectable: bool) -> Rule:
+    def rule(self, ndim: int, *, projectable: bool) -> UpdateSpec:
         rule = super().rule(2, projectable=projectable)  # the deltas are parts of matrices, stored flat
-        return replace(rule, adam=replace(rule.adam, beta2=self.hyper.own["beta2"]))
+        return replace(rule, adam=replace(rule.adam, beta2=self.config.options["beta2"]))

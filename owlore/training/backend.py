@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from owlore.blocks import Units
+from owlore.blocks import ModelParts
 from owlore.data.batches import MicroBatch
-from owlore.optim import Rule
+from owlore.optim import UpdateSpec
 
 
 class Backend(Protocol):
@@ -28,7 +28,7 @@ class Backend(Protocol):
     def frozen(self) -> str | None:
         """Format of frozen blocks by its option name; None where the blocks lie on the device as they are."""
 
-    def set_active(self, rules: Mapping[str, Rule]) -> None:
+    def set_active(self, rules: Mapping[str, UpdateSpec]) -> None:
         """Prepare for training exactly the parameters that `rules` names."""
 
     def prefetch(self, blocks: Iterable[int]) -> None:
@@ -50,15 +50,15 @@ class Backend(Protocol):
         """What run.json says about residency; None where there is nothing to say."""
 
 
-def active_blocks(units: Units, names: Collection[str]) -> set[int]:
+def active_blocks(parts: ModelParts, names: Collection[str]) -> set[int]:
     """Indexes of the blocks in which one of the named parameters lies."""
-    block_of = units.block_of()
+    block_of = parts.block_of()
     return {block_of[name] for name in names if name in block_of}
 
 
-def trains_embeddings(units: Units, names: Collection[str]) -> bool:
+def trains_embeddings(parts: ModelParts, names: Collection[str]) -> bool:
     """Whether backward has to reach the input embeddings."""
-    return any(name in names for name, _ in units.groups["embeddings"])
+    return any(name in names for name, _ in parts.groups["embeddings"])
 
 
 @torch.no_grad()

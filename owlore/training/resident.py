@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from owlore.activations.checkpointing import Recompute
-from owlore.blocks import Units
+from owlore.activations.checkpointing import ActivationCheckpointing
+from owlore.blocks import ModelParts
 from owlore.data.batches import MicroBatch
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.optim import RotatingOptimizer, UpdateSpec
 from owlore.training.backend import active_blocks, copy_into, trains_embeddings
 from owlore.training.loss import CausalLoss
 from owlore.training.step import backward_micro_batches
@@ -21,7 +21,7 @@ class ResidentBackend:
     """Plain forward and backward; activation checkpointing covers the blocks that backward reaches.
 
     Args:
-        units: the model's parts.
+        parts: the model's parts.
         optimizer: takes the gradients.
         loss: gives the summed loss of a micro-batch.
         device: where the model lies.
@@ -33,20 +33,20 @@ class ResidentBackend:
 
     def __init__(
         self,
-        units: Units,
+        parts: ModelParts,
         optimizer: RotatingOptimizer,
         loss: CausalLoss,
         device: torch.device,
-        recompute: Recompute | None = None,
+        recompute: ActivationCheckpointing | None = None,
     ) -> None:
-        self.units, self.optimizer, self.loss, self.device, self.recompute = units, optimizer, loss, device, recompute
-        self._parameters = units.parameters(range(units.num_blocks), units.groups)
+        self.parts, self.optimizer, self.loss, self.device, self.recompute = parts, optimizer, loss, device, recompute
+        self._parameters = parts.parameters(range(parts.num_blocks), parts.groups)
 
-    def set_active(self, rules: Mapping[str, Rule]) -> None:
+    def set_active(self, rules: Mapping[str, UpdateSpec]) -> None:
         """Checkpoint down to the lowest active block, or to the bottom where the embeddings are trained."""
         if self.recompute is not None:
-            bottom = trains_embeddings(self.units, rules)
-            self.recompute.lowest = 0 if bottom else min(active_blocks(self.units, rules), default=0)
+            bottom = trains_embeddings(self.parts, rules)
+            self.recompute.lowest = 0 if bottom else min(active_blocks(self.parts, rules), default=0)
 
     def prefetch(self, blocks: Iterable[int]) -> None:
         """Do nothing: every block is on the device."""

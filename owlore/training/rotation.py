@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from owlore.optim import RotatingOptimizer, Rule, Switch
-from owlore.strategies import Record, Strategy
+from owlore.optim import RotatingOptimizer, Switch, UpdateSpec
+from owlore.strategies import PeriodLog, Strategy
 
 
 @dataclass(kw_only=True)
@@ -28,11 +28,11 @@ class Rotation:
     strategy: Strategy
     optimizer: RotatingOptimizer
     every: int | None
-    set_active: Callable[[Mapping[str, Rule]], None] = lambda rules: None
+    set_active: Callable[[Mapping[str, UpdateSpec]], None] = lambda rules: None
     agree: Callable[[str, str], None] = lambda what, value: None
     active: tuple[int, ...] = ()
     period: int | None = None
-    rules: dict[str, Rule] = field(default_factory=dict)
+    rules: dict[str, UpdateSpec] = field(default_factory=dict)
 
     def period_of(self, step: int) -> int:
         """The period that global step `step` (from 0) belongs to."""
@@ -66,7 +66,7 @@ class Rotation:
         self, period: int, record: Mapping[str, Any], tensors: Mapping[str, Any], counters: Mapping[str, Any]
     ) -> None:
         """Go on inside `period` from a strategy's record and the optimizer's state."""
-        self.strategy.record = Record.from_dict(record)
+        self.strategy.record = PeriodLog.from_dict(record)
         self.period = period
         self._look_up()
         self.set_active(self.rules)

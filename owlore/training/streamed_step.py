@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer
+from owlore.residency.block_chain import Arguments, BlockChain
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.chain import Arguments, Chain
 from owlore.residency.host_embedding import HostEmbedding
-from owlore.residency.plan import step_visits
-from owlore.residency.run import Residency
+from owlore.residency.residency import Residency
+from owlore.residency.visits import step_visits
 from owlore.training.loss import CausalLoss
 
 EVAL_GROUP = 16  # micro-batches that one walk of an evaluation serves
@@ -47,7 +47,7 @@ class _Rows:
     waiting: list[Tensor | None] = field(default_factory=list)  # of the parameters that `aim` holds
 
 
-class BlockMajor:
+class StreamedStep:
     """Forward and backward of a step, block by block."""
 
     def __init__(
@@ -55,7 +55,7 @@ class BlockMajor:
         loss: CausalLoss,
         optimizer: RotatingOptimizer,
         residency: Residency,
-        chain: Chain,
+        chain: BlockChain,
         boundaries: Boundaries,
         embedding: HostEmbedding | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class BlockMajor:
 
         batches: by their number in the step, from which each has its random numbers.
         """
-        device = self.residency.port.device
+        device = self.residency.copies.device
         last = len(batches) - 1
         self.residency.keeps_dense = len(batches) > 1
         try:
@@ -88,7 +88,7 @@ class BlockMajor:
                 for index, batch in batches.items()
             ]
             self._forward(rows, keep=True)
-            with self.residency.port.span("loss"):
+            with self.residency.copies.span("loss"):
                 losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]
             if any(row.gradient is not None for row in rows):
                 self._backward(rows, step)
@@ -111,7 +111,7 @@ class BlockMajor:
 
     @torch.no_grad()
     def _losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        device = self.residency.port.device
+        device = self.residency.copies.device
         self.residency.keeps_dense = len(batches) > 1
         rows = [self._enter(batch, RandomNumbers(0, device), grad=False) for batch in batches]
         self.residency.walk(range(len(self.chain)))
@@ -129,7 +129,7 @@ class BlockMajor:
         self.residency.walk([*visits, *visits])
 
     def _enter(self, batch: MicroBatch, random: RandomNumbers, *, grad: bool) -> _Rows:
-        inputs = batch.on(self.residency.port.device)
+        inputs = batch.on(self.residency.copies.device)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         if self.embedding is not None:
             self.embedding.knows(ids, batch.input_ids)

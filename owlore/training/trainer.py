@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from htsr.errors import Interrupted, NotFinite, NotFound
-from owlore.attach import Attached
-from owlore.blocks import Units
+from owlore.blocks import ModelParts
 from owlore.data.arrange import Arrangement, Sequences
 from owlore.data.batches import MicroBatch, collate
 from owlore.data.packing import collate_packed
 from owlore.data.tokenise import Encoded
+from owlore.injection import InjectedAdapter
 from owlore.io import checkpoint
 from owlore.io.metrics import MetricsLog, memory_held
 from owlore.training.backend import Backend
@@ -67,7 +67,7 @@ class Trainer:
     """A run in progress.
 
     Attributes:
-        units: the model's parts.
+        parts: the model's parts.
         rotation: the active set over the periods; owns the strategy and the optimizer.
         backend: computes gradients and losses, wherever the blocks live.
         loss: the model's loss.
@@ -81,13 +81,13 @@ class Trainer:
         ranks: the processes that train together.
         trained: names of the parameters that were ever active.
         step: optimizer steps done.
-        attached: the adapter that is trained, where it is not the model itself.
+        injected: the adapter that is trained, where it is not the model itself.
         finished: whether the last activation has ended.
         frozen_loss: the last held-out loss with frozen blocks in their quantised format.
         exported_step: the step whose weights the model holds at the end, where it is not the last.
     """
 
-    units: Units
+    parts: ModelParts
     rotation: Rotation
     backend: Backend
     loss: CausalLoss
@@ -103,7 +103,7 @@ class Trainer:
     ranks: Ranks = ALONE
     trained: set[str] = field(default_factory=set)
     step: int = 0
-    attached: Attached | None = None
+    injected: InjectedAdapter | None = None
     finished: bool = False
     frozen_loss: float | None = None
     exported_step: int | None = None
@@ -190,8 +190,8 @@ class Trainer:
         else:
             self.stats.idle_tokens += tokens
         self.stats.tokens += tokens
-        slots = self.rotation.optimizer.slots
-        self.stats.trainable_steps += sum(slot.parameter.numel() for slot in slots.values())
+        states = self.rotation.optimizer.states
+        self.stats.trainable_steps += sum(state.parameter.numel() for state in states.values())
         return self._row(
             "train", loss=result.loss, lr=lr, grad_norm=result.norm, tokens=tokens, tokens_per_s=tokens / seconds,
             exact=self.backend.exact,
@@ -274,7 +274,7 @@ class Trainer:
                 "trained": sorted(self.trained),
                 "tally": vars(self.stats),
                 "record": self.rotation.strategy.record.to_dict(),
-                "notes": None if self.attached is None else self.attached.notes,
+                "notes": None if self.injected is None else self.injected.notes,
             },
         )
         best = self.stats.best if self.config.keep_best else None

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from htsr.errors import NotFound, UsageError
-from owlore.config import SETTINGS, TrainConfig, find_config, flag_name, load_yaml, refuse_unread
+from owlore.config import SETTINGS, TrainConfig, find_config, flag_name, load_yaml, refuse_unaccepted
 from owlore.methods import METHODS
 
 ODD: dict[str, Any] = {
@@ -147,17 +147,17 @@ def test_an_option_that_the_method_does_not_read_is_refused() -> None:
     config = TrainConfig.build({"method": "lisa", "rank": 128, "lr": 1e-3})
     assert config.given == {"method", "rank", "lr"}  # 128 is the default, and was asked for all the same
     with pytest.raises(UsageError, match=r"--rank is not read by the method lisa \(its options: --active, --every,"):
-        refuse_unread(config, config.given, {"every", "active"})
-    refuse_unread(config, config.given, {"rank"})
-    refuse_unread(config, {"lr", "batch", "method"}, ())  # common settings are read by every method
+        refuse_unaccepted(config, config.given, {"every", "active"})
+    refuse_unaccepted(config, config.given, {"rank"})
+    refuse_unaccepted(config, {"lr", "batch", "method"}, ())  # common settings are read by every method
 
 
 def test_a_file_that_spells_out_defaults_asks_for_nothing() -> None:
     config = TrainConfig.build(file=TrainConfig.build({"method": "full"}).to_dict())
-    refuse_unread(config, config.given, ())
+    refuse_unaccepted(config, config.given, ())
     config = TrainConfig.build(file={"method": "full", "rank": 8})
     with pytest.raises(UsageError, match="--rank"):
-        refuse_unread(config, config.given, ())
+        refuse_unaccepted(config, config.given, ())
 
 
 def test_a_methods_defaults_fill_in_what_was_not_given() -> None:
@@ -179,7 +179,7 @@ def test_the_names_of_the_methods_are_those_of_the_strategies() -> None:
     for strategy in STRATEGIES.values():
         for values in (strategy.defaults, strategy.preset):
             assert TrainConfig().with_defaults(values)
-        assert strategy.reads <= set(SETTINGS)
+        assert strategy.accepted_options <= set(SETTINGS)
 
 
 RECIPES = sorted((Path(str(files("owlore"))) / "recipes").glob("*.yaml"))
@@ -190,7 +190,7 @@ def test_recipes_load_and_read_every_option_they_set(recipe: Path) -> None:
     from owlore.strategies import STRATEGIES
 
     config = TrainConfig.build({"model": "m", "data": "d"}, recipe)
-    refuse_unread(config, config.given, STRATEGIES[config.method].reads)
+    refuse_unaccepted(config, config.given, STRATEGIES[config.method].accepted_options)
     assert find_config(recipe.stem) == recipe
     assert find_config(str(recipe)) == recipe
 

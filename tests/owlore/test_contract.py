@@ -25,7 +25,7 @@ IDS = torch.arange(4, 24)[None]
 
 
 def settings(method, **changes):
-    sampled = SAMPLED if "every" in STRATEGIES[method].reads else {}
+    sampled = SAMPLED if "every" in STRATEGIES[method].accepted_options else {}
     return {"method": method, **COMMON, **sampled, **changes}
 
 
@@ -98,10 +98,10 @@ def test_without_its_adapter_the_model_is_the_base_again(model, finished, method
 
 
 def _start(run):
-    from owlore.strategies import Start
+    from owlore.strategies import PrepareContext
 
     config = run.record["config"]
-    return Start(own=config["set"], seed=config["seed"], batches=lambda count: iter(()))
+    return PrepareContext(options=config["set"], seed=config["seed"], batches=lambda count: iter(()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -148,7 +148,7 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(model, tmp_pa
 
 @pytest.mark.parametrize("method", METHODS)
 def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, method):
-    """Weights, masters, moments and projectors, at every step; a sampled method's draws have blocks of one size."""
+    """Weights, masters, moments and projectors, at every step; a sampled method draws blocks of one size."""
     from owlore.plan.model_spec import weight_bytes
     from owlore.plan.planner import plan_from_config
 
@@ -158,7 +158,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
     def counting(self):
         row = advance(self)
         held = self.rotation.optimizer.held()
-        counted.append((weight_bytes(self.units.model, self.attached), held.masters, held.moments + held.projectors))
+        counted.append((weight_bytes(self.parts.model, self.injected), held.masters, held.moments + held.projectors))
         return row
 
     monkeypatch.setattr(Trainer, "train_step", counting)

@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from ours import EVERY, Ours, gradients, hyper_of
+from ours import EVERY, Ours, gradients, strategy_config
 from rows import PLACEMENTS, Row
 from shapes import filled, skeleton
 
-from owlore.optim import Weights
+from owlore.optim import MasterPolicy
 from owlore.plan.device_rates import STEP_SHARE, measured_rates
-from owlore.plan.model_spec import Shape, shape_of
+from owlore.plan.model_spec import ModelSpec, spec_of_model
 from owlore.plan.plan import Plan, make_plan
 from owlore.plan.streamed import Rates
 from owlore.strategies import STRATEGIES
@@ -27,9 +27,9 @@ CONTEXT = 700_000_000  # bytes beside what is planned: the CUDA context and the 
 
 
 @lru_cache(maxsize=4)
-def described(shape: str) -> Shape:
+def described(shape: str) -> ModelSpec:
     """The shape from its configuration; what a block saves is counted on two of its blocks."""
-    return shape_of(skeleton(shape, torch.device("meta")))
+    return spec_of_model(skeleton(shape, torch.device("meta")))
 
 
 def prepare() -> None:
@@ -45,9 +45,9 @@ def prepare() -> None:
 def planned(row: Row, rates: Rates | None = None) -> Plan:
     """What the row will hold and how long its copies take."""
     shape = described(row.shape)
-    blocks = shape.units.num_blocks
+    blocks = shape.parts.num_blocks
     return make_plan(
-        shape, STRATEGIES["owlore"], hyper_of(row, blocks), weights=Weights.STOCHASTIC, batch=row.batch,
+        shape, STRATEGIES["owlore"], strategy_config(row, blocks), weights=MasterPolicy.STOCHASTIC, batch=row.batch,
         accum=row.accum, tokens=row.tokens, recompute=True, placement=row.placement, rates=rates or Rates(),
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         free, _ = torch.cuda.mem_get_info(device)
         if plan.bytes["total"] + CONTEXT > free:
             return {"skipped": f"needs {gib(plan.bytes['total'])} GiB, {gib(free)} free"} | _plan_of(plan)
-    blocks = described(row.shape).units.num_blocks
+    blocks = described(row.shape).parts.num_blocks
     steps = row.steps or EVERY * -(-blocks // row.gamma)
     kinds = plan.host or {}
     drawn = kinds.get("overlay", 0) // blocks * row.gamma * -(-steps // EVERY)  # what is trained is kept
@@ -101,7 +101,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         return {"skipped": f"needs {gib(host)} GiB of host memory, {gib(available_memory())} free"} | _plan_of(plan)
     trainer = Ours(row, device)
     trainer.advance()  # the first step allocates, and finds bases
-    _reset(device, trainer.port)
+    _reset(device, trainer.copies)
     losses, started, first = [], time.perf_counter(), trainer.step
     marks = [_moment(device)]
     for _ in range(steps):
@@ -114,9 +114,9 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     tokens = row.batch * row.accum * row.tokens * steps
     operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
     product = None if rates is None else rates.flops / STEP_SHARE
-    port = trainer.port
-    spent = {} if port is None else port.seconds()
-    loaded = {} if port is None else {"loads": port.loads / steps, "bus_bytes": port.loaded_bytes / steps}
+    copies = trainer.copies
+    spent = {} if copies is None else copies.seconds()
+    loaded = {} if copies is None else {"loads": copies.loads / steps, "bus_bytes": copies.loaded_bytes / steps}
     held = None if trainer.residency is None else trainer.residency.device_bytes()
     return {
         "steps": steps, "seconds": seconds / steps, "tokens_per_s": tokens / seconds, **_peaks(device),
@@ -126,7 +126,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         "mfu_of_product": None if product is None else operations / seconds / product,
         "product_tflops": None if product is None else product / 1e12, "bus": None if rates is None else rates.bus,
         "bus_seconds": spent.get("copy", 0.0) / steps, "stall_seconds": spent.get("stall", 0.0) / steps, **loaded,
-        "block_bytes": held, "wanted_gib": row.wanted_gib, "timeline": [] if port is None else one_step(trainer),
+        "block_bytes": held, "wanted_gib": row.wanted_gib, "timeline": [] if copies is None else one_step(trainer),
     } | _plan_of(plan)  # fmt: skip
 
 
@@ -134,9 +134,9 @@ def one_step(trainer: Ours) -> list[list[Any]]:
     """Spans of a step in which nothing is drawn: kind, block, start and end in seconds."""
     while trainer.step % EVERY == 0:
         trainer.advance()
-    trainer.port.timeline()
+    trainer.copies.timeline()
     trainer.advance()
-    return [[span.kind, span.block, span.start, span.end] for span in trainer.port.timeline()]
+    return [[span.kind, span.block, span.start, span.end] for span in trainer.copies.timeline()]
 
 
 def _plan_of(plan: Plan) -> dict[str, Any]:
@@ -177,13 +177,13 @@ def scan(row: Row, device: torch.device) -> dict[str, Any]:
     return {"seconds": seconds, "matrices": len(result.frame), "blocks": len(result.blocks), **_peaks(device)}
 
 
-def _reset(device: torch.device, port: Any) -> None:
+def _reset(device: torch.device, copies: Any) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    if port is not None:
-        port.seconds()
-        port.loads = port.loaded_bytes = 0
+    if copies is not None:
+        copies.seconds()
+        copies.loads = copies.loaded_bytes = 0
 
 
 def _moment(device: torch.device) -> Any:

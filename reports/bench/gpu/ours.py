@@ -10,22 +10,22 @@ import torch
 from shapes import block_weights, filled, skeleton
 from torch import Tensor
 
-from owlore.activations.checkpointing import Recompute
-from owlore.blocks import find_units, freeze
+from owlore.activations.checkpointing import ActivationCheckpointing
+from owlore.blocks import find_parts, freeze
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import generator_for
-from owlore.optim import RotatingOptimizer, Weights
-from owlore.optim.slot import Slot
+from owlore.optim import MasterPolicy, RotatingOptimizer
+from owlore.optim.parameter_state import ParameterState
+from owlore.residency.block_chain import BlockChain
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.build import empty_residency
-from owlore.residency.chain import Chain
+from owlore.residency.copy_queue import open_copy_queue
+from owlore.residency.exact_weights import Overlay
 from owlore.residency.formats import FORMATS
 from owlore.residency.host_embedding import HostEmbedding
-from owlore.residency.masters import Overlay
 from owlore.residency.pinned import pin, unlocked
-from owlore.residency.ports import open_port
-from owlore.residency.run import Residency
-from owlore.strategies import STRATEGIES, Hyper
+from owlore.residency.residency import Residency
+from owlore.strategies import STRATEGIES, StrategyConfig
 from owlore.training.backend import Backend
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
@@ -37,7 +37,7 @@ EVERY = 2  # steps of a period: short, so that L / gamma periods are soon over
 
 
 class Generated:
-    """Masters that stand for a checkpoint file: a block is made again from its seed until it was trained."""
+    """ExactWeights that stand for a checkpoint file: a block is made again from its seed until it was trained."""
 
     def __init__(self, make: Callable[[int], Mapping[str, Tensor]]) -> None:
         self._make, self.overlay = make, Overlay()
@@ -52,29 +52,31 @@ class Generated:
         """A generator needs no head start."""
 
 
-def hyper_of(row: Any, blocks: int) -> Hyper:
+def strategy_config(row: Any, blocks: int) -> StrategyConfig:
     """Uniform draws of gamma blocks, rank 128 (8 for the small shape)."""
     gamma = min(row.gamma, blocks)
-    return Hyper(
+    return StrategyConfig(
         seed=0, every=EVERY, draw="exact", inclusion=np.full(blocks, gamma / blocks), always_on=row.always_on,
         rank=row.rank, refresh=None, scale=1.0, weight_decay=0.0, project_always_on=True,
     )  # fmt: skip
 
 
 class Ours:
-    """Takes steps; every gradient can be watched through `optimizer.slots`."""
+    """Takes steps; every gradient can be watched through `optimizer.states`."""
 
     def __init__(self, row: Any, device: torch.device, *, blocks: int | None = None) -> None:
         self.row, self.device, self.placement = row, device, row.placement
         streamed = self.placement.streams
         self.model = (skeleton if streamed else filled)(row.shape, device, blocks=blocks)
-        self.units = find_units(self.model)
-        self.count = self.units.num_blocks
-        strategy = STRATEGIES["owlore"](self.units, hyper_of(row, self.count))
-        everything = self.units.parameters(range(self.count), self.units.groups)
-        self.optimizer = RotatingOptimizer(everything, seed=0, weights=Weights.STOCHASTIC, layers=self.units.modules)
+        self.parts = find_parts(self.model)
+        self.count = self.parts.num_blocks
+        strategy = STRATEGIES["owlore"](self.parts, strategy_config(row, self.count))
+        everything = self.parts.parameters(range(self.count), self.parts.groups)
+        self.optimizer = RotatingOptimizer(
+            everything, seed=0, weights=MasterPolicy.STOCHASTIC, layers=self.parts.modules
+        )
         self.residency = self._stream() if streamed else None
-        self.port = None if self.residency is None else self.residency.port
+        self.copies = None if self.residency is None else self.residency.copies
         self.backend = self._resident() if self.residency is None else self._streamed(self.residency)
         set_active = self.backend.set_active
         self.rotation = Rotation(strategy=strategy, optimizer=self.optimizer, every=EVERY, set_active=set_active)
@@ -82,16 +84,16 @@ class Ours:
 
     def _resident(self) -> Backend:
         freeze(self.model)
-        loss, recompute = CausalLoss(self.model), Recompute(self.units.modules, enabled=True)
-        return ResidentBackend(self.units, self.optimizer, loss, self.device, recompute)
+        loss, recompute = CausalLoss(self.model), ActivationCheckpointing(self.parts.modules, enabled=True)
+        return ResidentBackend(self.parts, self.optimizer, loss, self.device, recompute)
 
     def _streamed(self, residency: Residency) -> Backend:
         lock = pin if self.device.type == "cuda" else unlocked
         backend = StreamedBackend(
-            units=self.units,
+            parts=self.parts,
             residency=residency,
-            chain=Chain(self.units.modules, residency.visit),
-            boundaries=Boundaries(residency.port, offload=self.placement.offload, pin=lock),
+            chain=BlockChain(self.parts.modules, residency.visit),
+            boundaries=Boundaries(residency.copies, offload=self.placement.offload, pin=lock),
             overlay=Overlay(),
             embedding=self.embedding,
             frozen=self.placement.frozen,
@@ -110,11 +112,11 @@ class Ours:
             shapes = skeleton(row.shape, torch.device("meta"), blocks=self.count).model.layers
         lossy = placement.frozen != "bf16"
         residency = empty_residency(
-            self.units.modules,
-            [[name for name, _ in block] for block in self.units.blocks],
+            self.parts.modules,
+            [[name for name, _ in block] for block in self.parts.blocks],
             form=FORMATS[placement.frozen],
             resident=placement.resident_blocks(self.count),
-            port=open_port(device, timed=True),
+            copies=open_copy_queue(device, timed=True),
             pin=lock,
             masters=Generated(make) if lossy else None,
         )
@@ -149,25 +151,28 @@ def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
         if ours.rotation.is_due(ours.step):
             ours.rotation.begin(ours.step)
         seen: dict[str, list[Tensor]] = {}
-        for name, slot in ours.optimizer.slots.items():
-            _watch(slot, seen.setdefault(name, []))
+        for name, state in ours.optimizer.states.items():
+            _watch(state, seen.setdefault(name, []))
         loss = torch.tensor(ours.advance())
         found.append({"loss": loss, "gradients": {name: [g.cpu() for g in gs] for name, gs in seen.items()}})
     return found
 
 
-def _watch(slot: Slot, into: list[Tensor]) -> None:
-    """Keep every gradient that the slot is given, as a whole or by its factors."""
-    receive, receive_product = Slot.receive.__get__(slot), Slot.receive_product.__get__(slot)
+def _watch(state: ParameterState, into: list[Tensor]) -> None:
+    """Keep every gradient that the state is given, as a whole or by its factors."""
+    receive, accumulate_factored = (
+        ParameterState.receive.__get__(state),
+        ParameterState.accumulate_factored.__get__(state),
+    )
 
     def take(gradient: Tensor, **settings: Any) -> None:
         into.append(gradient.clone())
         receive(gradient, **settings)
 
     def take_product(left: Tensor, other: Tensor) -> Tensor | None:
-        whole: Tensor | None = receive_product(left, other)
+        whole: Tensor | None = accumulate_factored(left, other)
         if whole is None:
             into.append(left.T @ other)
         return whole
 
-    slot.receive, slot.receive_product = take, take_product  # type: ignore[method-assign]
+    state.accumulate, state.accumulate_factored = take, take_product  # type: ignore[method-assign]

@@ -86,7 +86,7 @@ def run_one(args: argparse.Namespace) -> dict[str, Any]:
     method = args.one
     loaded = load(args.model, dtype="float32", attn="sdpa", device=torch.device("cpu"))
     rows = json.loads(args.rows.read_text())[:2000]
-    changes = {"lr": RATE} | (PERIODS if "every" in STRATEGIES[method].reads else {}) | OWN.get(method, {})
+    changes = {"lr": RATE} | (PERIODS if "every" in STRATEGIES[method].accepted_options else {}) | OWN.get(method, {})
     table = "uniform" if args.table is None or method != "owlore" else args.table
     changes |= {"table": table} if STRATEGIES[method].table == "auto" else {}
     marks: list[float] = []  # CPU seconds when the loop begins, and before and after each step

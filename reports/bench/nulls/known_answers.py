@@ -100,9 +100,9 @@ def matrices(make: Callable[[np.random.Generator], np.ndarray], count: int, seed
 
 
 def margins(count: int) -> dict[str, Any]:
-    """How far noise of a law gets towards `Entries.bound_survival`: its largest eigenvalue, in Tracy-Widom units.
+    """How far noise of a law gets towards `Entries.bound_survival`: its largest eigenvalue, in Tracy-Widom parts.
 
-    Only matrices that the bound would judge (`spread_out`); it speaks from 10 units beyond the shift on.
+    Only matrices that the bound would judge (`spread_out`); it speaks from 10 parts beyond the shift on.
     """
     result = {}
     for seed, (law, draw) in enumerate(LAWS.items()):
@@ -112,13 +112,13 @@ def margins(count: int) -> dict[str, Any]:
             entries = measure_entries([W], rows, cols)
             if entries.spread_out:
                 edge, scale = edge_and_scale(rows, cols)
-                units = (np.linalg.norm(W, 2) ** 2 / (entries.variance + entries.mean**2) - edge) / scale
+                parts = (np.linalg.norm(W, 2) ** 2 / (entries.variance + entries.mean**2) - edge) / scale
                 shift = SHIFT * max(0.0, entries.kurtosis) / min(rows, cols) ** (1 / 3)
-                found.append((units, units - shift, entries.kurtosis))
+                found.append((parts, parts - shift, entries.kurtosis))
         highest = np.max(found, axis=0).tolist() if found else [None] * 3
         result[law] = {
             "matrices": len(found),
-            **dict(zip(("units", "beyond the shift", "kurtosis"), highest, strict=True)),
+            **dict(zip(("parts", "beyond the shift", "kurtosis"), highest, strict=True)),
         }
         print(law, result[law], flush=True)
     return result

@@ -18,16 +18,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from owlore.activations.checkpointing import Recompute
-from owlore.blocks import find_units, freeze
+from owlore.activations.checkpointing import ActivationCheckpointing
+from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
 from owlore.layer_table import find_table, run_inclusion
 from owlore.models.loading import load
 from owlore.optim import RotatingOptimizer
-from owlore.plan.model_spec import shape_of
+from owlore.plan.model_spec import spec_of_model
 from owlore.plan.planner import Planner
-from owlore.settings import hyper_of, recomputes, resolve, weights_of
+from owlore.settings import recomputes, resolve, strategy_config, weights_of
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
 from owlore.training.step import train_step
@@ -71,26 +71,26 @@ def check(model: str, arm: str, batch: int, tokens: int) -> dict[str, Any]:
         TrainConfig.build({"model": model, "batch": batch, "seq_len": tokens, "steps": 2, **ARMS[arm]})
     )
     loaded = load(model, dtype="float32", attn="sdpa", device=torch.device("cpu")).model.train()
-    shape = shape_of(loaded)
+    shape = spec_of_model(loaded)
     wanted = config.table if strategy_class.table is not None else None
     table = find_table(
-        wanted, num_blocks=shape.units.num_blocks, scan=lambda: None, say=lambda _: None, weights_sha256=""
+        wanted, num_blocks=shape.parts.num_blocks, scan=lambda: None, notify=lambda _: None, weights_sha256=""
     )
     planned = Planner(strategy_class, lambda _: shape, device="cpu", table=table, tokens=tokens).plan(config)
     freeze(loaded)
-    units = find_units(loaded)
+    parts = find_parts(loaded)
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-    strategy = strategy_class(units, hyper_of(config, inclusion, None))
+    strategy = strategy_class(parts, strategy_config(config, inclusion, None))
     deepest = min(range(60), key=lambda period: min(strategy.blocks_at(period)))
     rules = strategy.rules_at(deepest)
     optimizer = RotatingOptimizer(
-        units.parameters(range(units.num_blocks), units.groups),
+        parts.parameters(range(parts.num_blocks), parts.groups),
         seed=0,
         weights=weights_of(config),
-        layers=units.modules,
+        layers=parts.modules,
     )
-    recompute = Recompute(units.modules, enabled=recomputes(config, units))
-    backend = ResidentBackend(units, optimizer, CausalLoss(loaded), torch.device("cpu"), recompute)
+    recompute = ActivationCheckpointing(parts.modules, enabled=recomputes(config, parts))
+    backend = ResidentBackend(parts, optimizer, CausalLoss(loaded), torch.device("cpu"), recompute)
     own = {t.untyped_storage()._cdata for t in (*loaded.parameters(), *loaded.buffers())}
     stream = torch.Generator().manual_seed(0)
     with LiveBytes(own) as live:

@@ -34,43 +34,43 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     """Seconds and losses by step, the first step (warm-up) apart."""
     import torch
 
-    from owlore.activations.checkpointing import Recompute
+    from owlore.activations.checkpointing import ActivationCheckpointing
     from owlore.activations.compiled import Compiled
     from owlore.activations.malloc_trim import trimmed_heap
-    from owlore.activations.saved_tensors import shelved
-    from owlore.blocks import find_units, freeze
+    from owlore.activations.saved_tensors import saved_tensor_arena
+    from owlore.blocks import find_parts, freeze
     from owlore.data.batches import MicroBatch
     from owlore.kernels.adamw import AdamW
-    from owlore.optim import RotatingOptimizer, Rule
+    from owlore.optim import RotatingOptimizer, UpdateSpec
     from owlore.training.loss import CausalLoss
     from owlore.training.resident import ResidentBackend
     from owlore.training.step import train_step
 
     freeze(model)
-    units = find_units(model)
+    parts = find_parts(model)
     name = arm.partition("+")[0].partition(" ")[0]
-    groups = tuple(units.groups) if name in ("full", "lisa-2", "galore") else ()
+    groups = tuple(parts.groups) if name in ("full", "lisa-2", "galore") else ()
     rank = 128 if name.startswith("owlore") or name == "galore" else None
     compiles = arm.endswith("+compile")
     optimizer = RotatingOptimizer(
-        units.parameters(range(units.num_blocks), units.groups), seed=0, layers=() if compiles else units.modules
+        parts.parameters(range(parts.num_blocks), parts.groups), seed=0, layers=() if compiles else parts.modules
     )
-    recompute = Recompute(units.modules, enabled=arm.endswith("+ckpt"))
-    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
-    compiled = Compiled(units.modules, enabled=compiles, device=torch.device("cpu"))
+    recompute = ActivationCheckpointing(parts.modules, enabled=arm.endswith("+ckpt"))
+    backend = ResidentBackend(parts, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
+    compiled = Compiled(parts.modules, enabled=compiles, device=torch.device("cpu"))
     clock, losses = Clock(), []
-    draws, repeats = draws_of(arm, units.num_blocks, steps)
+    draws, repeats = draws_of(arm, parts.num_blocks, steps)
     with (
-        trimmed_heap(units.modules, torch.device("cpu")),
-        shelved(units.modules, enabled=not compiles and not arm.endswith("+ckpt")),
+        trimmed_heap(parts.modules, torch.device("cpu")),
+        saved_tensor_arena(parts.modules, enabled=not compiles and not arm.endswith("+ckpt")),
     ):
         for step, ids in zip(range(-1, len(draws) * repeats), cycle(token_batches(args)), strict=False):
             clock.start()
             draw = draws[max(0, step) // repeats]
             if step < 0 or step % repeats == 0:
                 rules = {
-                    n: Rule(adam=AdamW(), rank=rank if p.ndim > 1 and n not in _outside(units) else None)
-                    for n, p in units.parameters(draw, groups).items()
+                    n: UpdateSpec(adam=AdamW(), rank=rank if p.ndim > 1 and n not in _outside(parts) else None)
+                    for n, p in parts.parameters(draw, groups).items()
                 }
                 optimizer.switch(rules, step + 1, between=partial(backend.set_active, rules))
             part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - len(ids))
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
         "seconds": of_a_period(clock.wall[1:], repeats), "cpu_seconds": of_a_period(clock.cpu[1:], repeats),
         "first_cpu_seconds": clock.cpu[1::repeats], "losses": losses[1:], "state_bytes": optimizer.held().total,
         "warm_up_seconds": clock.wall[0], "graphs": graphs,
-        "mean_depth": sum(units.num_blocks - min(d) for d in draws) / len(draws), "draws": draws,
+        "mean_depth": sum(parts.num_blocks - min(d) for d in draws) / len(draws), "draws": draws,
     }  # fmt: skip
 
 
@@ -113,17 +113,17 @@ def _graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def _outside(units: Any) -> set[str]:
-    return {name for group in units.groups.values() for name, _ in group}
+def _outside(parts: Any) -> set[str]:
+    return {name for group in parts.groups.values() for name, _ in group}
 
 
 def check(args: argparse.Namespace, model: Any) -> None:
     """One step of our full fine-tuning has to give the loss and the gradient norm of transformers' own model."""
     import torch
 
-    from owlore.blocks import find_units, freeze
+    from owlore.blocks import find_parts, freeze
     from owlore.data.batches import MicroBatch
-    from owlore.optim import RotatingOptimizer, Rule
+    from owlore.optim import RotatingOptimizer, UpdateSpec
     from owlore.training.loss import CausalLoss
     from owlore.training.resident import ResidentBackend
     from owlore.training.step import train_step
@@ -133,11 +133,11 @@ def check(args: argparse.Namespace, model: Any) -> None:
     own.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
     freeze(model)
-    units = find_units(model)
-    parameters = units.parameters(range(units.num_blocks), units.groups)
+    parts = find_parts(model)
+    parameters = parts.parameters(range(parts.num_blocks), parts.groups)
     optimizer = RotatingOptimizer(parameters, seed=0)
-    optimizer.switch(dict.fromkeys(parameters, Rule()), 0)
-    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"))
+    optimizer.switch(dict.fromkeys(parameters, UpdateSpec()), 0)
+    backend = ResidentBackend(parts, optimizer, CausalLoss(model), torch.device("cpu"))
     part = MicroBatch(input_ids=ids, labels=ids, num_trained=ids.shape[1] - 1)
     ours = train_step(backend, optimizer, {0: part}, step=0, lr=0.0, clip=None, seed=0)
     assert abs(ours.loss - float(own.detach())) <= 1e-5 * float(own.detach()), (ours.loss, own)

@@ -59,16 +59,16 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     import torch
 
     from htsr.model.locate import locate
-    from owlore.activations.checkpointing import Recompute
+    from owlore.activations.checkpointing import ActivationCheckpointing
     from owlore.activations.malloc_trim import trimmed_heap
-    from owlore.activations.saved_tensors import shelved
-    from owlore.blocks import find_units, freeze
+    from owlore.activations.saved_tensors import saved_tensor_arena
+    from owlore.blocks import find_parts, freeze
     from owlore.config import TrainConfig
     from owlore.data.batches import MicroBatch
     from owlore.optim import RotatingOptimizer
-    from owlore.plan.model_spec import shape_of
+    from owlore.plan.model_spec import spec_of_model
     from owlore.plan.plan import make_plan
-    from owlore.settings import hyper_of, resolve, weights_of
+    from owlore.settings import resolve, strategy_config, weights_of
     from owlore.training.loss import CausalLoss
     from owlore.training.resident import ResidentBackend
     from owlore.training.step import train_step
@@ -77,26 +77,26 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     args.model = str(locate(args.model))
     model = loaded(args)
     freeze(model)
-    units = find_units(model)
+    parts = find_parts(model)
     name, _, extra = method.partition("+")
     drawing = {"active": 2} if name in ("owlore", "lisa") else {}
     config, kind = resolve(TrainConfig.build({"method": name, "steps": 1, **drawing}))
-    worst = np.zeros(units.num_blocks)
-    worst[[0, units.num_blocks - 1]] = 1.0
-    hyper = hyper_of(config, worst)
-    plan = make_plan(shape_of(model), kind, hyper, weights=weights_of(config), batch=args.batch, accum=1,
+    worst = np.zeros(parts.num_blocks)
+    worst[[0, parts.num_blocks - 1]] = 1.0
+    hyper = strategy_config(config, worst)
+    plan = make_plan(spec_of_model(model), kind, hyper, weights=weights_of(config), batch=args.batch, accum=1,
                      tokens=args.tokens, recompute=bool(extra))  # fmt: skip
-    strategy = kind(units, hyper)
-    optimizer = RotatingOptimizer(units.parameters(range(units.num_blocks), units.groups), seed=0, layers=units.modules)
-    recompute = Recompute(units.modules, enabled=bool(extra))
-    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
+    strategy = kind(parts, hyper)
+    optimizer = RotatingOptimizer(parts.parameters(range(parts.num_blocks), parts.groups), seed=0, layers=parts.modules)
+    recompute = ActivationCheckpointing(parts.modules, enabled=bool(extra))
+    backend = ResidentBackend(parts, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
     batches = token_batches(args)
     before = resident()
     reset_peak()
     counter = live_bytes(model) if how == "counted" else None
     with (
-        trimmed_heap(units.modules, torch.device("cpu")),
-        shelved(units.modules, enabled=not extra and counter is None),
+        trimmed_heap(parts.modules, torch.device("cpu")),
+        saved_tensor_arena(parts.modules, enabled=not extra and counter is None),
         counter or nullcontext(),
     ):
         rules = strategy.rules_at(0)

@@ -134,17 +134,17 @@ def update_norms(trained: Any, model: str) -> list[float]:
     """||W - W0|| / ||W0|| (Frobenius) of each block, adapters merged."""
     import torch
 
-    from owlore.blocks import find_units
+    from owlore.blocks import find_parts
     from owlore.models.loading import load
 
     final = trained.merge_and_unload() if hasattr(trained, "merge_and_unload") else trained
     base = load(model, dtype="auto", attn="sdpa", device=torch.device("cpu")).model
     after = dict(final.named_parameters())
     norms = []
-    units = find_units(base)
-    for block in range(units.num_blocks):
+    parts = find_parts(base)
+    for block in range(parts.num_blocks):
         change = size = 0.0
-        for name, weight in units.parameters([block], ()).items():
+        for name, weight in parts.parameters([block], ()).items():
             before = weight.detach().double()
             change += float((after[name].detach().cpu().double() - before).square().sum())
             size += float(before.square().sum())
@@ -162,7 +162,7 @@ def _evaluate(run: Any, place: Path, tasks: Any) -> dict[str, Any]:
 
 
 def _reset_peak() -> int:
-    """Start the high-water mark of the resident set anew where Linux allows it; the bytes resident now."""
+    """PrepareContext the high-water mark of the resident set anew where Linux allows it; the bytes resident now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")

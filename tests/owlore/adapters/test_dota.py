@@ -12,7 +12,7 @@ from torch import nn
 from owlore.adapters import DotaConfig
 from owlore.adapters.dota_layer import DotaLayer
 from owlore.kernels.mpo import make_shape, rebuild
-from owlore.optim.slot import Rule, Weights, planned_bytes
+from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -142,8 +142,10 @@ def test_bytes_of_the_file_and_of_the_optimizer_are_the_formulas(tmp_path):
     _, optimizer = train(model, trained(model).values())
     moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * count
-    slots = [planned_bytes(tuple(p.shape), p.dtype, Rule(rank=2), Weights.MASTER) for p in trained(model).values()]
-    assert sum(s.total for s in slots) == 8 * count  # a core is never projected, and needs no master
+    states = [
+        planned_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=2), MasterPolicy.MASTER) for p in trained(model).values()
+    ]
+    assert sum(s.total for s in states) == 8 * count  # a core is never projected, and needs no master
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() * t.element_size() for t in saved.values()) == 8 * count  # the cores and the first ones

@@ -14,7 +14,7 @@ from owlore.adapters.nf4_linear import Nf4Linear
 from owlore.adapters.smt_layer import SmtLayer
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.block_sparse import make_layout, read_blocks
-from owlore.optim.slot import Rule, Slot, Weights, planned_bytes
+from owlore.optim.parameter_state import MasterPolicy, ParameterState, UpdateSpec, planned_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -153,8 +153,10 @@ def test_bytes_of_the_file_and_of_the_optimizer_are_the_formulas(tmp_path):
     _, optimizer = train(model, trained(model).values())
     moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * entries
-    slots = [planned_bytes(tuple(p.shape), p.dtype, Rule(rank=4), Weights.MASTER) for p in trained(model).values()]
-    assert sum(s.total for s in slots) == 8 * entries  # a delta is never projected, and needs no master
+    states = [
+        planned_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=4), MasterPolicy.MASTER) for p in trained(model).values()
+    ]
+    assert sum(s.total for s in states) == 8 * entries  # a delta is never projected, and needs no master
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() * t.element_size() for t in saved.values()) == 4 * entries + 8 * cells
@@ -230,20 +232,22 @@ def test_blocks_are_rewritten_when_a_delta_changed_and_only_then(monkeypatch):
     del name
 
 
-@pytest.mark.parametrize("weights", list(Weights))
+@pytest.mark.parametrize("weights", list(MasterPolicy))
 def test_an_optimizer_that_writes_behind_autograds_back_is_seen_by_the_next_forward(weights):
     model = adapted()
-    slots = [Slot(n, p, Rule(adam=AdamW()), weights=weights, seed=0) for n, p in trained(model).items()]
+    states = [
+        ParameterState(n, p, UpdateSpec(adam=AdamW()), weights=weights, seed=0) for n, p in trained(model).items()
+    ]
     losses = []
     for step in range(5):
         loss = loss_of(model)
         loss.backward()
-        versions = [slot.parameter._version for slot in slots]
-        for slot in slots:
-            slot.receive(slot.parameter.grad, last=True, step=step)
-            slot.parameter.grad = None
-            slot.update(1e-2, 1.0, step)
-        assert versions == [slot.parameter._version for slot in slots], "then nothing is left to test here"
+        versions = [state.parameter._version for state in states]
+        for state in states:
+            state.accumulate(state.parameter.grad, last=True, step=step)
+            state.parameter.grad = None
+            state.update(1e-2, 1.0, step)
+        assert versions == [state.parameter._version for state in states], "then nothing is left to test here"
         losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
     last = model(IDS).logits

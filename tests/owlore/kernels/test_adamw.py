@@ -6,7 +6,7 @@ import torch
 from makers import generator
 
 from owlore.kernels import adamw
-from owlore.kernels.adamw import AdamW, direction, turn_into_change, update_moments
+from owlore.kernels.adamw import AdamW, adamw_update_, direction, update_moments
 
 
 def trajectory(weight, gradients, lr, constants):
@@ -57,6 +57,6 @@ def test_the_update_in_place_by_a_few_rows_is_that_of_the_whole_bit_for_bit(monk
     moments = mean.clone(), square.clone()
     update_moments(gradient, *moments, AdamW())
     expected = direction(*moments, 4, AdamW())
-    change = turn_into_change(gradient, mean, square, 4, AdamW())
+    change = adamw_update_(gradient, mean, square, 4, AdamW())
     assert change is gradient
     assert torch.equal(change, expected) and torch.equal(mean, moments[0]) and torch.equal(square, moments[1])

@@ -8,10 +8,10 @@ from makers import generator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.optim import RotatingOptimizer, UpdateSpec
 
 INPUTS, OUTPUTS = 40, 24
-RULE = Rule(rank=4, refresh=3)
+RULE = UpdateSpec(rank=4, refresh=3)
 
 
 class Maps(nn.Module):
@@ -52,10 +52,21 @@ def trained(model, *, layers, steps=7, micro=2, rule=RULE, context=None, **setti
     return optimizer, norms
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"micro": 1}, {"bias": False}, {"grad_scale": 256.0}, {"rule": Rule(rank=4, larger=True)},
-    {"rule": Rule(rank=4, refresh=1)}, {"rule": Rule()}, {"rule": Rule(rank=20)}, {"rule": Rule(rank=4, whole="fira")},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"micro": 1},
+        {"bias": False},
+        {"grad_scale": 256.0},
+        {"rule": UpdateSpec(rank=4, larger=True)},
+        {"rule": UpdateSpec(rank=4, refresh=1)},
+        {"rule": UpdateSpec()},
+        {"rule": UpdateSpec(rank=20)},
+        {"rule": UpdateSpec(rank=4, full_rank="fira")},
+    ],
+    ids=str,
+)
 def test_steps_are_those_of_projected_gradients(settings):
     bias = {"bias": settings.pop("bias")} if "bias" in settings else {}
     ours, usual = Maps(**bias), Maps(**bias)
@@ -116,13 +127,13 @@ def test_a_matrix_that_two_maps_share_is_left_alone():
 def test_only_matrices_that_are_projected_and_gain_by_it_are_tapped_and_for_as_long_as_they_are_trained():
     model = Maps()
     optimizer = RotatingOptimizer(dict(model.named_parameters()), seed=0, layers=[model])
-    optimizer.switch({"first.weight": RULE, "first.bias": RULE, "second.weight": Rule(rank=4)}, 0)
+    optimizer.switch({"first.weight": RULE, "first.bias": RULE, "second.weight": UpdateSpec(rank=4)}, 0)
     assert "forward" in vars(model.first) and "forward" in vars(model.second)
     optimizer.switch({"first.weight": RULE}, 1)
     assert "forward" in vars(model.first) and "forward" not in vars(model.second)
     optimizer.switch({}, 2)
     assert "forward" not in vars(model.first)
-    for rule in (Rule(), Rule(rank=20), Rule(rank=4, whole="apollo")):  # 20 * (40 + 24) > 40 * 24
+    for rule in (UpdateSpec(), UpdateSpec(rank=20), UpdateSpec(rank=4, full_rank="apollo")):  # 20 * (40 + 24) > 40 * 24
         optimizer.switch({"first.weight": rule}, 3)
         assert "forward" not in vars(model.first)
         optimizer.switch({}, 4)
@@ -179,7 +190,7 @@ def test_an_input_without_gradient_and_one_without_rows_are_taken():
     optimizer, _ = trained(model, layers=True, steps=1)
     optimizer.micro_batch(1, last=True)
     model.first(torch.empty(0, INPUTS)).sum().backward()
-    assert optimizer.slots["first.weight"].gathered.count_nonzero() == 0
+    assert optimizer.states["first.weight"].gathered.count_nonzero() == 0
     x = torch.randn(4, INPUTS, requires_grad=True)
     model.first(x).sum().backward()
     assert torch.allclose(x.grad, model.first.weight.detach().sum(0).expand_as(x), atol=1e-5)

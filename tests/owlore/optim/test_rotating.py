@@ -10,11 +10,11 @@ from torch import nn
 
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.projector import project
-from owlore.optim import RotatingOptimizer, Rule, Weights
-from owlore.optim.slot import planned_bytes
+from owlore.optim import MasterPolicy, RotatingOptimizer, UpdateSpec
+from owlore.optim.parameter_state import planned_state_bytes
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16), "vector": (12,), "small": (6, 4)}
-PROJECTED = Rule(rank=6)
+PROJECTED = UpdateSpec(rank=6)
 
 
 def parameters(dtype=torch.float32):
@@ -46,7 +46,7 @@ def test_unprojected_updates_are_adamw():
     weights = parameters()
     start = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch(dict.fromkeys(weights, Rule(adam=AdamW(decay=0.1))), 0)
+    optimizer.switch(dict.fromkeys(weights, UpdateSpec(adam=AdamW(decay=0.1))), 0)
     history = [random_gradients(weights, seed) for seed in range(10)]
     for index, gradients in enumerate(history):
         step(optimizer, gradients, index)
@@ -62,25 +62,25 @@ def test_projected_updates_follow_galores_algorithm(name, larger, scale):
     weights = parameters()
     start = weights[name].detach().clone()
     optimizer = RotatingOptimizer(weights, seed=0)
-    rule = Rule(rank=6, scale=scale, larger=larger)
+    rule = UpdateSpec(rank=6, scale=scale, larger=larger)
     optimizer.switch({name: rule}, 0)
     gradients = [torch.randn(SHAPES[name], generator=generator(i)) for i in range(8)]
     for index, gradient in enumerate(gradients):
         step(optimizer, {name: [gradient]}, index)
-    basis = optimizer.slots[name].basis
+    basis = optimizer.states[name].basis
     truth = paper.galore_adamw(start, gradients, basis, 1e-2, scale, 0.9, 0.999, 1e-8)
     assert torch.allclose(weights[name].detach().double(), truth, atol=2e-6)
-    assert optimizer.held() == planned_bytes(SHAPES[name], torch.float32, rule, Weights.MASTER)
+    assert optimizer.held() == planned_state_bytes(SHAPES[name], torch.float32, rule, MasterPolicy.MASTER)
 
 
 def test_full_rank_projection_with_the_identity_as_basis_is_adamw():
     weights = parameters()
     start = weights["square"].detach().clone()
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch({"square": Rule(rank=15)}, 0)
-    slot = optimizer.slots["square"]
-    slot.basis, slot.basis_age = torch.eye(16), 0
-    slot.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
+    optimizer.switch({"square": UpdateSpec(rank=15)}, 0)
+    state = optimizer.states["square"]
+    state.basis, state.basis_age = torch.eye(16), 0
+    state.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
     gradients = [torch.randn(16, 16, generator=generator(i)) for i in range(6)]
     for index, gradient in enumerate(gradients):
         step(optimizer, {"square": [gradient]}, index)
@@ -93,11 +93,11 @@ def with_basis(basis, **adam):
     weights = parameters()
     optimizer = RotatingOptimizer(weights, seed=0)
     optimizer.switch(
-        {"square": Rule(rank=15, adam=AdamW(**adam))}, 0
-    )  # 15 < 16 has the slot projected; the basis is full
-    slot = optimizer.slots["square"]
-    slot.basis, slot.basis_age = basis, 0
-    slot.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
+        {"square": UpdateSpec(rank=15, adam=AdamW(**adam))}, 0
+    )  # 15 < 16 has the state projected; the basis is full
+    state = optimizer.states["square"]
+    state.basis, state.basis_age = basis, 0
+    state.moments.write(torch.zeros(16, 16), torch.zeros(16, 16))
     return optimizer, weights["square"].detach().clone()
 
 
@@ -131,7 +131,7 @@ def test_adam_is_not_rotation_invariant_so_another_full_basis_is_not_adamw():
 def test_a_gradient_that_is_not_finite_shows_in_the_norm_and_spoils_no_state(bad, when):
     weights = parameters()
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch({"tall": Rule(rank=6, refresh=2)}, 0)
+    optimizer.switch({"tall": UpdateSpec(rank=6, refresh=2)}, 0)
     for index in range(when):
         step(optimizer, random_gradients(("tall",), index), index)
     before, (state, _) = weights["tall"].detach().clone(), optimizer.state()
@@ -151,18 +151,20 @@ def test_rank_deficient_gradients_are_followed_like_any_other(rank_of):
     weights = parameters()
     start = weights["tall"].detach().clone()
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch({"tall": Rule(rank=6, refresh=2)}, 0)
+    optimizer.switch({"tall": UpdateSpec(rank=6, refresh=2)}, 0)
     for index in range(6):
         left = torch.randn(24, rank_of, generator=generator(index))
         right = torch.randn(rank_of, 10, generator=generator(50 + index))
         step(optimizer, {"tall": [left @ right]}, index)
-        basis = optimizer.slots["tall"].basis
+        basis = optimizer.states["tall"].basis
         assert torch.allclose(basis.T @ basis, torch.eye(6), atol=1e-5)
     assert torch.isfinite(weights["tall"]).all()
     assert torch.equal(weights["tall"], start) == (rank_of == 0)
 
 
-@pytest.mark.parametrize("rule", [Rule(), PROJECTED, Rule(rank=6, refresh=2)], ids=["plain", "projected", "refreshed"])
+@pytest.mark.parametrize(
+    "rule", [UpdateSpec(), PROJECTED, UpdateSpec(rank=6, refresh=2)], ids=["plain", "projected", "refreshed"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_micro_batches_are_one_batch_of_their_sum(rule, dtype):
     results = []
@@ -175,7 +177,7 @@ def test_four_micro_batches_are_one_batch_of_their_sum(rule, dtype):
             parts = {n: [torch.round(2 * g) / 4 for g in gs] for n, gs in random_gradients(weights, index, 4).items()}
             step(optimizer, parts if split else {n: [sum(gs)] for n, gs in parts.items()}, index, clip=1.0)
         results.append(
-            {n: s.master if s.master is not None else s.parameter.detach() for n, s in optimizer.slots.items()}
+            {n: s.master if s.master is not None else s.parameter.detach() for n, s in optimizer.states.items()}
         )
     for name in SHAPES:
         assert torch.allclose(results[0][name], results[1][name], rtol=1e-5, atol=1e-6), name
@@ -192,7 +194,7 @@ def test_state_bytes_are_a_function_of_the_active_set_at_every_switch():
         if names:
             step(optimizer, random_gradients(names, period), period)
         held = optimizer.held()
-        planned = [planned_bytes(SHAPES[n], torch.bfloat16, PROJECTED, Weights.MASTER) for n in names]
+        planned = [planned_state_bytes(SHAPES[n], torch.bfloat16, PROJECTED, MasterPolicy.MASTER) for n in names]
         assert held.total == sum(p.total for p in planned)
         assert held.masters == sum(p.masters for p in planned)
         assert seen.setdefault(names, held) == held
@@ -220,8 +222,8 @@ def test_no_gradient_outlives_its_hook():
         optimizer.micro_batch(index, last=True)
         sum((p * 2).sum() for p in weights.values()).backward()
         assert all(p.grad is None for p in weights.values())
-        assert all(slot.whole is None for slot in optimizer.slots.values())
-        assert optimizer.slots["tall"].gathered.shape == (24, 6)
+        assert all(state.full_gradient is None for state in optimizer.states.values())
+        assert optimizer.states["tall"].gathered.shape == (24, 6)
         optimizer.update(1e-3, None)
 
 
@@ -232,13 +234,13 @@ def test_a_basis_lives_for_one_activation_and_moments_rotate_when_a_block_stays(
     for index in range(4):
         step(optimizer, random_gradients(("tall",), index), index)
         if index == 0:
-            first = optimizer.slots["tall"].basis
-        assert optimizer.slots["tall"].basis is first
+            first = optimizer.states["tall"].basis
+        assert optimizer.states["tall"].basis is first
     done = optimizer.switch({"tall": PROJECTED}, 4)
-    assert done.stayed == ("tall",) and optimizer.slots["tall"].updates == 4
+    assert done.stayed == ("tall",) and optimizer.states["tall"].updates == 4
     fresh = random_gradients(("tall",), 99)
     step(optimizer, fresh, 4)
-    second = optimizer.slots["tall"].basis
+    second = optimizer.states["tall"].basis
     assert second is not first
     best = project(fresh["tall"][0], paper.galore_basis(fresh["tall"][0], 6), True).norm()
     assert project(fresh["tall"][0], second, True).norm() >= 0.99 * best
@@ -248,11 +250,11 @@ def test_a_basis_lives_for_one_activation_and_moments_rotate_when_a_block_stays(
 def test_a_basis_is_refreshed_every_n_steps(refresh):
     weights = parameters()
     optimizer = RotatingOptimizer(weights, seed=0)
-    optimizer.switch({"wide": Rule(rank=4, refresh=refresh)}, 0)
+    optimizer.switch({"wide": UpdateSpec(rank=4, refresh=refresh)}, 0)
     bases = []
     for index in range(6):
         step(optimizer, random_gradients(("wide",), index), index)
-        bases.append(id(optimizer.slots["wide"].basis))
+        bases.append(id(optimizer.states["wide"].basis))
     changes = [index for index in range(6) if index == 0 or bases[index] != bases[index - 1]]
     assert changes == list(range(0, 6, refresh))
 
@@ -265,11 +267,11 @@ def test_clipping_bounds_the_norm_in_the_projected_space():
     gradients = random_gradients(names, 5)
     big = {n: [100 * g for g in gs] for n, gs in gradients.items()}
     norm = step(optimizer, big, 0, clip=1.0)
-    basis = optimizer.slots["tall"].basis
+    basis = optimizer.states["tall"].basis
     expected = (project(big["tall"][0], basis, True).square().sum() + big["vector"][0].square().sum()).sqrt()
     assert norm == pytest.approx(float(expected), rel=1e-5)
     moments = (
-        torch.cat([optimizer.slots[n].moments.read()[0].flatten() for n in names]) / 0.1
+        torch.cat([optimizer.states[n].moments.read()[0].flatten() for n in names]) / 0.1
     )  # after one step m = 0.1 g
     assert float(moments.norm()) == pytest.approx(1.0, rel=1e-4)
 
@@ -278,30 +280,30 @@ def test_clipping_bounds_the_norm_in_the_projected_space():
 def test_masters_keep_updates_that_16_bits_would_lose(dtype):
     weight = nn.Parameter(torch.ones(64, 64, dtype=dtype), requires_grad=False)
     optimizer = RotatingOptimizer({"w": weight}, seed=0)
-    optimizer.switch({"w": Rule()}, 0)
+    optimizer.switch({"w": UpdateSpec()}, 0)
     for index in range(100):
         optimizer.micro_batch(index, last=True)
         (weight * torch.ones_like(weight)).sum().backward()
         optimizer.update(1e-5, None)
-    assert float(optimizer.slots["w"].master.mean()) == pytest.approx(1 - 100e-5, abs=2e-6)
+    assert float(optimizer.states["w"].master.mean()) == pytest.approx(1 - 100e-5, abs=2e-6)
     done = optimizer.switch({}, 100)
     assert done.lost_norm > 0
     # Stochastic write-back: the mean survives although each entry is one of two neighbours.
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 100e-5, abs=3 * 64**-1 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("weights_mode", [Weights.NEAREST, Weights.STOCHASTIC])
+@pytest.mark.parametrize("weights_mode", [MasterPolicy.NEAREST, MasterPolicy.STOCHASTIC])
 def test_without_masters_none_is_held_and_stochastic_rounding_still_learns(weights_mode):
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16), requires_grad=False)
     optimizer = RotatingOptimizer({"w": weight}, seed=0, weights=weights_mode)
-    optimizer.switch({"w": Rule()}, 0)
+    optimizer.switch({"w": UpdateSpec()}, 0)
     for index in range(50):
         optimizer.micro_batch(index, last=True)
         (weight * torch.ones_like(weight)).sum().backward()
         optimizer.update(1e-4, None)
     assert optimizer.held().masters == 0
     moved = 1 - float(weight.detach().float().mean())
-    assert moved == (0.0 if weights_mode is Weights.NEAREST else pytest.approx(50e-4, rel=0.1))
+    assert moved == (0.0 if weights_mode is MasterPolicy.NEAREST else pytest.approx(50e-4, rel=0.1))
 
 
 @pytest.mark.parametrize("policy", ["drop", "host", "keep"])
@@ -314,7 +316,7 @@ def test_what_happens_to_moments_at_a_switch(policy):
     assert (optimizer.parked_bytes() == 0) == (policy == "drop")
     optimizer.switch({"tall": PROJECTED}, 2)
     step(optimizer, random_gradients(("tall",), 2), 2)
-    assert optimizer.slots["tall"].updates == (1 if policy == "drop" else 2)
+    assert optimizer.states["tall"].updates == (1 if policy == "drop" else 2)
     assert "tall" not in optimizer.parked
 
 
@@ -322,7 +324,8 @@ def test_what_happens_to_moments_at_a_switch(policy):
 @pytest.mark.parametrize("policy", ["drop", "keep"])
 def test_saved_state_goes_on_bit_for_bit(dtype, policy):
     rules = [
-        dict.fromkeys(names, Rule(rank=6, refresh=3)) for names in (("tall", "vector"), ("tall", "wide"), ("square",))
+        dict.fromkeys(names, UpdateSpec(rank=6, refresh=3))
+        for names in (("tall", "vector"), ("tall", "wide"), ("square",))
     ]
 
     def advance(optimizer, start, stop):
@@ -347,7 +350,7 @@ def test_saved_state_goes_on_bit_for_bit(dtype, policy):
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
 
 
-@pytest.mark.parametrize("rule", [Rule(bits=8), Rule(rank=6, bits=8)], ids=["plain", "projected"])
+@pytest.mark.parametrize("rule", [UpdateSpec(bits=8), UpdateSpec(rank=6, bits=8)], ids=["plain", "projected"])
 def test_moments_in_eight_bits_are_a_quarter_as_large_and_lead_nearly_the_same_way(rule):
     results = []
     for bits in (32, 8):
@@ -357,7 +360,9 @@ def test_moments_in_eight_bits_are_a_quarter_as_large_and_lead_nearly_the_same_w
         optimizer.switch(dict.fromkeys(weights, replace(rule, bits=bits)), 0)
         for index in range(20):
             step(optimizer, random_gradients(weights, index), index)
-        planned = [planned_bytes(SHAPES[n], torch.float32, replace(rule, bits=bits), Weights.MASTER) for n in SHAPES]
+        planned = [
+            planned_state_bytes(SHAPES[n], torch.float32, replace(rule, bits=bits), MasterPolicy.MASTER) for n in SHAPES
+        ]
         assert optimizer.held().total == sum(p.total for p in planned)
         moved = torch.cat([(weights[n].detach() - start[n]).flatten() for n in SHAPES])
         results.append((optimizer.held().moments, moved))
@@ -367,12 +372,14 @@ def test_moments_in_eight_bits_are_a_quarter_as_large_and_lead_nearly_the_same_w
 
 
 def test_moments_in_eight_bits_are_a_quarter_of_a_large_matrix():
-    eight, full = (planned_bytes((512, 512), torch.float32, Rule(bits=b), Weights.MASTER).moments for b in (8, 32))
+    eight, full = (
+        planned_state_bytes((512, 512), torch.float32, UpdateSpec(bits=b), MasterPolicy.MASTER).moments for b in (8, 32)
+    )
     assert eight == pytest.approx(full / 4, rel=0.02)
 
 
 def test_unknown_names_and_policies_are_refused():
     with pytest.raises(KeyError, match="nowhere"):
-        RotatingOptimizer(parameters(), seed=0).switch({"nowhere": Rule()}, 0)
+        RotatingOptimizer(parameters(), seed=0).switch({"nowhere": UpdateSpec()}, 0)
     with pytest.raises(ValueError, match="drop, host, keep"):
         RotatingOptimizer(parameters(), seed=0, on_switch="burn")

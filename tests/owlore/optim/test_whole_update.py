@@ -9,9 +9,9 @@ from torch import nn
 import owlore
 from htsr.errors import UsageError
 from owlore.kernels.adamw import AdamW
-from owlore.kernels.whole_update import channel_ratios, limited, random_basis
-from owlore.optim import RotatingOptimizer, Rule
-from owlore.optim.slot import Weights, planned_bytes
+from owlore.kernels.full_rank_update import channel_ratios, limited, random_basis
+from owlore.optim import RotatingOptimizer, UpdateSpec
+from owlore.optim.parameter_state import MasterPolicy, planned_state_bytes
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
@@ -19,17 +19,17 @@ B = {"b1": 0.9, "b2": 0.99, "eps": 1e-8}
 
 
 def trained(weight, gradients, rule, *, parts=1):
-    """The weight after our optimizer saw these gradients, each in `parts` micro-batches; and the slot."""
+    """The weight after our optimizer saw these gradients, each in `parts` micro-batches; and the state."""
     parameter = nn.Parameter(weight.clone())
     optimizer = RotatingOptimizer({"w": parameter}, seed=3)
     optimizer.switch({"w": rule}, 0)
-    slot = optimizer.slots["w"]
+    state = optimizer.states["w"]
     for step, gradient in enumerate(gradients):
         for part in range(parts):
             optimizer.micro_batch(step, last=part == parts - 1)
-            slot.receive(gradient / parts, last=part == parts - 1, step=step)
+            state.accumulate(gradient / parts, last=part == parts - 1, step=step)
         optimizer.update(1e-2, None)
-    return parameter.detach(), slot
+    return parameter.detach(), state
 
 
 def gradients(shape, count, seed=0):
@@ -46,28 +46,28 @@ def test_ten_steps_are_the_papers(whole, tall, seed):
     weight, seen = torch.randn(shape, generator=generator(seed + 10)), gradients(shape, 10, seed)
     ours = [g.T.contiguous() for g in seen] if tall else seen  # the papers write the wide case
     start = weight.T.contiguous() if tall else weight
-    rule = Rule(adam=AdamW(**ADAM), rank=4, scale=0.5, whole=whole, limit=1.05)
-    found, slot = trained(start, ours, rule)
+    rule = UpdateSpec(adam=AdamW(**ADAM), rank=4, scale=0.5, full_rank=whole, limit=1.05)
+    found, state = trained(start, ours, rule)
     if whole == "fira":
-        theirs = paper.fira(weight, seen, slot.basis, 1e-2, 0.5, 1.05, **B)
+        theirs = paper.fira(weight, seen, state.basis, 1e-2, 0.5, 1.05, **B)
     else:
-        theirs = paper.apollo(weight, seen, slot.basis.T, 1e-2, 0.5, 1.05, **B, mini=whole == "apollo-mini")
+        theirs = paper.apollo(weight, seen, state.basis.T, 1e-2, 0.5, 1.05, **B, mini=whole == "apollo-mini")
     torch.testing.assert_close(found.double(), theirs.T if tall else theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", ["fira", "apollo"])
 def test_micro_batches_equal_one_batch(whole):
     weight, seen = torch.randn(12, 20, generator=generator(1)), gradients((12, 20), 6)
-    rule = Rule(rank=4, refresh=3, whole=whole)
+    rule = UpdateSpec(rank=4, refresh=3, full_rank=whole)
     torch.testing.assert_close(trained(weight, seen, rule)[0], trained(weight, seen, rule, parts=4)[0])
 
 
 @pytest.mark.parametrize("whole", ["fira", "apollo", "apollo-mini"])
 def test_what_is_held_is_what_was_planned_and_no_gradient_stays(whole):
-    rule = Rule(rank=4, whole=whole)
-    _, slot = trained(torch.zeros(12, 20), gradients((12, 20), 2), rule)
-    assert slot.held() == planned_bytes((12, 20), torch.float32, rule, Weights.MASTER)
-    assert slot.whole is None and slot.gathered is None
+    rule = UpdateSpec(rank=4, full_rank=whole)
+    _, state = trained(torch.zeros(12, 20), gradients((12, 20), 2), rule)
+    assert state.held() == planned_state_bytes((12, 20), torch.float32, rule, MasterPolicy.MASTER)
+    assert state.full_gradient is None and state.gathered is None
 
 
 def test_a_gradient_inside_the_basis_has_no_residual():
@@ -75,7 +75,7 @@ def test_a_gradient_inside_the_basis_has_no_residual():
     stream = generator(2)
     left = torch.randn(12, 3, generator=stream)
     seen = [left @ torch.randn(3, 20, generator=stream) for _ in range(4)]
-    found = [trained(torch.zeros(12, 20), seen, Rule(rank=4, whole=whole))[0] for whole in ("fira", None)]
+    found = [trained(torch.zeros(12, 20), seen, UpdateSpec(rank=4, full_rank=whole))[0] for whole in ("fira", None)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 

@@ -10,9 +10,9 @@ from streaming import SHAPES, Resident, Streamed, batches, maker, pair, quantise
 
 import owlore
 from owlore.kernels import nf4
+from owlore.residency.copy_queue import CudaCopyQueue
 from owlore.residency.formats import FORMATS
 from owlore.residency.pinned import HostBlob, pin, unlocked
-from owlore.residency.ports import CudaPort
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -40,7 +40,7 @@ def agree(make, draws, *, parts=2, **settings):
         for step in range(3):
             losses = [side.take_step(batches(parts, seed=step)) for side in (resident, streamed)]
             assert torch.equal(*losses) and same_bits(resident, streamed), (draw, step)
-    for block in streamed.units.blocks:
+    for block in streamed.parts.blocks:
         for name, _ in block:
             exact = streamed.residency.exact(name)
             assert torch.equal(exact.to(CUDA), resident.optimizer.parameters[name])
@@ -50,7 +50,7 @@ def agree(make, draws, *, parts=2, **settings):
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_gradient_of_three_steps_is_the_resident_models(family):
     streamed = agree(lambda: maker(family), [(0,), (1, 2)])
-    assert streamed.port.loads >= 3
+    assert streamed.copies.loads >= 3
 
 
 SETTINGS = {
@@ -94,28 +94,28 @@ def test_nf4_is_the_same_with_and_without_bitsandbytes():
 
 
 def test_a_copy_waits_for_its_ticket_and_the_compute_for_the_copy():
-    port = CudaPort(CUDA)
+    copies = CudaCopyQueue(CUDA)
     size = 1 << 24
     blob = pin(size)
     assert blob.pinned
     blob.tensor.fill_(7)
-    into, seen = port.buffer(size), torch.empty(size, dtype=torch.uint8, device=CUDA)
+    into, seen = copies.buffer(size), torch.empty(size, dtype=torch.uint8, device=CUDA)
     into.fill_(1)
     torch.cuda._sleep(200_000_000)
     seen.copy_(into)  # the compute still reads the old bytes
-    ticket = port.load(into, blob, port.mark())
-    port.wait(ticket)
+    event = copies.load(into, blob, copies.mark())
+    copies.wait(event)
     after = into.clone()
     assert bool((seen == 1).all()) and bool((after == 7).all())
     home = pin(size).tensor
     home.fill_(0)
     torch.cuda._sleep(200_000_000)
     after.fill_(9)
-    port.wait(port.unload(home, after))
+    copies.wait(copies.unload(home, after))
     torch.cuda.synchronize()
     assert bool((home == 9).all())
-    staged = port.load(into, HostBlob(torch.full((size,), 3, dtype=torch.uint8), False), port.mark())
-    port.wait(staged)
+    staged = copies.load(into, HostBlob(torch.full((size,), 3, dtype=torch.uint8), False), copies.mark())
+    copies.wait(staged)
     assert bool((into == 3).all())
 
 

@@ -11,17 +11,17 @@ from streaming import Streamed, batches, deep_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from owlore.blocks import find_units
+from owlore.blocks import find_parts
 from owlore.config import TrainConfig
-from owlore.optim import Weights
+from owlore.optim import MasterPolicy
 from owlore.plan.fit import fit_from_config
-from owlore.plan.model_spec import shape_of
+from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan
 from owlore.plan.planner import plan_from_config
 from owlore.plan.streamed import Rates, StreamedModel
+from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.placement import Placement
-from owlore.residency.ports import CpuPort
-from owlore.strategies import STRATEGIES, Hyper
+from owlore.strategies import STRATEGIES, StrategyConfig
 
 PLACEMENTS = {
     "host": Placement(residency="host"),
@@ -35,8 +35,9 @@ PLACEMENTS = {
 
 def streamed_of(model, placement, **settings):
     blocks = len(model.model.layers)
-    return Streamed(model, form=placement.frozen, resident=placement.resident_blocks(blocks), offload=placement.offload,
-                    **settings)  # fmt: skip
+    return Streamed(
+        model, form=placement.frozen, resident=placement.resident_blocks(blocks), offload=placement.offload, **settings
+    )
 
 
 def storages(tensors):
@@ -49,29 +50,29 @@ def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_
     placement = PLACEMENTS[case]
     streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), placement)
     residency = streamed.residency
-    planned = StreamedModel(find_units(deep_llama(13, dtype=torch.bfloat16)), placement).device_bytes(drawn)
+    planned = StreamedModel(find_parts(deep_llama(13, dtype=torch.bfloat16)), placement).device_bytes(drawn)
     seen = []
 
     def count(*_):
         """Every storage behind a block's parameters, the slots, and what the store keeps on the device."""
         blobs = [residency.store.blobs[b].tensor for b in residency.store.resident & residency.store.blobs.keys()]
-        parameters = [p for module in streamed.units.modules for p in module.parameters()]
-        seen.append(storages([*parameters, *residency.slots.buffers, *blobs]))
+        parameters = [p for module in streamed.parts.modules for p in module.parameters()]
+        seen.append(storages([*parameters, *residency.device_buffers.buffers, *blobs]))
 
-    for module in streamed.units.modules:
+    for module in streamed.parts.modules:
         module.mlp.register_forward_hook(count)
     streamed.draw((3,))
     streamed.draw(drawn)
     streamed.take_step(batches(2))
-    nowhere = 2 * sum(1 for module in streamed.units.modules for _ in module.parameters())  # a NaN each
+    placeholder = 2 * sum(1 for module in streamed.parts.modules for _ in module.parameters())  # a NaN each
     assert residency.device_bytes() == planned
     assert len(seen) == 2 * (13 + 13 - min(drawn))
-    assert sum(planned.values()) <= max(seen) <= sum(planned.values()) + nowhere
-    whole = sum(p.numel() * 2 for module in streamed.units.modules for p in module.parameters())
+    assert sum(planned.values()) <= max(seen) <= sum(planned.values()) + placeholder
+    whole = sum(p.numel() * 2 for module in streamed.parts.modules for p in module.parameters())
     if placement.residency == "host" and not placement.resident_share:
         own = whole // 13
         assert planned["resident"] == 0 and planned["drawn"] == len(drawn) * own
-        assert max(seen) <= 2 * residency.store.layouts[0].num_bytes + len(drawn) * own + nowhere < 0.6 * whole
+        assert max(seen) <= 2 * residency.store.layouts[0].num_bytes + len(drawn) * own + placeholder < 0.6 * whole
 
 
 class LiveBytes(TorchDispatchMode):
@@ -103,8 +104,20 @@ class LiveBytes(TorchDispatchMode):
 def hyper(blocks, drawn, **settings):
     inclusion = np.zeros(blocks)
     inclusion[list(drawn)] = 1.0
-    return Hyper(**{"seed": 0, "every": 10, "draw": "exact", "inclusion": inclusion, "always_on": (), "rank": 8,
-                    "refresh": None, "scale": 1.0, "weight_decay": 0.0, **settings})  # fmt: skip
+    return StrategyConfig(
+        **{
+            "seed": 0,
+            "every": 10,
+            "draw": "exact",
+            "inclusion": inclusion,
+            "always_on": (),
+            "rank": 8,
+            "refresh": None,
+            "scale": 1.0,
+            "weight_decay": 0.0,
+            **settings,
+        }
+    )
 
 
 @pytest.mark.parametrize(("case", "accum"), [("host", 1), ("device nf4", 1), *((case, 3) for case in PLACEMENTS)])
@@ -112,9 +125,18 @@ def test_the_peak_is_planned_within_fifteen_percent(case, accum):
     placement, drawn = PLACEMENTS[case], (1, 6)
     # Blocks large beside one tensor's alignment, and a head small beside them.
     model = tiny_llama(blocks=8, width=64, hidden=160, vocab=128, dtype=torch.bfloat16).train()
-    shape = shape_of(model)
-    planned = make_plan(shape, STRATEGIES["owlore"], hyper(8, drawn), weights=Weights.MASTER, batch=2, accum=accum,
-                        tokens=64, recompute=True, placement=placement)  # fmt: skip
+    shape = spec_of_model(model)
+    planned = make_plan(
+        shape,
+        STRATEGIES["owlore"],
+        hyper(8, drawn),
+        weights=MasterPolicy.MASTER,
+        batch=2,
+        accum=accum,
+        tokens=64,
+        recompute=True,
+        placement=placement,
+    )
     counted, streamed = counted_peak(model, placement, drawn, accum)
     assert planned.bytes["total"] == pytest.approx(counted, rel=0.15)
     held = streamed.optimizer.held()
@@ -125,35 +147,54 @@ def test_the_peak_is_planned_within_fifteen_percent(case, accum):
 ALL = ("embeddings", "norm", "head")
 
 
-@pytest.mark.parametrize(("tied", "groups", "accum", "rank"), [
-    *((tied, ALL, accum, rank) for tied in (False, True) for accum in (1, 4) for rank in (8, None)),
-    (False, ("embeddings",), 4, 8), (False, ("head",), 4, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tied", "groups", "accum", "rank"),
+    [
+        *((tied, ALL, accum, rank) for tied in (False, True) for accum in (1, 4) for rank in (8, None)),
+        (False, ("embeddings",), 4, 8),
+        (False, ("head",), 4, 8),
+    ],
+)
 def test_so_is_it_with_trained_embeddings_and_head_that_outweigh_the_blocks(tied, groups, accum, rank):
     drawn = (1, 6)
     model = tiny_llama(blocks=8, width=64, hidden=96, vocab=2048, tied=tied, dtype=torch.bfloat16).train()
-    planned = make_plan(shape_of(model), STRATEGIES["owlore"],
-                        hyper(8, drawn, always_on=groups, rank=rank, project_always_on=True), weights=Weights.MASTER,
-                        batch=2, accum=accum, tokens=64, recompute=True, placement=PLACEMENTS["host"])  # fmt: skip
-    counted, _ = counted_peak(model, PLACEMENTS["host"], drawn, accum, rank=rank,
-                                     groups=("embeddings", "head") if tied else groups, reads=groups)  # fmt: skip
+    planned = make_plan(
+        spec_of_model(model),
+        STRATEGIES["owlore"],
+        hyper(8, drawn, always_on=groups, rank=rank, project_always_on=True),
+        weights=MasterPolicy.MASTER,
+        batch=2,
+        accum=accum,
+        tokens=64,
+        recompute=True,
+        placement=PLACEMENTS["host"],
+    )
+    counted, _ = counted_peak(
+        model,
+        PLACEMENTS["host"],
+        drawn,
+        accum,
+        rank=rank,
+        groups=("embeddings", "head") if tied else groups,
+        reads=groups,
+    )
     assert planned.bytes["total"] == pytest.approx(counted, rel=0.03)
 
 
 def counted_peak(model, placement, drawn, accum, *, rank=8, groups=(), reads=()):
     """Most bytes that live in two steps, as a plan counts them, and the streamed side."""
     streamed = streamed_of(model, placement, rank=rank, groups=groups)
-    streamed.port = streamed.residency.port = streamed.residency.slots.port = streamed.boundaries.port = CpuPort(
-        torch.device("cpu")
-    )
-    outside = sum(p.numel() * 2 for p in streamed.units.parameters((), streamed.units.groups).values())
-    left = StreamedModel(streamed.units, placement).outside_bytes(reads)[
+    streamed.copies = streamed.residency.copies = streamed.residency.device_buffers.copies = (
+        streamed.boundaries.copies
+    ) = CpuCopyQueue(torch.device("cpu"))
+    outside = sum(p.numel() * 2 for p in streamed.parts.parameters((), streamed.parts.groups).values())
+    left = StreamedModel(streamed.parts, placement).outside_bytes(reads)[
         1
     ]  # the embedding: here it is in the same memory
     streamed.watches = False
     parts = fixed_batches(accum)
     blobs = [blob.tensor for blob in streamed.residency.store.blobs.values()]
-    with LiveBytes([*blobs, *streamed.residency.slots.buffers, *model.parameters()]) as live:
+    with LiveBytes([*blobs, *streamed.residency.device_buffers.buffers, *model.parameters()]) as live:
         streamed.draw(drawn)
         for _ in range(2):
             streamed.take_step(parts)
@@ -186,17 +227,22 @@ def seven_b(**settings):
     from owlore.plan.streamed import traffic
 
     with torch.device("meta"):
-        units = find_units(LlamaForCausalLM(LlamaConfig(intermediate_size=11008)).to(torch.bfloat16))
-    model = StreamedModel(units, Placement(residency="host", **settings.pop("placement", {})))
-    sizes = [sum(p.numel() for _, p in block) for block in units.blocks]
+        parts = find_parts(LlamaForCausalLM(LlamaConfig(intermediate_size=11008)).to(torch.bfloat16))
+    model = StreamedModel(parts, Placement(residency="host", **settings.pop("placement", {})))
+    sizes = [sum(p.numel() for _, p in block) for block in parts.blocks]
     given = {"tokens": 512, "bottom": False, "recompute": True, "rates": Rates(), **settings}
     return traffic(model, [(0, 8, 16, 24, 31)], sizes, **given)
 
 
-@pytest.mark.parametrize(("flops", "bus", "expected"), [
-    (70, 25, (2800, 1414, 722)), (165, 25, (6600, 3333, 1703)), (165, 50, (3300, 1667, 851)),
-    (700, 50, (14000, 7070, 3612)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flops", "bus", "expected"),
+    [
+        (70, 25, (2800, 1414, 722)),
+        (165, 25, (6600, 3333, 1703)),
+        (165, 50, (3300, 1667, 851)),
+        (700, 50, (14000, 7070, 3612)),
+    ],
+)
 def test_the_tokens_from_which_copies_are_hidden_are_the_references_table(flops, bus, expected):
     for form, tokens in zip(("bf16", "int8", "nf4"), expected, strict=True):
         found = seven_b(placement={"frozen": form}, rates=Rates(bus=bus * 1e9, flops=flops * 1e12))

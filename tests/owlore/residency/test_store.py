@@ -12,8 +12,8 @@ from torch import nn
 from htsr.errors import BadInput
 from owlore.kernels import int8, nf4
 from owlore.residency.binding import layout_of
+from owlore.residency.exact_weights import FileExactWeights, Overlay
 from owlore.residency.formats import FORMATS
-from owlore.residency.masters import FileMasters, Overlay
 from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, pin, rounded_bytes, unlocked
 from owlore.residency.placement import Placement
 from owlore.residency.staging import Staging
@@ -103,7 +103,7 @@ def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
 
 
 def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
-    from owlore.blocks import find_units
+    from owlore.blocks import find_parts
     from owlore.models.loading import load
     from owlore.patches import PatchStack
     from owlore.training.streamed import open_streamed_backend
@@ -111,8 +111,8 @@ def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
     directory = save_tiny(tmp_path / "model", blocks=3)
     loaded = load(str(directory), dtype="auto", attn="sdpa", device=CPU)
     said = []
-    open_streamed_backend(Placement(residency="host"), find_units(loaded.model), loaded, always_on=(), device=CPU,
-                          directory=tmp_path, say=said.append, patches=PatchStack(),
+    open_streamed_backend(Placement(residency="host"), find_parts(loaded.model), loaded, always_on=(), device=CPU,
+                          directory=tmp_path, notify=said.append, patches=PatchStack(),
                           lock=lambda size: HostBlob(host_memory(size), False))  # fmt: skip
     assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "mapped" in said[0]
 
@@ -211,7 +211,7 @@ def test_masters_come_from_the_file_until_a_block_was_trained_and_from_the_overl
         return file[name]
 
     overlay = Overlay(tmp_path / "overlay" if kind == "file" else None)
-    masters = FileMasters(read, [{"w": (f"b{b}.w", torch.float32)} for b in range(3)], overlay)
+    masters = FileExactWeights(read, [{"w": (f"b{b}.w", torch.float32)} for b in range(3)], overlay)
     masters.expect([1, 2])
     assert torch.equal(masters.read(1)["w"], file["b1.w"].float())
     trained = torch.randn(3, 4, generator=generator(9))
@@ -231,7 +231,7 @@ def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
     """A resident model whose frozen blocks are quantised by hand from exact masters at every switch."""
     resident, streamed = Resident(deep_llama(5), rank=4), Streamed(deep_llama(5), rank=4, form=form)
     exact = {name: p.detach().clone() for name, p in resident.model.named_parameters()}
-    home = resident.units.block_of()
+    home = resident.parts.block_of()
 
     def by_hand():
         for name, parameter in resident.model.named_parameters():

@@ -14,10 +14,10 @@ from streaming import SHAPES, Streamed, batches, deep_llama, maker, pair, quanti
 from torch import nn
 
 from htsr.errors import NotFinite
+from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.formats import FORMATS
-from owlore.residency.plan import loads_of_step, step_visits
-from owlore.residency.ports import CpuPort
-from owlore.residency.run import Residency
+from owlore.residency.residency import Residency
+from owlore.residency.visits import loads_of_step, step_visits
 
 LANDINGS = ("eager", "late", "random")
 EVERYWHERE = [("llama", landing) for landing in LANDINGS] + [(family, "random") for family in SHAPES[1:]]
@@ -35,7 +35,7 @@ def steps_agree(resident, streamed, draws, *, parts=1, **options):
                 return False
     return all(
         torch.equal(streamed.residency.exact(name), resident.optimizer.parameters[name])
-        for block in streamed.units.blocks
+        for block in streamed.parts.blocks
         for name, _ in block
     )
 
@@ -46,7 +46,7 @@ def test_logits_are_those_of_the_resident_model(family, landing):
     ids = batches()[0].input_ids
     with torch.no_grad():
         assert torch.equal(resident.model(ids).logits, streamed.model(ids).logits)
-    assert streamed.port.loads >= 3
+    assert streamed.copies.loads >= 3
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_so_are_those_of_embeddings_norm_and_head(family):
     groups = ("embeddings", "norm", "head")
     resident, streamed = pair(lambda: maker(family), groups=groups, rank=4)
     assert steps_agree(resident, streamed, [(1,), (0, 2)], parts=2)
-    assert {name for name, _, _ in streamed.gradients} >= set(streamed.units.parameters((), groups))
+    assert {name for name, _, _ in streamed.gradients} >= set(streamed.parts.parameters((), groups))
 
 
 def test_with_nothing_but_the_head_trained_no_block_is_walked_backwards():
     resident, streamed = pair(lambda: deep_llama(4), groups=("norm", "head"))
     assert steps_agree(resident, streamed, [()])
-    before = streamed.port.leases_seen
+    before = streamed.copies.leases_seen
     streamed.take_step(batches())
-    assert streamed.port.leases_seen - before == 4
+    assert streamed.copies.leases_seen - before == 4
 
 
 def early(residency):
@@ -104,7 +104,7 @@ def test_a_lease_given_back_too_early_does_not_go_unnoticed(landing):
 def test_the_number_of_slots_changes_no_bit(slots, landing):
     resident, streamed = pair(lambda: deep_llama(6), slots=slots, landing=landing)
     assert steps_agree(resident, streamed, [(2, 3), (0, 5)], parts=2)
-    assert len(streamed.residency.slots.buffers) == slots
+    assert len(streamed.residency.device_buffers.buffers) == slots
 
 
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(range(4), n)]
@@ -121,8 +121,10 @@ def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loa
     streamed = Streamed(deep_llama(12), slots=slots)
     streamed.draw(drawn)
     loaded = []
-    load = streamed.residency.slots.load
-    monkeypatch.setattr(streamed.residency.slots, "load", lambda s, b, blob: (loaded.append(b), load(s, b, blob)))
+    load = streamed.residency.device_buffers.load
+    monkeypatch.setattr(
+        streamed.residency.device_buffers, "load", lambda s, b, blob: (loaded.append(b), load(s, b, blob))
+    )
     counts = []
     for step, parts in enumerate((1, 1, 1, 3, 5)):
         loaded.clear()
@@ -152,16 +154,18 @@ def test_backward_visits_stop_at_the_lowest_block():
 
 def test_a_timed_port_keeps_every_visit_copy_and_boundary_of_a_step():
     streamed = Streamed(deep_llama(6), offload=True)
-    port = CpuPort(torch.device("cpu"), timed=True)
-    streamed.port = streamed.residency.port = streamed.residency.slots.port = streamed.boundaries.port = port
+    copies = CpuCopyQueue(torch.device("cpu"), timed=True)
+    streamed.copies = streamed.residency.copies = streamed.residency.device_buffers.copies = (
+        streamed.boundaries.copies
+    ) = copies
     streamed.draw((2,))
     streamed.take_step(batches(2))
-    port.timeline()
+    copies.timeline()
     began = time.perf_counter()
     streamed.take_step(batches(2))
     seconds = time.perf_counter() - began
-    spans = port.timeline()
-    assert port.timeline() == [] and min(span.start for span in spans) == 0
+    spans = copies.timeline()
+    assert copies.timeline() == [] and min(span.start for span in spans) == 0
     assert all(0 <= span.start <= span.end <= seconds for span in spans)
     visits = sorted((span for span in spans if span.kind == "visit"), key=lambda span: span.start)
     assert [span.block for span in visits] == [visit.block for visit in step_visits(6, 2)]
@@ -172,7 +176,7 @@ def test_a_timed_port_keeps_every_visit_copy_and_boundary_of_a_step():
     steps = sorted((span for span in spans if span.kind in ("visit", "copy")), key=lambda span: span.start)
     assert all(a.end <= b.start for a, b in itertools.pairwise(steps))  # on a CPU nothing overlaps
     streamed.take_step(batches(2))
-    assert 0 < port.seconds()["copy"] < 60 and port.seconds() == {"copy": 0, "stall": 0}
+    assert 0 < copies.seconds()["copy"] < 60 and copies.seconds() == {"copy": 0, "stall": 0}
 
 
 class Box:
@@ -184,7 +188,7 @@ class Box:
 def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, monkeypatch):
     streamed = Streamed(deep_llama(5), form=form)
     streamed.draw((1,))
-    slots = streamed.residency.slots
+    slots = streamed.residency.device_buffers
     addresses = [b.untyped_storage().data_ptr() for b in slots.buffers]
     saved, seen = [], []
 
@@ -207,7 +211,7 @@ def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, mon
     assert seen if form == "bf16" else True  # norms and plain linear maps do save views of a slot, inside the lease
     views = [t for v in streamed.residency._slot_views.values() for fields in v.values() for t in fields.values()]
     held = {id(t) for t in (*slots.buffers, *views, *(view._base for view in views))}
-    for queue in streamed.port.queues.values():  # a copy under way knows where it goes
+    for queue in streamed.copies.queues.values():  # a copy under way knows where it goes
         queue.clear()
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.numel() and not t.is_meta]
@@ -224,10 +228,10 @@ class StopError(Exception):
 def test_no_lease_is_left_after_a_step_an_error_or_an_interrupt(error, at):
     streamed = Streamed(deep_llama(5))
     streamed.draw((1,))
-    leases = streamed.residency.slots.leases
+    leases = streamed.residency.device_buffers.leases
     streamed.take_step(batches())
     assert leases == [0, 0]
-    module = streamed.units.modules[3].mlp
+    module = streamed.parts.modules[3].mlp
 
     def fail(*_):
         if torch.is_grad_enabled() == (at == "backward"):
@@ -238,7 +242,7 @@ def test_no_lease_is_left_after_a_step_an_error_or_an_interrupt(error, at):
         streamed.take_step(batches())
     handle.remove()
     assert leases == [0, 0] and streamed.boundaries.device_bytes() == 0
-    assert all(torch.isnan(p).all() for p in streamed.units.modules[3].parameters())
+    assert all(torch.isnan(p).all() for p in streamed.parts.modules[3].parameters())
 
 
 def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
@@ -252,13 +256,13 @@ def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
 
 def test_slot_bytes_never_change():
     streamed = Streamed(deep_llama(6))
-    size = streamed.residency.slots.num_bytes
-    addresses = [b.data_ptr() for b in streamed.residency.slots.buffers]
+    size = streamed.residency.device_buffers.num_bytes
+    addresses = [b.data_ptr() for b in streamed.residency.device_buffers.buffers]
     for draw in ((0, 1), (5,), (2, 3, 4)):
         streamed.draw(draw)
         streamed.take_step(batches(2))
-        assert streamed.residency.slots.num_bytes == size == streamed.port.buffer_bytes
-        assert [b.data_ptr() for b in streamed.residency.slots.buffers] == addresses
+        assert streamed.residency.device_buffers.num_bytes == size == streamed.copies.buffer_bytes
+        assert [b.data_ptr() for b in streamed.residency.device_buffers.buffers] == addresses
 
 
 def test_row_chunks_give_the_gradient_of_the_whole_batch():
@@ -275,7 +279,7 @@ def test_row_chunks_give_the_gradient_of_the_whole_batch():
         side.draw((1, 3))
         side.take_step(parts)
         sides.append({name: sum(given) for name, given in side.by_name().items()})
-        loads.append(side.port.loads)
+        loads.append(side.copies.loads)
     assert loads[0] == loads[1]
     for name, gradient in sides[0].items():
         assert torch.allclose(gradient, sides[1][name], rtol=1e-4, atol=1e-6), name
@@ -321,14 +325,14 @@ def test_blocks_that_stay_on_the_device_give_the_same_bits(form):
             for step in range(2):
                 assert torch.equal(*(side.take_step(batches(2, seed=step)) for side in (some, none)))
                 assert same_bits(some, none)
-        assert some.port.loads < none.port.loads
+        assert some.copies.loads < none.copies.loads
 
 
 @pytest.mark.parametrize("landing", LANDINGS)
 def test_boundaries_that_travel_to_the_host_and_back_give_the_same_bits(landing):
     resident, streamed = pair(lambda: deep_llama(6), offload=True, landing=landing)
     assert steps_agree(resident, streamed, [(0,), (2, 4)], parts=3)
-    assert streamed.port.unloaded_bytes > 0 and streamed.boundaries.host_bytes() > 0
+    assert streamed.copies.unloaded_bytes > 0 and streamed.boundaries.host_bytes() > 0
 
 
 def test_few_boundaries_are_on_the_device_when_they_are_offloaded():

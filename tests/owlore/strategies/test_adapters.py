@@ -164,12 +164,12 @@ def test_planned_activations_are_what_autograd_keeps(method):
 
     from owlore.blocks import freeze
     from owlore.plan.footprint import measure_footprint, saved_bytes
-    from owlore.strategies import Start
+    from owlore.strategies import PrepareContext
 
-    own = {key: one.default for key, one in STRATEGIES[method].own.items()}
+    own = {key: one.default for key, one in STRATEGIES[method].method_options.items()}
 
     def prepared(model):
-        return STRATEGIES[method].prepare(model, Start(own=own, seed=0)).trained
+        return STRATEGIES[method].prepare(model, PrepareContext(options=own, seed=0)).trained
 
     model = tiny_llama(blocks=5, width=64, seed=1)
     footprint = measure_footprint(model.config, dtype=torch.float32, prepare=prepared)

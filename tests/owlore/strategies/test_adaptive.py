@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import owlore
 from htsr.errors import Interrupted
-from owlore.blocks import find_units, freeze
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.blocks import find_parts, freeze
+from owlore.optim import RotatingOptimizer, UpdateSpec
 from owlore.sampling import draw, inclusion
 from owlore.strategies import STRATEGIES
 from owlore.strategies.base import Sampled
@@ -30,7 +30,7 @@ class ByNorm(Sampled):
     defaults = {"active": 2}
 
     def next_inclusion(self, period, past):
-        scores = np.zeros(self.units.num_blocks)
+        scores = np.zeros(self.parts.num_blocks)
         for finished in past:
             scores[list(finished.blocks)] = finished.norms
         scores[scores == 0] = scores.max() or 1.0
@@ -59,10 +59,10 @@ def test_the_recorded_norms_are_those_of_the_gradients(tmp_path):
 def test_norms_by_parameter_are_the_sums_of_squares_of_what_autograd_gives():
     model = tiny_llama(blocks=3)
     freeze(model)
-    units = find_units(model)
-    names = units.parameters((0, 2), ())
-    optimizer = RotatingOptimizer(units.parameters(range(3), ()), seed=0)
-    optimizer.switch(dict.fromkeys(names, Rule()), 0)
+    parts = find_parts(model)
+    names = parts.parameters((0, 2), ())
+    optimizer = RotatingOptimizer(parts.parameters(range(3), ()), seed=0)
+    optimizer.switch(dict.fromkeys(names, UpdateSpec()), 0)
     expected = dict.fromkeys(names, 0.0)
     for step in range(2):
         ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(step))

@@ -6,7 +6,7 @@ from makers import generator
 from torch import nn
 
 from owlore.kernels.adamw import AdamW
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.optim import RotatingOptimizer, UpdateSpec, parameter_state
 
 STEPS = 20
 # The published optimizer adds eps to the root of the second moment before its bias is corrected, ours after: with an
@@ -30,12 +30,12 @@ def theirs(weights, gradients, *, gap, rank=4, scale=0.25):
 def ours(weights, gradients, *, gap, rank=4, scale=0.25, rotate=True):
     parameters = {str(i): nn.Parameter(w.clone()) for i, w in enumerate(weights)}
     optimizer = RotatingOptimizer(parameters, seed=0)
-    rule = Rule(adam=AdamW(eps=EPS), rank=rank, scale=scale, refresh=gap, rotate=rotate)
+    rule = UpdateSpec(adam=AdamW(eps=EPS), rank=rank, scale=scale, refresh=gap, rotate=rotate)
     optimizer.switch(dict.fromkeys(parameters, rule), 0)
     for step in range(STEPS):
         optimizer.micro_batch(step, last=True)
         for (name, _), gradient in zip(parameters.items(), gradients[step], strict=True):
-            optimizer.slots[name].receive(gradient.clone(), last=True, step=step)
+            optimizer.states[name].accumulate(gradient.clone(), last=True, step=step)
         optimizer.update(1e-2, None)
     return [p.detach() for p in parameters.values()]
 
@@ -57,13 +57,12 @@ def test_twenty_steps_of_the_standard_setting_are_galore_torchs(problem):
 
 def test_across_refreshes_the_two_are_equal_when_moments_stay_and_bases_are_the_same(problem, monkeypatch):
     """Moments that stay belong to axes by number, so both need the very same basis: the SVD that galore-torch takes."""
-    from owlore.optim import slot
 
     def svd(gradient, rank, **unused):
         u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
         return vh[:rank].T if gradient.shape[0] >= gradient.shape[1] else u[:, :rank]
 
-    monkeypatch.setattr(slot, "find_basis", svd)
+    monkeypatch.setattr(parameter_state, "find_basis", svd)
     expected = theirs(*problem, gap=5)
     for found, other in zip(ours(*problem, gap=5, rotate=False), expected, strict=True):
         assert (found - other).abs().max() <= 1e-5

@@ -6,7 +6,7 @@ from makers import save_tiny
 
 import owlore
 from owlore.sampling import draw, inclusion
-from owlore.strategies.base import Past
+from owlore.strategies.base import PeriodStats
 from owlore.strategies.grass import FLOOR_SHARE, smoothed_norms, softmax_weights
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
@@ -14,7 +14,7 @@ SIZES = np.array([100.0, 100.0, 400.0, 100.0])
 
 
 def past(period, blocks, norms, steps=5):
-    return Past(period=period, steps=steps, blocks=blocks, norms=norms)
+    return PeriodStats(period=period, steps=steps, blocks=blocks, norms=norms)
 
 
 def test_norms_are_a_parameter_and_follow_the_papers_average():
@@ -54,7 +54,7 @@ def test_a_runs_tables_and_draws_are_those_of_its_record(tmp_path):
     run = owlore.train(model, ROWS, method="grass", steps=12, every=2, lr=1e-2, set={"temperature": 0.3},
                        out=tmp_path / "run")  # fmt: skip
     record = run.record
-    tables, seen = record["tables"], [Past.from_dict(row) for row in record["periods"]]
+    tables, seen = record["tables"], [PeriodStats.from_dict(row) for row in record["periods"]]
     size = sum(p.numel() for p in run.model.model.layers[0].parameters())
     for period, table in enumerate(tables):
         norms = smoothed_norms(seen[:period], np.full(5, float(size)), smoothing=0.5, forget=0.1)

@@ -79,7 +79,7 @@ def test_the_adapter_directory_gives_the_same_logits_in_peft(tmp_path, method, o
 def test_pissa_begins_with_the_base_models_output_and_the_leading_singular_part(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from owlore.strategies import STRATEGIES, Start
+    from owlore.strategies import STRATEGIES, PrepareContext
     from owlore.strategies.lora import OPTIONS
 
     directory = save_tiny(tmp_path / "model", width=64)
@@ -88,7 +88,7 @@ def test_pissa_begins_with_the_base_models_output_and_the_leading_singular_part(
     before = model(ids).logits
     weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     own = {key: one.default for key, one in OPTIONS.items()} | {"init": "pissa", "r": 4, "alpha": 4}
-    STRATEGIES["lora"].prepare(model, Start(own=own, seed=0, batches=lambda count: iter(())))
+    STRATEGIES["lora"].prepare(model, PrepareContext(options=own, seed=0, batches=lambda count: iter(())))
     layer = model.model.layers[0].mlp.up_proj
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     U, S, Vh = torch.linalg.svd(weight)

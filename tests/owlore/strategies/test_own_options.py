@@ -43,7 +43,7 @@ def losses(tmp_path_factory):
     def get(method, own):
         key = (method, *sorted(own.items()))
         if key not in made:
-            reads = STRATEGIES[method].reads
+            reads = STRATEGIES[method].accepted_options
             settings = {"every": 4 if "rank" in reads else 2, "active": 1} if "every" in reads else {}
             settings |= {"rank": 8} if "rank" in reads else {}
             settings |= {"refresh": 2} if method in ("galore", "owlore") else {}
@@ -69,7 +69,7 @@ def test_every_own_option_has_a_case():
         pairs = [change if isinstance(change, tuple) else (change,) for change in CHANGES.get(method, [])]
         named = {key for pair in pairs for one in pair for key in one}
         # residual: implicit and explicit are one function (the next test), so that option is seen with another one.
-        assert named == set(strategy.own), method
+        assert named == set(strategy.method_options), method
 
 
 @pytest.mark.parametrize(("method", "change"), cases())
@@ -85,7 +85,7 @@ def test_implicit_and_explicit_residual_are_one_function(losses):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_papers_preset_can_be_resolved_and_says_all_own_options(method):
     config, strategy = resolve(TrainConfig.build({"method": method, "preset": "paper", "epochs": 1}))
-    assert set(config.set or {}) == set(strategy.own)
+    assert set(config.set or {}) == set(strategy.method_options)
     for name, value in strategy.preset.items():
         assert name == "set" or getattr(config, name) == value
     for key, value in strategy.preset.get("set", {}).items():

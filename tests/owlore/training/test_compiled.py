@@ -7,9 +7,9 @@ import torch
 from makers import tiny_llama
 from streaming import Resident, Streamed, batches, deep_llama, same_bits
 
-from owlore.activations.checkpointing import Recompute
+from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.activations.compiled import Compiled, cpp_compiler
-from owlore.blocks import find_units, freeze
+from owlore.blocks import find_parts, freeze
 from owlore.training.loss import CausalLoss
 
 # The lowest, a middle and the last block among the drawn ones; rows of several lengths.
@@ -17,13 +17,13 @@ DRAWS = (((2, 4), (2, 12)), ((1, 3), (2, 12)), ((0, 1), (3, 20)), ((4,), (2, 7))
 CPU = torch.device("cpu")
 
 
-def gradients(model, units, active, shape, *, backend=None, recomputed=False):
+def gradients(model, parts, active, shape, *, backend=None, recomputed=False):
     freeze(model)
-    for parameter in units.parameters(active, ()).values():
+    for parameter in parts.parameters(active, ()).values():
         parameter.requires_grad_(True)
     loss = CausalLoss(model)
-    compiled = Compiled(units.modules, enabled=backend is not None, device=CPU, backend=backend or "inductor")
-    recompute = Recompute(units.modules, enabled=recomputed)
+    compiled = Compiled(parts.modules, enabled=backend is not None, device=CPU, backend=backend or "inductor")
+    recompute = ActivationCheckpointing(parts.modules, enabled=recomputed)
     recompute.lowest = min(active)
     ids = torch.randint(4, 60, shape, generator=torch.Generator().manual_seed(0))
     try:
@@ -31,15 +31,15 @@ def gradients(model, units, active, shape, *, backend=None, recomputed=False):
     finally:
         recompute.patches.close()
         compiled.patches.close()
-    assert all("forward" not in vars(block) for block in units.modules)
-    return {name: parameter.grad for name, parameter in units.parameters(active, ()).items()}
+    assert all("forward" not in vars(block) for block in parts.modules)
+    return {name: parameter.grad for name, parameter in parts.parameters(active, ()).items()}
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about its own parts
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_blocks_share_four_graphs_over_all_draws_and_lengths(recomputed):
     model = tiny_llama(blocks=5)
-    units = find_units(model)
+    parts = find_parts(model)
     seen = []
     torch.compiler.reset()
 
@@ -48,8 +48,8 @@ def test_blocks_share_four_graphs_over_all_draws_and_lengths(recomputed):
         return graph.forward
 
     for active, shape in DRAWS:
-        plain = gradients(model, units, active, shape, recomputed=recomputed)
-        ours = gradients(model, units, active, shape, backend=counting, recomputed=recomputed)
+        plain = gradients(model, parts, active, shape, recomputed=recomputed)
+        ours = gradients(model, parts, active, shape, backend=counting, recomputed=recomputed)
         assert all(torch.equal(plain[name], ours[name]) for name in plain), (active, shape)
         assert len(seen) <= 4, (active, shape)
     # Below the lowest drawn block, that block, a frozen one above it and a drawn one above it: all were there.
@@ -59,7 +59,7 @@ def test_blocks_share_four_graphs_over_all_draws_and_lengths(recomputed):
 @pytest.mark.filterwarnings("ignore")
 def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
     """Up without gradients (frozen, drawn; one row, as the loss is probed with), down (frozen, drawn, the lowest):
-    whatever slot the weights are in."""
+    whatever state the weights are in."""
     seen = []
     torch.compiler.reset()
 
@@ -69,7 +69,7 @@ def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
 
     model = deep_llama(6)
     resident = Resident(copy.deepcopy(model))
-    compiled = Compiled(find_units(model).modules, enabled=True, device=CPU, backend=counting, always=True)
+    compiled = Compiled(find_parts(model).modules, enabled=True, device=CPU, backend=counting, always=True)
     streamed = Streamed(model)
     for draw in ((2, 4), (1, 3), (0, 1), (5,)):
         for side in (resident, streamed):
@@ -108,11 +108,11 @@ def test_streamed_blocks_with_dropout_are_not_compiled(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_gradients_are_the_same_with_and_without_compiled_code():
     model = tiny_llama(blocks=5)
-    units = find_units(model)
+    parts = find_parts(model)
     torch.compiler.reset()
     for active, shape in DRAWS[:3]:
-        plain = gradients(model, units, active, shape)
-        ours = gradients(model, units, active, shape, backend="inductor")
+        plain = gradients(model, parts, active, shape)
+        ours = gradients(model, parts, active, shape, backend="inductor")
         for name in plain:
             assert (plain[name] - ours[name]).norm() <= 1e-5 * plain[name].norm(), name
 

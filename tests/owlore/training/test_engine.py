@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import owlore
-from owlore.activations.checkpointing import Recompute
-from owlore.blocks import find_units, freeze
-from owlore.optim import RotatingOptimizer, Rule
+from owlore.activations.checkpointing import ActivationCheckpointing
+from owlore.blocks import find_parts, freeze
+from owlore.optim import RotatingOptimizer, UpdateSpec
 from owlore.training.loss import CausalLoss
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
@@ -88,13 +88,13 @@ class Walked:
 def test_backward_stops_at_the_lowest_trained_block(checkpointing, active, embeddings, walked):
     model = tiny_llama(blocks=8)
     freeze(model)
-    units = find_units(model)
-    optimizer = RotatingOptimizer(units.parameters(range(8), units.groups), seed=0)
+    parts = find_parts(model)
+    optimizer = RotatingOptimizer(parts.parameters(range(8), parts.groups), seed=0)
     groups = ("embeddings",) if embeddings else ()
-    optimizer.switch(dict.fromkeys(units.parameters(active, groups), Rule()), 0)
-    recompute = Recompute(units.modules, enabled=checkpointing)
+    optimizer.switch(dict.fromkeys(parts.parameters(active, groups), UpdateSpec()), 0)
+    recompute = ActivationCheckpointing(parts.modules, enabled=checkpointing)
     recompute.lowest = 0 if embeddings else active[0]
-    counter = Walked(units.modules)
+    counter = Walked(parts.modules)
     ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     CausalLoss(model)(ids, ids).backward()
     assert counter.seen == walked
@@ -106,26 +106,26 @@ def test_gradients_are_the_same_with_and_without_checkpointing(active):
     for enabled in (False, True):
         model = tiny_llama(blocks=6)
         freeze(model)
-        units = find_units(model)
-        for parameter in units.parameters(active, ()).values():
+        parts = find_parts(model)
+        for parameter in parts.parameters(active, ()).values():
             parameter.requires_grad_(True)
-        recompute = Recompute(units.modules, enabled=enabled)
+        recompute = ActivationCheckpointing(parts.modules, enabled=enabled)
         recompute.lowest = active[0]
         ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
         CausalLoss(model)(ids, ids).backward()
         recompute.patches.close()
-        assert all("forward" not in vars(block) for block in units.modules)
-        results.append({n: p.grad for n, p in units.parameters(active, ()).items()})
+        assert all("forward" not in vars(block) for block in parts.modules)
+        results.append({n: p.grad for n, p in parts.parameters(active, ()).items()})
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_recomputation_keeps_one_buffer_and_no_hidden_state_beside_it():
     model = tiny_llama(blocks=8, width=32)
     freeze(model)
-    units = find_units(model)
-    for parameter in units.parameters((2, 6), ()).values():
+    parts = find_parts(model)
+    for parameter in parts.parameters((2, 6), ()).values():
         parameter.requires_grad_(True)
-    recompute = Recompute(units.modules, enabled=True)
+    recompute = ActivationCheckpointing(parts.modules, enabled=True)
     recompute.lowest = 2
     ids = torch.randint(4, 60, (3, 13), generator=torch.Generator().manual_seed(0))
     loss = CausalLoss(model)
@@ -378,10 +378,10 @@ def test_only_one_full_gradient_is_alive_during_backward_and_none_once_there_is_
     maps that the optimizer knows (all but a compiled block's) make none in between."""
     model = tiny_llama(blocks=4, width=40, hidden=56)  # no activation of 2 x 12 tokens is as large as a matrix
     freeze(model)
-    units = find_units(model)
-    matrices = [p for p in units.parameters(range(4), ()).values() if p.ndim == 2]
-    optimizer = RotatingOptimizer(units.parameters(range(4), ()), seed=0, layers=units.modules if layers else ())
-    optimizer.switch(dict.fromkeys(units.parameters(range(4), ()), Rule(rank=4, refresh=2)), 0)
+    parts = find_parts(model)
+    matrices = [p for p in parts.parameters(range(4), ()).values() if p.ndim == 2]
+    optimizer = RotatingOptimizer(parts.parameters(range(4), ()), seed=0, layers=parts.modules if layers else ())
+    optimizer.switch(dict.fromkeys(parts.parameters(range(4), ()), UpdateSpec(rank=4, refresh=2)), 0)
     loss = CausalLoss(model)
     most = []
     request.addfinalizer(gc.unfreeze)
@@ -429,8 +429,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
 
     def poisoned(self):
         if self.step == 4:
-            slot = next(slot for slot in self.rotation.optimizer.slots.values() if slot.projected)
-            slot.parameter.register_hook(lambda gradient: gradient * float("nan"))
+            state = next(state for state in self.rotation.optimizer.states.values() if state.projected)
+            state.parameter.register_hook(lambda gradient: gradient * float("nan"))
         return advance(self)
 
     with pytest.MonkeyPatch.context() as patch:

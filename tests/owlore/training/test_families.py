@@ -46,6 +46,6 @@ def test_a_family_trains_resumes_and_exports(tmp_path, family, always_on):
 
 
 def _units(model):
-    from owlore.blocks import find_units
+    from owlore.blocks import find_parts
 
-    return find_units(model)
+    return find_parts(model)

@@ -18,7 +18,7 @@ SETTINGS = {
     "steps": 12, "every": 2, "active": 1, "rank": 8, "batch": 4, "lr": 2e-2, "schedule": "constant", "keep": 2,
     "table": "uniform", "eval_data": 0.2, "eval_every": 2, "draw": "cyclic", "keep_best": True, "save_every": 3,
 }  # fmt: skip
-WORST = {0: 9.0, 2: 3.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 4.0, 12: 5.0}  # what evaluations say: step 4 is the best
+WORST = {0: 9.0, 2: 3.0, 4: 1.0, 6: 2.0, 8: 3.0, 10: 4.0, 12: 5.0}  # what evaluations notify: step 4 is the best
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def judged(monkeypatch):
 
     def planted(self):
         monkeypatch.setattr("owlore.training.trainer.held_out_loss", lambda *_, **__: WORST[self.step])
-        seen[self.step] = {name: tensor.clone() for name, tensor in self.units.model.state_dict().items()}
+        seen[self.step] = {name: tensor.clone() for name, tensor in self.parts.model.state_dict().items()}
         return evaluate(self)
 
     monkeypatch.setattr(Trainer, "evaluate", planted)

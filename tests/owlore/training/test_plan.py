@@ -16,17 +16,17 @@ from torch.utils._pytree import tree_flatten
 
 import owlore
 from htsr.errors import OutOfMemory, UsageError
-from owlore.activations.checkpointing import Recompute
-from owlore.blocks import find_units, freeze
+from owlore.activations.checkpointing import ActivationCheckpointing
+from owlore.blocks import find_parts, freeze
 from owlore.cli import render_plan
 from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
-from owlore.optim import RotatingOptimizer, Weights
+from owlore.optim import MasterPolicy, RotatingOptimizer
 from owlore.plan.footprint import measure_footprint, saved_bytes
-from owlore.plan.model_spec import shape_of
+from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan, parked_bytes
 from owlore.plan.planner import plan_from_config
-from owlore.strategies import STRATEGIES, Hyper
+from owlore.strategies import STRATEGIES, StrategyConfig
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
 from owlore.training.step import train_step
@@ -63,8 +63,17 @@ class LiveBytes(TorchDispatchMode):
 def hyper(blocks, drawn, *, always_on=(), rank=16):
     inclusion = np.zeros(blocks)
     inclusion[list(drawn)] = 1.0
-    return Hyper(seed=0, every=10, draw="exact", inclusion=inclusion, always_on=always_on, rank=rank, refresh=None,
-                 scale=1.0, weight_decay=0.0)  # fmt: skip
+    return StrategyConfig(
+        seed=0,
+        every=10,
+        draw="exact",
+        inclusion=inclusion,
+        always_on=always_on,
+        rank=rank,
+        refresh=None,
+        scale=1.0,
+        weight_decay=0.0,
+    )
 
 
 CASES = {
@@ -89,22 +98,37 @@ def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, 
     batch, tokens = (2, 24) if case.startswith("full") and accum > 1 else (6, 96)
     model = tiny_llama(blocks=6, width=64, hidden=160, vocab=512, dtype=dtype).train()
     freeze(model)
-    units = find_units(model)
+    parts = find_parts(model)
     settings = hyper(6, drawn, always_on=always_on)
-    plan = make_plan(shape_of(model), STRATEGIES[method], settings, weights=Weights.MASTER, batch=batch, accum=accum,
-                     tokens=tokens, recompute=recompute)  # fmt: skip
-    strategy = STRATEGIES[method](units, settings)
-    optimizer = RotatingOptimizer(units.parameters(range(6), units.groups), seed=0)
-    backend = ResidentBackend(units, optimizer, CausalLoss(model), torch.device("cpu"),
-                              Recompute(units.modules, enabled=recompute))  # fmt: skip
+    plan = make_plan(
+        spec_of_model(model),
+        STRATEGIES[method],
+        settings,
+        weights=MasterPolicy.MASTER,
+        batch=batch,
+        accum=accum,
+        tokens=tokens,
+        recompute=recompute,
+    )
+    strategy = STRATEGIES[method](parts, settings)
+    optimizer = RotatingOptimizer(parts.parameters(range(6), parts.groups), seed=0)
+    backend = ResidentBackend(
+        parts,
+        optimizer,
+        CausalLoss(model),
+        torch.device("cpu"),
+        ActivationCheckpointing(parts.modules, enabled=recompute),
+    )
     stream = torch.Generator().manual_seed(0)
     with LiveBytes(model) as live:
         rules = strategy.rules_at(0)
         optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
             rows = [torch.randint(4, 500, (batch, tokens), generator=stream) for _ in range(accum)]
-            parts = {index: MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - batch)
-                     for index, ids in enumerate(rows)}  # fmt: skip
+            parts = {
+                index: MicroBatch(input_ids=ids, labels=ids, num_trained=ids.numel() - batch)
+                for index, ids in enumerate(rows)
+            }
             train_step(backend, optimizer, parts, step=step, lr=1e-4, clip=1.0, seed=0)
     held = optimizer.held()
     assert plan.bytes["masters"] == held.masters
@@ -121,10 +145,10 @@ def test_activations_of_a_family_are_counted_within_five_percent(family, packed)
     model = tiny_models()[family]().train()
     footprint = measure_footprint(model.config, dtype=torch.float32, packed=packed)
     positions = torch.cat([torch.arange(37), torch.arange(63)]).expand(3, -1) if packed else None
-    units = find_units(model)
+    parts = find_parts(model)
     for drawn in ((2,), (0, 2), (1,)):
         freeze(model)
-        for parameter in units.parameters(drawn, ()).values():
+        for parameter in parts.parameters(drawn, ()).values():
             parameter.requires_grad_(True)
         ids = torch.randint(4, 60, (3, 100), generator=torch.Generator().manual_seed(0))
         kinds = [footprint.trained if i in drawn else footprint.frozen for i in range(min(drawn), 3)]
@@ -161,64 +185,107 @@ def resident_pages():
 
 def test_depth_and_shares_follow_the_table():
     model = tiny_llama(blocks=8)
-    shape = shape_of(model)
-    top = make_plan(shape, STRATEGIES["owlore"], hyper(8, (7,)), weights=Weights.MASTER, batch=1, accum=1, tokens=8,
-                    recompute=False)  # fmt: skip
+    shape = spec_of_model(model)
+    top = make_plan(
+        shape,
+        STRATEGIES["owlore"],
+        hyper(8, (7,)),
+        weights=MasterPolicy.MASTER,
+        batch=1,
+        accum=1,
+        tokens=8,
+        recompute=False,
+    )
     assert top.backward_depth == {"expected": 1.0, "blocks": 8}
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[7].parameters())
     assert top.trainable == {"per_step": pytest.approx(block / total), "always_on": 0.0}
-    uniform = Hyper(seed=0, every=1, draw="exact", inclusion=np.full(8, 2 / 8), always_on=(), rank=8, refresh=None,
-                    scale=1.0, weight_decay=0.0)  # fmt: skip
-    spread = make_plan(shape, STRATEGIES["owlore"], uniform, weights=Weights.MASTER, batch=1, accum=1, tokens=8,
-                       recompute=False)  # fmt: skip
+    uniform = StrategyConfig(
+        seed=0,
+        every=1,
+        draw="exact",
+        inclusion=np.full(8, 2 / 8),
+        always_on=(),
+        rank=8,
+        refresh=None,
+        scale=1.0,
+        weight_decay=0.0,
+    )
+    spread = make_plan(
+        shape, STRATEGIES["owlore"], uniform, weights=MasterPolicy.MASTER, batch=1, accum=1, tokens=8, recompute=False
+    )
     # Uniform draws of g among L blocks: the lowest is (L + 1) / (g + 1) from the bottom on average, counted from 1.
     assert spread.backward_depth["expected"] == pytest.approx(8 + 1 - 9 / 3, abs=0.15)
 
 
 def test_the_compute_of_a_step_is_counted_by_matrices():
     model = tiny_llama(blocks=8)
-    shape = shape_of(model)
+    shape = spec_of_model(model)
     blocks = [sum(p.numel() for p in layer.parameters() if p.ndim > 1) for layer in model.model.layers]
     head, whole = model.lm_head.weight.numel(), sum(blocks)
 
     def of_full(method, drawn, *, always_on=(), recompute=False):
-        made = make_plan(shape, STRATEGIES[method], hyper(8, drawn, always_on=always_on), weights=Weights.MASTER,
-                         batch=1, accum=1, tokens=8, recompute=recompute)  # fmt: skip
+        made = make_plan(
+            shape,
+            STRATEGIES[method],
+            hyper(8, drawn, always_on=always_on),
+            weights=MasterPolicy.MASTER,
+            batch=1,
+            accum=1,
+            tokens=8,
+            recompute=recompute,
+        )
         return made.compute["of_full"]
 
-    units = 3 * (whole + head)
+    parts = 3 * (whole + head)
     assert of_full("full", range(8), always_on=GROUPS) == pytest.approx(1.0)
-    assert of_full("full", range(8), always_on=GROUPS, recompute=True) == pytest.approx((units + whole) / units)
+    assert of_full("full", range(8), always_on=GROUPS, recompute=True) == pytest.approx((parts + whole) / parts)
     top = whole + blocks[7] + blocks[7] + 2 * head  # forward, back through the top block, its own gradient; the head
-    assert of_full("owlore", (7,)) == pytest.approx(top / units)
+    assert of_full("owlore", (7,)) == pytest.approx(top / parts)
     deep = whole + whole + blocks[0] + blocks[7] + 2 * head
-    assert of_full("owlore", (0, 7)) == pytest.approx(deep / units)
-    assert of_full("lisa", (7,), always_on=GROUPS) == pytest.approx((whole + whole + blocks[7] + 3 * head) / units)
+    assert of_full("owlore", (0, 7)) == pytest.approx(deep / parts)
+    assert of_full("lisa", (7,), always_on=GROUPS) == pytest.approx((whole + whole + blocks[7] + 3 * head) / parts)
 
 
 def test_parked_state_is_planned_to_the_byte():
     """--on-switch keep: once every block was drawn, what waits and what is active are what the plan says."""
     model = tiny_llama(blocks=4)
     freeze(model)
-    units = find_units(model)
-    uniform = Hyper(seed=0, every=1, draw="exact", inclusion=np.full(4, 2 / 4), always_on=(), rank=8, refresh=None,
-                    scale=1.0, weight_decay=0.0)  # fmt: skip
-    strategy = STRATEGIES["owlore"](units, uniform)
-    optimizer = RotatingOptimizer(units.parameters(range(4), ()), seed=0, on_switch="keep")
+    parts = find_parts(model)
+    uniform = StrategyConfig(
+        seed=0,
+        every=1,
+        draw="exact",
+        inclusion=np.full(4, 2 / 4),
+        always_on=(),
+        rank=8,
+        refresh=None,
+        scale=1.0,
+        weight_decay=0.0,
+    )
+    strategy = STRATEGIES["owlore"](parts, uniform)
+    optimizer = RotatingOptimizer(parts.parameters(range(4), ()), seed=0, on_switch="keep")
     ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     for period in range(12):
         optimizer.switch(strategy.rules_at(period), period)
         CausalLoss(model)(ids, ids).backward()
         optimizer.update(1e-3, None)
-    planned = parked_bytes(shape_of(model), strategy, uniform, Weights.MASTER)
+    planned = parked_bytes(spec_of_model(model), strategy, uniform, MasterPolicy.MASTER)
     assert planned == optimizer.parked_bytes() == optimizer.held().total  # two blocks wait, two are active
 
 
 def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(tmp_path):
     model = save_tiny(tmp_path / "model", blocks=4, width=64, hidden=160)
-    settings = {"model": str(model), "active": 2, "rank": 32, "seq_len": 128, "always_on": "embeddings", "batch": 6,
-                "on_switch": "keep", "table": "uniform"}  # fmt: skip
+    settings = {
+        "model": str(model),
+        "active": 2,
+        "rank": 32,
+        "seq_len": 128,
+        "always_on": "embeddings",
+        "batch": 6,
+        "on_switch": "keep",
+        "table": "uniform",
+    }
     plan = plan_from_config(TrainConfig.build(settings), lambda message: None, advice=True)
     savings = [piece.saves for piece in plan.advice]
     assert savings == sorted(savings, reverse=True) and min(savings) > 0

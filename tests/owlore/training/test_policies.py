@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import htsr
 import owlore
-from owlore.blocks import find_units
-from owlore.optim.slot import Rule, Weights, planned_bytes
+from owlore.blocks import find_parts
+from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_state_bytes
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 # Each draw, each policy, each precision of weights and moments, projection or none, and the groups, at least once.
@@ -59,33 +59,35 @@ def model(tmp_path_factory):
 def rule_of(policy, name, parameter):
     projected = ".layers." in name or policy.get("project_always_on", False)
     rank = None if policy.get("rank") == "full" or not projected else 8
-    return Rule(rank=rank, larger=policy.get("project_side") == "larger", bits=policy.get("state_bits", 32))
+    return UpdateSpec(rank=rank, larger=policy.get("project_side") == "larger", bits=policy.get("state_bits", 32))
 
 
 def weights_kind(policy):
-    return {"bf16": Weights.NEAREST, "bf16-sr": Weights.STOCHASTIC}.get(policy.get("weights"), Weights.MASTER)
+    return {"bf16": MasterPolicy.NEAREST, "bf16-sr": MasterPolicy.STOCHASTIC}.get(
+        policy.get("weights"), MasterPolicy.MASTER
+    )
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_state_bytes_are_a_function_of_the_active_set_over_sixty_periods(model, tmp_path, name):
     policy = POLICIES[name]
     run = owlore.train(model, ROWS, steps=60, every=1, out=tmp_path / "run", **settings_of(model, policy, 2))
-    units = find_units(run.model)
+    parts = find_parts(run.model)
     groups = [g for g in policy.get("always_on", "").split(",") if g]
     planned, moments = {}, {}
-    for key, p in units.parameters(range(5), units.groups).items():
-        held = planned_bytes(tuple(p.shape), torch.bfloat16, rule_of(policy, key, p), weights_kind(policy))
+    for key, p in parts.parameters(range(5), parts.groups).items():
+        held = planned_state_bytes(tuple(p.shape), torch.bfloat16, rule_of(policy, key, p), weights_kind(policy))
         planned[key], moments[key] = held.total, held.moments + held.projectors
     assert len({tuple(row["active_blocks"]) for row in run.rows}) > 1
     for row in run.rows:
-        active = units.parameters(row["active_blocks"], groups)
+        active = parts.parameters(row["active_blocks"], groups)
         assert row["state_bytes"] == sum(planned[key] for key in active)
     drawn = run.record["draws"]
     assert sum(drawn) == 120
     assert all(drawn[b] for b, share in enumerate(run.record["inclusion"]) if share >= TOLD_APART)
     # At the end all that ever was active waits, or nothing does.
     ever = [block for block in range(5) if drawn[block]]
-    waiting = 0 if policy["on_switch"] == "drop" else sum(moments[k] for k in units.parameters(ever, groups))
+    waiting = 0 if policy["on_switch"] == "drop" else sum(moments[k] for k in parts.parameters(ever, groups))
     assert run.record["parked_bytes"] == waiting
 
 

@@ -12,7 +12,7 @@ import owlore
 from htsr.errors import BadInput, NotFound, UsageError
 from owlore.compare import begun_quantised
 from owlore.io.metrics import spans
-from owlore.models.trained import load_finished
+from owlore.models.trained import load_trained
 
 ROWS = [{"prompt": f"the {a}: ", "completion": f"{a}."} for a in "abcdef"]
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(tmp_pa
         with pytest.raises(BadInput, match=f"holds no {re.escape(lost)}"):
             owlore.train(model, ROWS, table="uniform", steps=1, out=tmp_path / "run", **home)
     with pytest.raises(BadInput, match=f"holds no {re.escape(lost)}"):
-        load_finished(str(model), device=torch.device("cpu"))
+        load_trained(str(model), device=torch.device("cpu"))
 
 
 def test_an_encoder_is_no_causal_language_model(tmp_path):
@@ -124,4 +124,4 @@ def test_an_attention_that_is_not_installed_is_wrong_usage(tmp_path):
 def test_a_model_beside_a_folder_of_checkpoints_is_no_unfinished_run(tmp_path):
     model = save_tiny(tmp_path / "model")
     (model / "checkpoints").mkdir()
-    assert load_finished(str(model), device=torch.device("cpu")).tokenizer is not None
+    assert load_trained(str(model), device=torch.device("cpu")).tokenizer is not None

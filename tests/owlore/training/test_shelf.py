@@ -1,29 +1,29 @@
-"""Kept activations of frozen blocks lie on shelves: the same gradients, the same memory in every step."""
+"""Kept activations of frozen blocks lie on arena: the same gradients, the same memory in every step."""
 
 import pytest
 import torch
 from makers import tiny_llama, tiny_models
 
-from owlore.activations.saved_tensors import shelved
-from owlore.blocks import find_units, freeze
+from owlore.activations.saved_tensors import saved_tensor_arena
+from owlore.blocks import find_parts, freeze
 from owlore.training.loss import CausalLoss
 
 
 def trained(model, active):
     freeze(model)
-    units = find_units(model)
-    for parameter in units.parameters(active, ()).values():
+    parts = find_parts(model)
+    for parameter in parts.parameters(active, ()).values():
         parameter.requires_grad_(True)
-    return units, CausalLoss(model)
+    return parts, CausalLoss(model)
 
 
 def some_ids(seed, shape=(2, 12)):
     return torch.randint(4, 30, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(units, active):
-    found = {name: parameter.grad for name, parameter in units.parameters(active, ()).items()}
-    for parameter in units.parameters(active, ()).values():
+def gradients(parts, active):
+    found = {name: parameter.grad for name, parameter in parts.parameters(active, ()).items()}
+    for parameter in parts.parameters(active, ()).values():
         parameter.grad = None
     return found
 
@@ -37,62 +37,62 @@ def assert_equal(left, right):
 def test_gradients_are_the_same_bit_for_bit_in_every_family(family):
     model = tiny_models()[family]()
     active = (0,)
-    units, loss = trained(model, active)
+    parts, loss = trained(model, active)
     torch.manual_seed(0)
     loss(some_ids(0), some_ids(0)).backward()
-    expected = gradients(units, active)
-    with shelved(units.modules, enabled=True) as shelves:
+    expected = gradients(parts, active)
+    with saved_tensor_arena(parts.modules, enabled=True) as arena:
         for _ in range(3):  # the first looks how large a shelf has to be
             torch.manual_seed(0)
             loss(some_ids(0), some_ids(0)).backward()
-            assert_equal(expected, gradients(units, active))
-    assert shelves.num_bytes() > 0
+            assert_equal(expected, gradients(parts, active))
+    assert arena.num_bytes() > 0
 
 
 @pytest.mark.parametrize(("active", "frozen"), [((0, 5), 4), ((2, 3), 2), ((5,), 0)])
 def test_a_shelf_for_each_frozen_block_above_the_lowest_trained_one_serves_all_steps(active, frozen):
-    units, loss = trained(tiny_llama(blocks=6), active)
-    with shelved(units.modules, enabled=True) as shelves:
+    parts, loss = trained(tiny_llama(blocks=6), active)
+    with saved_tensor_arena(parts.modules, enabled=True) as arena:
         for step in range(4):
             loss(some_ids(step), some_ids(step)).backward()
             if step > 0:
-                assert shelves.num_bytes() == frozen * shelves.size
-        assert not any(shelf.is_used for shelf in shelves.all)
+                assert arena.num_bytes() == frozen * arena.size
+        assert not any(shelf.is_used for shelf in arena.all)
         with torch.no_grad():
             loss(some_ids(0), some_ids(0))
-        assert not any(shelf.is_used for shelf in shelves.all)
-    assert all("forward" not in vars(block) for block in units.modules)
+        assert not any(shelf.is_used for shelf in arena.all)
+    assert all("forward" not in vars(block) for block in parts.modules)
 
 
 def test_a_forward_before_the_last_one_went_back_gets_shelves_of_its_own():
     active = (1,)
-    units, loss = trained(tiny_llama(blocks=5), active)
+    parts, loss = trained(tiny_llama(blocks=5), active)
     alone = []
     for seed in (1, 2):
         loss(some_ids(seed), some_ids(seed)).backward()
-        alone.append(gradients(units, active))
-    with shelved(units.modules, enabled=True) as shelves:
+        alone.append(gradients(parts, active))
+    with saved_tensor_arena(parts.modules, enabled=True) as arena:
         loss(some_ids(0), some_ids(0)).backward()
-        gradients(units, active)
+        gradients(parts, active)
         first, second = (loss(some_ids(seed), some_ids(seed)) for seed in (1, 2))
-        assert sum(shelf.is_used for shelf in shelves.all) == 6
+        assert sum(shelf.is_used for shelf in arena.all) == 6
         second.backward()
-        assert_equal(alone[1], gradients(units, active))
+        assert_equal(alone[1], gradients(parts, active))
         first.backward()
-        assert_equal(alone[0], gradients(units, active))
+        assert_equal(alone[0], gradients(parts, active))
 
 
 def test_longer_rows_get_larger_shelves():
     active = (1,)
-    units, loss = trained(tiny_llama(blocks=4), active)
-    with shelved(units.modules, enabled=True) as shelves:
+    parts, loss = trained(tiny_llama(blocks=4), active)
+    with saved_tensor_arena(parts.modules, enabled=True) as arena:
         for shape in ((2, 12), (2, 12), (2, 30), (2, 30), (1, 5)):
             loss(some_ids(0, shape), some_ids(0, shape)).backward()
-            found = gradients(units, active)
-        grown = shelves.size
-    assert shelves.num_bytes() == 2 * grown
+            found = gradients(parts, active)
+        grown = arena.size
+    assert arena.num_bytes() == 2 * grown
     loss(some_ids(0, (1, 5)), some_ids(0, (1, 5))).backward()
-    assert_equal(gradients(units, active), found)
+    assert_equal(gradients(parts, active), found)
 
 
 class Doubles(torch.nn.Module):
@@ -111,16 +111,16 @@ def test_what_is_kept_is_on_the_shelf_and_a_storage_is_copied_once():
     block = Doubles()
     x = torch.rand(64, 64, requires_grad=True)
     expected = torch.autograd.grad(block(x).sum(), x)[0]
-    with shelved([block], enabled=True) as shelves:
+    with saved_tensor_arena([block], enabled=True) as arena:
         for _ in range(2):
             out = block(x)
             (found,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
             assert torch.equal(found, expected)
-        begin = shelves.all[0].room.data_ptr()
+        begin = arena.all[0].room.data_ptr()
         factor = out.grad_fn._saved_self
-        assert begin <= factor.data_ptr() < begin + shelves.size
+        assert begin <= factor.data_ptr() < begin + arena.size
     # x * 2, its square, the sine and the repeated half: four storages of 16 KiB.
-    assert shelves.size == 4 * 64 * 64 * 4
+    assert arena.size == 4 * 64 * 64 * 4
 
 
 def test_a_storage_that_is_written_to_and_saved_again_is_copied_again():
@@ -141,5 +141,5 @@ def test_a_storage_that_is_written_to_and_saved_again_is_copied_again():
         return given.grad
 
     expected = gradient()
-    with shelved([block], enabled=True):
+    with saved_tensor_arena([block], enabled=True):
         assert all(torch.equal(gradient(), expected) for _ in range(3))

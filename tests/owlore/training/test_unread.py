@@ -13,10 +13,10 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import owlore
 from htsr.model.open import open_source
 from htsr.model.skeleton import CannotStreamError
-from owlore.blocks import find_units
+from owlore.blocks import find_parts
 from owlore.io.safetensors_writer import aligned, outline, pieces, write_tensors
 from owlore.models.loading import load
-from owlore.models.meta_loading import open_unread
+from owlore.models.meta_loading import open_on_meta
 
 CPU = torch.device("cpu")
 ROWS = [{"prompt": f"the {a} and {b}: ", "completion": f"{b}, {a}."} for a in "abcdefg" for b in "mno"]
@@ -37,7 +37,7 @@ def test_what_is_left_in_the_files_is_what_the_whole_model_has(tmp_path, family,
     assert not said and type(left.model) is type(whole.model) and not left.model.training
     ours, theirs = (dict(x.model.named_parameters()) for x in (left, whole))
     assert list(ours) == list(theirs) and left.origins.keys() == ours.keys()
-    inside = find_units(left.model).block_of()
+    inside = find_parts(left.model).block_of()
     for name, parameter in theirs.items():
         assert ours[name].dtype == parameter.dtype and ours[name].shape == parameter.shape
         if name in inside:
@@ -146,11 +146,11 @@ def test_only_plain_safetensors_can_be_left_in_their_files(tmp_path):
     """GGUF, say; the source of a module stands for every other one here. Nor can weights that are stored quantised."""
     directory = save_tiny(tmp_path / "model", tiny_llama(blocks=3))
     with pytest.raises(CannotStreamError, match="not plain safetensors"):
-        open_unread(open_source(tiny_llama(blocks=3)), directory, dtype=None, attn={})
+        open_on_meta(open_source(tiny_llama(blocks=3)), directory, dtype=None, attn={})
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(CannotStreamError, match="stored quantised"):
-        open_unread(open_source(directory), directory, dtype=None, attn={})
+        open_on_meta(open_source(directory), directory, dtype=None, attn={})
 
 
 def test_a_file_written_a_tensor_at_a_time_is_safetensors(tmp_path):

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from owlore.patches import PatchStack
 from owlore.residency.binding import Binding
-from owlore.residency.masters import Exact, Masters
-from owlore.residency.plan import next_loads
-from owlore.residency.ports import Port
-from owlore.residency.slots import Slots
+from owlore.residency.copy_queue import CopyQueue
+from owlore.residency.device_buffers import DeviceBuffers
+from owlore.residency.exact_weights import Exact, ExactWeights
 from owlore.residency.store import Store
+from owlore.residency.visits import next_loads
 
 
-class StoreMasters:
-    """Masters of an exact store: the blobs are the weights."""
+class StoreExactWeights:
+    """Exact weights of an exact store: the blobs are the weights."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -45,17 +45,17 @@ class Residency:
         names: Sequence[Sequence[str]],
         *,
         store: Store,
-        masters: Masters,
-        port: Port,
-        num_slots: int = 2,
+        exact_weights: ExactWeights,
+        copies: CopyQueue,
+        num_buffers: int = 2,
         patches: PatchStack | None = None,
     ) -> None:
-        self.store, self.masters, self.port = store, masters, port
+        self.store, self.exact_weights, self.copies = store, exact_weights, copies
         streamed = [store.layouts[block].num_bytes for block in store.streamed]
-        self.slots = Slots(port, min(num_slots, len(streamed)), max(streamed, default=0))
+        self.device_buffers = DeviceBuffers(copies, min(num_buffers, len(streamed)), max(streamed, default=0))
         patches = PatchStack() if patches is None else patches
         self.bindings = [
-            Binding(block, module, names[block], store.layouts[block], port.device, patches)
+            Binding(block, module, names[block], store.layouts[block], copies.device, patches)
             for block, module in enumerate(modules)
         ]
         kinds = {layout: index for index, layout in enumerate(dict.fromkeys(store.layouts))}
@@ -86,7 +86,7 @@ class Residency:
     @contextmanager
     def visit(self, block: int) -> Iterator[None]:
         """The block's weights are on the device inside: its own while it is drawn, else under a lease."""
-        with self._held(block), self.port.span("visit", block):
+        with self._held(block), self.copies.span("visit", block):
             yield
 
     @contextmanager
@@ -101,20 +101,20 @@ class Residency:
                 yield
         else:
             self._load_ahead(block)
-            slot, buffer = self.slots.lease(block)
+            slot, buffer = self.device_buffers.lease(block)
             try:
                 with self._bound(block, self._views(slot, block, buffer)):
                     yield
             finally:
-                self.slots.release(slot)
+                self.device_buffers.release(slot)
                 if self._coming and self._coming[0] == block:
                     del self._coming[0]
 
     def _load_ahead(self, block: int) -> None:
         if not self._coming or self._coming[0] != block:  # a call that was not planned: a forward of the whole model
             self.walk([*range(block, len(self)), *range(block)])
-        for slot, wanted in next_loads(self.slots.owner, self._coming):
-            self.slots.load(slot, wanted, self.store.blobs[wanted])
+        for slot, wanted in next_loads(self.device_buffers.owner, self._coming):
+            self.device_buffers.load(slot, wanted, self.store.blobs[wanted])
 
     def _views(self, slot: int, block: int, buffer: Tensor) -> dict[str, dict[str, Tensor]]:
         key = (slot, self._kind[block])
@@ -137,7 +137,7 @@ class Residency:
 
     @contextmanager
     def _owned(self, block: int) -> Iterator[None]:
-        self.bindings[block].take(self.masters.read(block), self.port.device)
+        self.bindings[block].take(self.exact_weights.read(block), self.copies.device)
         try:
             yield
         finally:
@@ -145,7 +145,7 @@ class Residency:
 
     # -- the drawn set -----------------------------------------------------------------------------------------------
 
-    def settle(self, drawn: Collection[int]) -> None:
+    def set_active(self, drawn: Collection[int]) -> None:
         """Let exactly the drawn blocks own their weights; what the others learned goes back to masters and store."""
         for block in sorted(self.live - set(drawn)):
             self._leave(block)
@@ -156,8 +156,8 @@ class Residency:
         if self._trains_in_place(block):
             self.bindings[block].adopt(self._views_of_resident(block))
         else:
-            self.bindings[block].take(self.masters.read(block), self.port.device)
-            self.slots.forget(block)
+            self.bindings[block].take(self.exact_weights.read(block), self.copies.device)
+            self.device_buffers.forget(block)
             if block in self.store.resident:  # its lossy form would only take room
                 self._resident_views.pop(block, None)
                 self.store.drop(block)
@@ -174,9 +174,9 @@ class Residency:
         return block in self.store.resident and self.store.layouts[block].exact
 
     def _keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        self.masters.keep(block, tensors)
+        self.exact_weights.keep(block, tensors)
         self.store.fill(block, tensors)
-        self.slots.forget(block)
+        self.device_buffers.forget(block)
 
     # -- exact weights -----------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Residency:
         found: dict[str, Tensor] = {}
         for block, members in self._by_block(names).items():
             binding = self.bindings[block]
-            exact = binding.values() if block in self.live else self.masters.read(block)
+            exact = binding.values() if block in self.live else self.exact_weights.read(block)
             found |= {name: exact[binding.local[name]] for name in members}
         return found
 
@@ -208,7 +208,7 @@ class Residency:
                 for local, tensor in given.items():
                     self.bindings[block].parameters[local].data.copy_(tensor)
             else:
-                whole = {local: tensor.clone() for local, tensor in self.masters.read(block).items()}
+                whole = {local: tensor.clone() for local, tensor in self.exact_weights.read(block).items()}
                 self._keep(block, whole | given)
 
     @contextmanager
@@ -225,7 +225,7 @@ class Residency:
     def device_bytes(self) -> dict[str, int]:
         """Bytes of block weights on the device, by kind."""
         return {
-            "slots": self.slots.num_bytes,
+            "slots": self.device_buffers.num_bytes,
             "resident": self.store.device_bytes(),
             "drawn": sum(binding.num_bytes() for binding in self.bindings),
         }
@@ -233,6 +233,6 @@ class Residency:
     def restore(self) -> None:
         """Give every block its exact weights for good, where they lie; its forwards have to be its own again."""
         for block, binding in enumerate(self.bindings):
-            exact = binding.values() if block in self.live else self.masters.read(block)
+            exact = binding.values() if block in self.live else self.exact_weights.read(block)
             for name, parameter in binding.parameters.items():
                 parameter.data = exact[name]

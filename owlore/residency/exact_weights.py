@@ -21,7 +21,7 @@ Read = Callable[[str], Tensor]
 Exact = Mapping[str, Tensor]
 
 
-class Masters(Protocol):
+class ExactWeights(Protocol):
     """Exact weights of a block by name inside the block; tensors on the host that the caller does not change, read from
     a file perhaps only when one is asked for."""
 
@@ -69,7 +69,7 @@ class Overlay:
         return self.directory / f"block-{block}.safetensors"
 
 
-class Unread(Mapping[str, Tensor]):
+class LazyWeights(Mapping[str, Tensor]):
     """A block's exact weights that are read from the checkpoint one at a time, each whenever it is asked for.
 
     place: name inside the block -> (name in the checkpoint, dtype that the model trains in).
@@ -89,8 +89,8 @@ class Unread(Mapping[str, Tensor]):
         return len(self._place)
 
 
-class FileMasters:
-    """Masters in a checkpoint that is read a tensor at a time, under an overlay.
+class FileExactWeights:
+    """Exact weights in a checkpoint that is read a tensor at a time, under an overlay.
 
     places: for each block, name inside the block -> (name in the checkpoint, dtype that the model trains in).
     """
@@ -104,7 +104,7 @@ class FileMasters:
         coming = self._coming.pop(block, None)
         if block in self.overlay:
             return self.overlay.get(block)
-        return coming.result() if coming is not None else self._unread(block)
+        return coming.result() if coming is not None else self._lazy(block)
 
     def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         self.overlay.put(block, tensors)
@@ -116,10 +116,10 @@ class FileMasters:
             self._coming.pop(block).cancel()
         for block in wanted:
             if block not in self._coming:
-                self._coming[block] = self._thread.submit(dict, self._unread(block))
+                self._coming[block] = self._thread.submit(dict, self._lazy(block))
 
-    def _unread(self, block: int) -> Unread:
-        return Unread(self._places[block], self._read)
+    def _lazy(self, block: int) -> LazyWeights:
+        return LazyWeights(self._places[block], self._read)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attached:
+class InjectedAdapter:
     """An adapter inside a model.
 
     wrapper: PEFT's model around it. trained: names of the adapter's parameters in the model. notes: what a continued
@@ -62,7 +62,7 @@ class Attached:
         save_file(self.initial, directory / "adapter_model.safetensors")
 
 
-def attach(model: nn.Module, config: Any, *, seed: int, takes_from_base: bool = False) -> Attached:
+def inject_adapter(model: nn.Module, config: Any, *, seed: int, takes_from_base: bool = False) -> InjectedAdapter:
     """Inject the adapter that a PEFT configuration describes; its random numbers come from `seed` alone.
 
     takes_from_base: the initialisation subtracts its product from the base weights (PiSSA).
@@ -82,7 +82,7 @@ def attach(model: nn.Module, config: Any, *, seed: int, takes_from_base: bool = 
     initial: Mapping[str, Tensor] | None = None
     if takes_from_base and device.type != "meta":
         initial = {n: t.detach().cpu().clone() for n, t in get_peft_model_state_dict(wrapper).items()}
-    return Attached(wrapper=wrapper, trained=trained, initial=None if initial is None else dict(initial))
+    return InjectedAdapter(wrapper=wrapper, trained=trained, initial=None if initial is None else dict(initial))
 
 
 def holds_adapter(model: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlobLayout:
     """The weights of a block in the order of the blob. Blocks of one kind have equal layouts."""
 
     weights: tuple[Weight, ...]

@@ -1,7 +1,7 @@
 """What streaming asks of a device: buffers, copies that run beside the compute, and tickets to order them.
 
-`load` and `unload` are queued and done when their ticket is; `wait` makes the compute (never the host) wait for one,
-`mark` is a ticket of what the compute has been given so far. On a CPU a copy is done when it returns. A port that is
+`load` and `unload` are queued and done when their event is; `wait` makes the compute (never the host) wait for one,
+`mark` is a event of what the compute has been given so far. On a CPU a copy is done when it returns. A copies that is
 `timed` keeps the moments at which copies, waits and visits began and ended (`Span`).
 """
 
@@ -21,13 +21,13 @@ from torch import Tensor
 from owlore.residency.pinned import HostBlob, pin
 from owlore.residency.staging import Staging
 
-Ticket = Any
+CopyEvent = Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """Something that took time. kind: copy (a block's weights), fetch and unload (a boundary), stall, or what the
-    caller of `Port.span` names. block: None where it is of none. Seconds, from the first moment that was kept."""
+    caller of `CopyQueue.span` names. block: None where it is of none. Seconds, from the first moment that was kept."""
 
     kind: str
     block: int | None
@@ -38,7 +38,7 @@ class Span:
 Moment = Any  # of a queue: seconds on a CPU, an event on CUDA
 
 
-class Port(ABC):
+class CopyQueue(ABC):
     """One device and its queues of copies. Counts what was loaded.
 
     about: the block that the next copies and waits are for, which spans are labelled with.
@@ -57,30 +57,30 @@ class Port(ABC):
         self.buffer_bytes += num_bytes
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
+    def load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
         """Queue blob -> into, to begin when `after` (None: at once) is done."""
         self.loads += 1
         self.loaded_bytes += blob.tensor.numel()
         return self._load(into, blob, after)
 
     @abstractmethod
-    def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket: ...
+    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent: ...
 
     @abstractmethod
-    def fetch(self, into: Tensor, host: Tensor) -> Ticket:
+    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
         """Queue host -> into for a fresh device tensor, behind what the compute has been given so far."""
 
     @abstractmethod
-    def unload(self, into: Tensor, source: Tensor) -> Ticket:
+    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
         """Queue source -> into (host memory), behind what the compute has been given so far."""
 
     @abstractmethod
-    def wait(self, ticket: Ticket) -> None:
-        """What the compute is given from now on begins after the ticket."""
+    def wait(self, event: CopyEvent) -> None:
+        """What the compute is given from now on begins after the event."""
 
     @abstractmethod
-    def mark(self) -> Ticket:
-        """A ticket of everything that the compute has been given."""
+    def mark(self) -> CopyEvent:
+        """An event of everything that the compute has been given."""
 
     def leased(self, slot: Tensor) -> None:
         """A lease on a slot begins; for ports that check how slots are used."""
@@ -102,7 +102,7 @@ class Port(ABC):
 
     @contextmanager
     def span(self, kind: str, block: int | None = None) -> Iterator[None]:
-        """What the compute is given inside, in a port that is timed."""
+        """What the compute is given inside, in a queue that is timed."""
         start = self.moment() if self.timed else None
         yield
         if self.timed:
@@ -122,7 +122,7 @@ class Port(ABC):
 
     def seconds(self) -> dict[str, float]:
         """Seconds that copies to the device took and that the compute stood still for them since the last call; empty
-        in a port that is not timed."""
+        in a queue that is not timed."""
         if not self.timed:
             return {}
         kinds = {"copy": ("copy", "fetch"), "stall": ("stall",)}
@@ -130,30 +130,30 @@ class Port(ABC):
         return {name: sum(s.end - s.start for s in spans if s.kind in counted) for name, counted in kinds.items()}
 
 
-class CpuPort(Port):
+class CpuCopyQueue(CopyQueue):
     """Device and host are one memory: a copy is done when it is asked for, and the compute stands still meanwhile."""
 
-    def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
+    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
         self._copy("copy", into, blob.tensor)
 
-    def fetch(self, into: Tensor, host: Tensor) -> Ticket:
+    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
         self._copy("fetch", into, host)
 
-    def unload(self, into: Tensor, source: Tensor) -> Ticket:
+    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
         self._copy("unload", into, source)
 
     def _copy(self, kind: str, into: Tensor, source: Tensor) -> None:
         with self.span(kind, self.about):
             into.copy_(source)
 
-    def wait(self, ticket: Ticket) -> None:
+    def wait(self, event: CopyEvent) -> None:
         return None
 
-    def mark(self) -> Ticket:
+    def mark(self) -> CopyEvent:
         return None
 
 
-class CudaPort(Port):
+class CudaCopyQueue(CopyQueue):
     """Two copy streams beside the current one, one a direction; the order between them is kept by events alone."""
 
     RING = 3  # pinned buffers through which blobs that could not be pinned travel
@@ -163,7 +163,7 @@ class CudaPort(Port):
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._staging: Staging | None = None
 
-    def _load(self, into: Tensor, blob: HostBlob, after: Ticket) -> Ticket:
+    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
         copy = self._copier(self._in, "copy", into, after)
         if blob.pinned:
             return copy(blob.tensor)
@@ -172,16 +172,16 @@ class CudaPort(Port):
             self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(device))
         return self._staging.submit(blob.tensor, copy)
 
-    def fetch(self, into: Tensor, host: Tensor) -> Ticket:
+    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
         return self._copier(self._in, "fetch", into, self.mark())(host)
 
-    def unload(self, into: Tensor, source: Tensor) -> Ticket:
+    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
         return self._copier(self._out, "unload", into, self.mark())(source)
 
     def _copier(
-        self, stream: torch.cuda.Stream, kind: str, into: Tensor, after: Ticket
+        self, stream: torch.cuda.Stream, kind: str, into: Tensor, after: CopyEvent
     ) -> Callable[[Tensor], torch.cuda.Event]:
-        """Copies what it is given on `stream`, after a ticket; perhaps later and on another thread."""
+        """Copies what it is given on `stream`, after an event; perhaps later and on another thread."""
         block = self.about
 
         def copy(source: Tensor) -> torch.cuda.Event:
@@ -197,12 +197,12 @@ class CudaPort(Port):
 
         return copy
 
-    def wait(self, ticket: Ticket) -> None:
-        event = ticket.result() if isinstance(ticket, Future) else ticket
+    def wait(self, event: CopyEvent) -> None:
+        event = event.result() if isinstance(event, Future) else event
         with self.span("stall", self.about):
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def mark(self) -> Ticket:
+    def mark(self) -> CopyEvent:
         return self._event(torch.cuda.current_stream(self.device))
 
     def moment(self) -> Moment:
@@ -217,6 +217,6 @@ class CudaPort(Port):
         return event
 
 
-def open_port(device: torch.device, *, timed: bool = False) -> Port:
-    """The port of a device."""
-    return CudaPort(device, timed=timed) if device.type == "cuda" else CpuPort(device, timed=timed)
+def open_copy_queue(device: torch.device, *, timed: bool = False) -> CopyQueue:
+    """The copy queue of a device."""
+    return CudaCopyQueue(device, timed=timed) if device.type == "cuda" else CpuCopyQueue(device, timed=timed)

@@ -37,7 +37,7 @@ class Entry:
     arguments: tuple[Arguments, ...]
 
 
-class Chain:
+class BlockChain:
     """Owns the forwards of the blocks. `visit(block)` holds the block's weights wherever a block is run."""
 
     def __init__(
