@@ -26,7 +26,7 @@ from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.layer_table import find_table, run_inclusion, scanned_table
 from owlore.optim import RotatingOptimizer
-from owlore.settings import resolve, strategy_config, weights_of
+from owlore.settings import master_policy, resolve, strategy_config
 from owlore.strategies import PeriodLog
 from owlore.training.rotation import Rotation
 from owlore.training.step import clipped_update
@@ -80,7 +80,7 @@ def bridge(
     inner = RotatingOptimizer(
         parts.parameters(range(parts.num_blocks), parts.groups),
         seed=config.seed,
-        weights=weights_of(config),
+        policy=master_policy(config),
         on_switch=config.on_switch,
     )
     _BRIDGED[model] = inner

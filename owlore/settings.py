@@ -53,7 +53,7 @@ def strategy_config(config: TrainConfig, inclusion: Any, injected: InjectedAdapt
     )
 
 
-def weights_of(config: TrainConfig) -> MasterPolicy:
+def master_policy(config: TrainConfig) -> MasterPolicy:
     """How 16-bit weights take updates."""
     return {"bf16": MasterPolicy.NEAREST, "bf16-sr": MasterPolicy.STOCHASTIC}.get(config.weights, MasterPolicy.MASTER)
 

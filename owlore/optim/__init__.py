@@ -1,6 +1,6 @@
 """The rotating optimizer: state lives and dies with activation."""
 
-from owlore.optim.parameter_state import MasterPolicy, UpdateSpec
 from owlore.optim.rotating import RotatingOptimizer, Switch
+from owlore.optim.update_spec import MasterPolicy, UpdateSpec
 
 __all__ = ["MasterPolicy", "RotatingOptimizer", "Switch", "UpdateSpec"]

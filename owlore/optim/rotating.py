@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from owlore.optim.parameter_state import HeldBytes, MasterPolicy, ParameterState, UpdateSpec
+from owlore.optim.parameter_state import ParameterState, new_state
 from owlore.optim.projected_linear import linear_maps, tap
+from owlore.optim.update_spec import HeldBytes, MasterPolicy, UpdateSpec
 from owlore.patches import PatchStack, Undo
 
 ON_SWITCH = ("drop", "host", "keep")
@@ -40,7 +41,7 @@ class Parked:
 
 
 class RotatingOptimizer:
-    """AdamW, projected where a rule says so, over a changing set of parameters.
+    """AdamW, projected where a spec says so, over a changing set of parameters.
 
     parameters: every parameter that may become active, by name. on_switch: what happens to the moments of a parameter
     that leaves: `drop` frees them, `host` parks them in host memory, `keep` leaves them on the device. grad_scale: the
@@ -55,7 +56,7 @@ class RotatingOptimizer:
         parameters: Mapping[str, nn.Parameter],
         *,
         seed: int,
-        weights: MasterPolicy = MasterPolicy.MASTER,
+        policy: MasterPolicy = MasterPolicy.MASTER,
         on_switch: str = "drop",
         grad_scale: float = 1.0,
         add_up: Callable[[Sequence[Tensor]], None] | None = None,
@@ -65,7 +66,7 @@ class RotatingOptimizer:
         if on_switch not in ON_SWITCH:
             raise ValueError(f"on_switch must be one of {', '.join(ON_SWITCH)}, got {on_switch!r}")
         self.parameters = dict(parameters)
-        self.seed, self.weights, self.on_switch, self.grad_scale = seed, weights, on_switch, grad_scale
+        self.seed, self.policy, self.on_switch, self.grad_scale = seed, policy, on_switch, grad_scale
         self.add_up = add_up
         self.states: dict[str, ParameterState] = {}
         self.parked: dict[str, Parked] = {}
@@ -74,7 +75,7 @@ class RotatingOptimizer:
         self._listeners: dict[str, list[Undo]] = {}  # by active parameter: what takes its hook and forward off
         self._last_micro_batch = True
         self._step = 0
-        self._squares: Tensor | None = None  # of this step, by state: squared norm of what was gathered
+        self._squares: Tensor | None = None  # of this step, by state: squared norm of what was accumulated
         self._seen: Tensor | None = None  # the same summed over the updates since the last `take_norms`
         self._updates_seen = 0
 
@@ -102,9 +103,9 @@ class RotatingOptimizer:
             self._join(name, wanted[name])
         return Switch(joined=joined, stayed=stayed, left=left, lost_norm=lost)
 
-    def _join(self, name: str, rule: UpdateSpec) -> None:
+    def _join(self, name: str, spec: UpdateSpec) -> None:
         parameter = self.parameters[name]
-        state = ParameterState(name, parameter, rule, weights=self.weights, seed=self.seed, grad_scale=self.grad_scale)
+        state = new_state(name, parameter, spec, policy=self.policy, seed=self.seed, grad_scale=self.grad_scale)
         parked = self.parked.pop(name, None)
         if parked is not None:
             state.restore(parked.tensors, parked.counters)
@@ -159,7 +160,7 @@ class RotatingOptimizer:
         self._step, self._last_micro_batch = step, last and self.add_up is None
 
     def gradient_norm(self) -> Tensor:
-        """Norm over everything gathered in this step, by all processes; projected gradients in their own space."""
+        """Norm over everything accumulated in this step, by all processes; projected gradients in their own space."""
         if self.add_up is not None:
             self._add_up(self.add_up)
         for state in self.states.values():
@@ -171,7 +172,7 @@ class RotatingOptimizer:
         return zero if self._squares is None else self._squares.sum().sqrt()
 
     def _add_up(self, add_up: Callable[[Sequence[Tensor]], None]) -> None:
-        """Sum what the processes gathered. A parameter that got a gradient on none of them is left out."""
+        """Sum what the processes accumulated. A parameter that got a gradient on none of them is left out."""
         states = list(self.states.values())
         present = torch.tensor([float(state.has_gradient) for state in states])
         add_up([present])
@@ -219,9 +220,9 @@ class RotatingOptimizer:
         return tensors, counters
 
     def load_state(
-        self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], rules: Mapping[str, UpdateSpec]
+        self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], specs: Mapping[str, UpdateSpec]
     ) -> None:
-        """Continue from `state()`; `rules` names how each saved active parameter is updated. What is held now goes."""
+        """Continue from `state()`; `specs` names how each saved active parameter is updated. What is held now goes."""
         for name in list(self.states):
             self.states.pop(name)
             self._stop_listening(name)
@@ -231,7 +232,7 @@ class RotatingOptimizer:
             kind, name, part = key.split("|")
             fields.setdefault((kind, name), {})[part] = tensor
         for name, counts in counters["active"].items():
-            self._join(name, rules[name])
+            self._join(name, specs[name])
             self.states[name].restore(fields["active", name], counts)
         for name, counts in counters["parked"].items():
             self.parked[name] = Parked(fields["parked", name], dict(counts))

@@ -21,7 +21,7 @@ from torch import nn
 from htsr.errors import UsageError
 from owlore.blocks import ModelParts
 from owlore.optim import MasterPolicy, UpdateSpec
-from owlore.optim.parameter_state import HeldBytes, planned_state_bytes
+from owlore.optim.update_spec import HeldBytes, planned_state_bytes
 from owlore.plan.advice import Advice
 from owlore.plan.model_spec import ModelSpec, weight_bytes
 from owlore.plan.resident import logits_bytes, resident_peak
@@ -62,7 +62,7 @@ def make_plan(
     strategy_class: type[Strategy],
     hyper: StrategyConfig,
     *,
-    weights: MasterPolicy,
+    policy: MasterPolicy,
     batch: int,
     accum: int,
     tokens: int,
@@ -84,10 +84,10 @@ def make_plan(
     draws = _draws(strategy, hyper, parts.num_blocks)
     worst = _worst(draws, parts)
     outside = parts.parameters((), hyper.always_on)
-    rules = strategy.rules_for(worst)
-    parameters = dict(_all(parts, rules))
+    specs = strategy.specs_for(worst)
+    parameters = dict(_all(parts, specs))
     state = sum(
-        (planned_state_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in parameters.items()), HeldBytes()
+        (planned_state_bytes(tuple(p.shape), p.dtype, specs[n], policy) for n, p in parameters.items()), HeldBytes()
     )
     bottom = any(name in outside for name, _ in parts.groups["embeddings"])
     low = 0 if bottom else min(min(draw) for draw in draws)
@@ -95,12 +95,12 @@ def make_plan(
     recompute = recompute or placement.streams
     optimizer = state.moments + state.projectors
     if placement.streams:
-        held, moments, host = _streamed(shape, model, worst, low, rules, parameters, hyper, batch, accum, tokens)
+        held, moments, host = _streamed(shape, model, worst, low, specs, parameters, hyper, batch, accum, tokens)
         gradients, activations, logits = moments.gradients, moments.activations, moments.logits
         peak = held + state.masters + optimizer + moments.peak
     else:
         plain = resident_peak(
-            shape, parameters, rules, low=low, drawn=len(worst), batch=batch, tokens=tokens, accumulates=accum > 1,
+            shape, parameters, specs, low=low, drawn=len(worst), batch=batch, tokens=tokens, accumulates=accum > 1,
             together=together, recompute=recompute,
         )  # fmt: skip
         held, host = weight_bytes(parts.model, shape.injected), None
@@ -116,7 +116,7 @@ def make_plan(
     }
     total = shape.parameters
     always = sum(p.numel() for p in outside.values())
-    named = strategy.rules_for(range(parts.num_blocks))
+    named = strategy.specs_for(range(parts.num_blocks))
     inside = [sum(p.numel() for name, p in block if name in named) for block in parts.blocks]
     mean = float(np.mean([sum(inside[block] for block in draw) for draw in draws]))
     depths = [parts.num_blocks - (0 if bottom else min(draw)) for draw in draws]
@@ -132,17 +132,17 @@ def make_plan(
     )
 
 
-def parked_bytes(shape: ModelSpec, strategy: Strategy, hyper: StrategyConfig, weights: MasterPolicy) -> int:
+def parked_bytes(shape: ModelSpec, strategy: Strategy, hyper: StrategyConfig, policy: MasterPolicy) -> int:
     """Moments and bases that wait for their blocks once every block that can be drawn was: at most so many bytes."""
     parts = shape.parts
     draws = set(_draws(strategy, hyper, parts.num_blocks))
     drawn = sorted(set().union(*draws))
 
     def held(blocks: Iterable[int]) -> int:
-        rules = strategy.rules_for(blocks)
+        specs = strategy.specs_for(blocks)
         inside = parts.parameters(blocks, ())
         state = [
-            planned_state_bytes(tuple(p.shape), p.dtype, rules[n], weights) for n, p in inside.items() if n in rules
+            planned_state_bytes(tuple(p.shape), p.dtype, specs[n], policy) for n, p in inside.items() if n in specs
         ]
         return sum(s.moments + s.projectors for s in state)
 
@@ -174,7 +174,7 @@ def _streamed(
     model: StreamedModel,
     drawn: tuple[int, ...],
     low: int,
-    rules: Mapping[str, UpdateSpec],
+    specs: Mapping[str, UpdateSpec],
     parameters: Mapping[str, nn.Parameter],
     hyper: StrategyConfig,
     batch: int,
@@ -193,7 +193,7 @@ def _streamed(
     )
     outside, left = model.outside_bytes(hyper.always_on)
     held = outside + sum(model.device_bytes(drawn).values())
-    moments = streamed_peak(model, load, drawn=drawn, low=low, rules=rules, parameters=parameters)
+    moments = streamed_peak(model, load, drawn=drawn, low=low, specs=specs, parameters=parameters)
     return held, moments, model.host_bytes(load, low, left)
 
 
@@ -217,6 +217,6 @@ def _worst(draws: list[tuple[int, ...]], parts: ModelParts) -> tuple[int, ...]:
     return max(draws, key=lambda draw: sum(sizes[block] for block in draw))
 
 
-def _all(parts: ModelParts, rules: Mapping[str, UpdateSpec]) -> list[tuple[str, nn.Parameter]]:
+def _all(parts: ModelParts, specs: Mapping[str, UpdateSpec]) -> list[tuple[str, nn.Parameter]]:
     everything = parts.parameters(range(parts.num_blocks), parts.groups)
-    return [(name, everything[name]) for name in rules]
+    return [(name, everything[name]) for name in specs]

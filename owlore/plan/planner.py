@@ -17,7 +17,7 @@ from owlore.plan.advice import advise
 from owlore.plan.model_spec import ModelSpec, model_spec
 from owlore.plan.plan import Plan, make_plan, parked_bytes
 from owlore.plan.streamed import Rates
-from owlore.settings import placement_of, recomputes, resolve, strategy_config, weights_of
+from owlore.settings import master_policy, placement_of, recomputes, resolve, strategy_config
 from owlore.strategies import Strategy
 
 
@@ -100,7 +100,7 @@ class Planner:
             shape,
             self.strategy,
             hyper,
-            weights=weights_of(config),
+            policy=master_policy(config),
             batch=config.batch,
             accum=config.accum,
             processes=self.processes,
@@ -110,7 +110,7 @@ class Planner:
             rates=self.rates,
         )
         if config.on_switch == "keep" or (config.on_switch == "host" and self.device == "cpu"):
-            parked = parked_bytes(shape, self.strategy(shape.parts, hyper), hyper, weights_of(config))
+            parked = parked_bytes(shape, self.strategy(shape.parts, hyper), hyper, master_policy(config))
             made = replace(made, bytes=made.bytes | {k: made.bytes[k] + parked for k in ("optimizer", "total")})
         return made
 

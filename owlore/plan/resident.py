@@ -47,7 +47,7 @@ class ResidentPeak:
 def resident_peak(
     shape: ModelSpec,
     parameters: Mapping[str, nn.Parameter],
-    rules: Mapping[str, UpdateSpec],
+    specs: Mapping[str, UpdateSpec],
     *,
     low: int,
     drawn: int,
@@ -63,8 +63,8 @@ def resident_peak(
     """
     trained = shape.footprint.trained
     return ResidentPeak(
-        gradients=gradient_bytes(parameters, rules, together),
-        arriving=arriving_bytes(parameters, rules),
+        gradients=gradient_bytes(parameters, specs, together),
+        arriving=arriving_bytes(parameters, specs),
         activations=_activations(shape, low, drawn, batch, tokens, recompute),
         block=int(batch * trained(tokens) + trained.fixed),
         logits=logits_bytes(shape, batch * tokens),
@@ -74,7 +74,7 @@ def resident_peak(
     )
 
 
-def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, UpdateSpec], accum: int) -> int:
+def gradient_bytes(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec], accum: int) -> int:
     """Most bytes of gradients at once: what is gathered, and the one matrix that is arriving.
 
     A step that looks for new bases with accumulation gathers those matrices' sums whole; so does every step of an
@@ -82,18 +82,18 @@ def gradient_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, U
     """
     gathered = 0
     for name, parameter in parameters.items():
-        rule = rules[name]
-        together = accum > 1 and not rule.full_rank
-        gathered += 4 * parameter.numel() if together else gathered_bytes(rule, parameter)
-    return gathered + arriving_bytes(parameters, rules)
+        spec = specs[name]
+        together = accum > 1 and not spec.full_rank
+        gathered += 4 * parameter.numel() if together else gathered_bytes(spec, parameter)
+    return gathered + arriving_bytes(parameters, specs)
 
 
-def arriving_bytes(parameters: Mapping[str, nn.Parameter], rules: Mapping[str, UpdateSpec]) -> int:
+def arriving_bytes(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
     """The largest gradient that exists for the moment of its hook: as autograd made it, and in fp32."""
     sizes = [
         p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4))
         for name, p in parameters.items()
-        if rules[name].projects(p.shape) or p.dtype != torch.float32
+        if specs[name].projects(p.shape) or p.dtype != torch.float32
     ]
     return max(sizes, default=0)
 

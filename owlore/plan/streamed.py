@@ -132,7 +132,7 @@ def streamed_peak(
     *,
     drawn: Sequence[int],
     low: int,
-    rules: Mapping[str, UpdateSpec],
+    specs: Mapping[str, UpdateSpec],
     parameters: Mapping[str, nn.Parameter],
 ) -> PeakBytes:
     """The largest moment of a step: at the loss, or in the backward of some block."""
@@ -140,8 +140,8 @@ def streamed_peak(
     home = model.parts.block_of()
     by_block: dict[int | None, list[tuple[UpdateSpec, nn.Parameter]]] = {}
     for name, parameter in parameters.items():
-        by_block.setdefault(home.get(name), []).append((rules[name], parameter))
-    ends = _Ends(model.parts, rules, parameters, load.accum)
+        by_block.setdefault(home.get(name), []).append((specs[name], parameter))
+    ends = _Ends(model.parts, specs, parameters, load.accum)
 
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
@@ -177,7 +177,7 @@ class _Ends:
     """
 
     def __init__(
-        self, parts: ModelParts, rules: Mapping[str, UpdateSpec], parameters: Mapping[str, nn.Parameter], accum: int
+        self, parts: ModelParts, specs: Mapping[str, UpdateSpec], parameters: Mapping[str, nn.Parameter], accum: int
     ) -> None:
         inputs, heads = (
             {name for name, _ in parts.groups[group]} & parameters.keys() for group in ("embeddings", "head")
@@ -187,53 +187,53 @@ class _Ends:
         early, late = (set(), outside) if shared else (outside - inputs, inputs)
 
         def total(names: Iterable[str], size: Callable[[UpdateSpec, nn.Parameter], int]) -> int:
-            return sum(size(rules[name], parameters[name]) for name in names)
+            return sum(size(specs[name], parameters[name]) for name in names)
 
         def most(names: Iterable[str], size: Callable[[UpdateSpec, nn.Parameter], int]) -> int:
-            return max((size(rules[name], parameters[name]) for name in names), default=0)
+            return max((size(specs[name], parameters[name]) for name in names), default=0)
 
-        held = total(outside if shared else (), lambda rule, p: p.numel() * p.element_size())
+        held = total(outside if shared else (), lambda spec, p: p.numel() * p.element_size())
         sums = total(early, _sum) if accum > 1 else 0
-        made = total(heads, lambda rule, p: 4 * p.numel())  # the head's, added up in fp32 while the loss is computed
+        made = total(heads, lambda spec, p: 4 * p.numel())  # the head's, added up in fp32 while the loss is computed
         self.after_top = total(early, gathered_bytes) + accum * held
         earlier = self.after_top - held + sums if accum > 1 else 0
-        own = total(heads, lambda rule, p: p.numel() * (p.element_size() % 4))  # a part of it, in the head's own dtype
+        own = total(heads, lambda spec, p: p.numel() * (p.element_size() % 4))  # a part of it, in the head's own dtype
         self.at_loss = earlier + made + own
         self.at_top = (earlier if shared else self.after_top + sums) + max(most(early, _single), made + held)
         # Of a shared weight the part from the bottom, that from the top (it is held) and their sum are there together.
-        twice = most(late, lambda rule, p: p.numel() * p.element_size()) if shared else 0
+        twice = most(late, lambda spec, p: p.numel() * p.element_size()) if shared else 0
         late_sums = total(late, _sum) if accum > 1 else 0
         self.at_bottom = total(late, gathered_bytes) + late_sums + most(late, _single) + twice
 
 
-def _sum(rule: UpdateSpec, parameter: nn.Parameter) -> int:
-    return _arriving(rule, parameter, together=True)
+def _sum(spec: UpdateSpec, parameter: nn.Parameter) -> int:
+    return _arriving(spec, parameter, together=True)
 
 
-def _single(rule: UpdateSpec, parameter: nn.Parameter) -> int:
-    return _arriving(rule, parameter, together=False)
+def _single(spec: UpdateSpec, parameter: nn.Parameter) -> int:
+    return _arriving(spec, parameter, together=False)
 
 
-def gathered_bytes(rule: UpdateSpec, parameter: nn.Parameter) -> int:
-    """A parameter's gradient as it waits for the update: fp32, projected where the rule projects, and beside it whole
+def gathered_bytes(spec: UpdateSpec, parameter: nn.Parameter) -> int:
+    """A parameter's gradient as it waits for the update: fp32, projected where the spec projects, and beside it whole
     where the update is of full rank."""
     count = parameter.numel()
-    if rule.projects(parameter.shape):
+    if spec.projects(parameter.shape):
         rows, cols = parameter.shape
-        count = int(np.prod(projected_shape(rows, cols, int(rule.rank or 0), rule.larger))) + (
-            count if rule.full_rank else 0
+        count = int(np.prod(projected_shape(rows, cols, int(spec.rank or 0), spec.larger))) + (
+            count if spec.full_rank else 0
         )
     return 4 * count
 
 
-def _arriving(rule: UpdateSpec, parameter: nn.Parameter, *, together: bool) -> int:
+def _arriving(spec: UpdateSpec, parameter: nn.Parameter, *, together: bool) -> int:
     """A gradient as autograd makes it and its fp32 copy; with `together` the sum that waits for the last micro-batch.
 
     A block sees all its micro-batches in one visit, so only its own sums wait.
     """
     count = parameter.numel()
     if together:
-        return 4 * count if rule.projects(parameter.shape) else 0
+        return 4 * count if spec.projects(parameter.shape) else 0
     return count * (parameter.element_size() + (0 if parameter.element_size() == 4 else 4))
 
 

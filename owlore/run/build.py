@@ -18,7 +18,7 @@ from owlore.optim import RotatingOptimizer
 from owlore.patches import PatchStack
 from owlore.run.directory import check_same_run
 from owlore.run.inputs import RunInputs, arrange
-from owlore.settings import placement_of, recomputes, strategy_config, weights_of
+from owlore.settings import master_policy, placement_of, recomputes, strategy_config
 from owlore.strategies import Strategy
 from owlore.training.backend import Backend
 from owlore.training.loss import CausalLoss
@@ -154,7 +154,7 @@ def _optimizer(inputs: RunInputs, patches: PatchStack) -> RotatingOptimizer:
     return RotatingOptimizer(
         candidates,
         seed=config.seed,
-        weights=weights_of(config),
+        policy=master_policy(config),
         on_switch=config.on_switch,
         grad_scale=FP16_SCALE if inputs.loaded.model.dtype == torch.float16 else 1.0,
         add_up=inputs.ranks.sum_into if inputs.ranks.size > 1 else None,

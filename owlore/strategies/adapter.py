@@ -35,9 +35,9 @@ class AdapterStrategy(Strategy):
         holds = {block for name, block in self.parts.block_of().items() if name in self.config.trained}
         return tuple(sorted(holds))
 
-    def rules_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
+    def specs_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
         del blocks
         parameters = self.parts.parameters(range(self.parts.num_blocks), self.parts.groups)
         return {
-            name: self.rule(p.ndim, projectable=False) for name, p in parameters.items() if name in self.config.trained
+            name: self.spec(p.ndim, projectable=False) for name, p in parameters.items() if name in self.config.trained
         }

@@ -2,7 +2,7 @@
 
 A strategy is built once for a run and is a pure function of the period afterwards, and of the tables recorded for the
 periods so far. The engine knows nothing of methods; at every switch it offers what finished periods left behind
-(`adapt`), asks `rules_at` and hands the answer to the rotating optimizer.
+(`adapt`), asks `specs_at` and hands the answer to the rotating optimizer.
 """
 
 from __future__ import annotations
@@ -193,19 +193,19 @@ class Strategy:
         del period
         return tuple(range(self.parts.num_blocks))
 
-    def rules_at(self, period: int) -> dict[str, UpdateSpec]:
+    def specs_at(self, period: int) -> dict[str, UpdateSpec]:
         """Update of every parameter trained in this period, by name."""
-        return self.rules_for(self.blocks_at(period))
+        return self.specs_for(self.blocks_at(period))
 
-    def rules_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
+    def specs_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
         """Update of every parameter trained while these blocks are drawn, by name."""
         outside = self.parts.parameters((), self.config.always_on)
         inside = self.parts.parameters(blocks, ())
-        rules = {name: self.rule(p.ndim, projectable=True) for name, p in inside.items()}
+        specs = {name: self.spec(p.ndim, projectable=True) for name, p in inside.items()}
         project = self.config.project_always_on
-        return rules | {name: self.rule(p.ndim, projectable=project) for name, p in outside.items()}
+        return specs | {name: self.spec(p.ndim, projectable=project) for name, p in outside.items()}
 
-    def rule(self, ndim: int, *, projectable: bool) -> UpdateSpec:
+    def spec(self, ndim: int, *, projectable: bool) -> UpdateSpec:
         """Vectors are not decayed; matrices are projected where the method projects and the place allows it."""
         adam, bits = AdamW(decay=self.config.weight_decay if ndim > 1 else 0.0), self.config.state_bits
         if not (projectable and "rank" in self.accepted_options):

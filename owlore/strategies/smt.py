@@ -99,6 +99,6 @@ class SMT(AdapterStrategy):
             **{name: start.options[name] for name in names},
         )
 
-    def rule(self, ndim: int, *, projectable: bool) -> UpdateSpec:
-        rule = super().rule(2, projectable=projectable)  # the deltas are parts of matrices, stored flat
-        return replace(rule, adam=replace(rule.adam, beta2=self.config.options["beta2"]))
+    def spec(self, ndim: int, *, projectable: bool) -> UpdateSpec:
+        spec = super().spec(2, projectable=projectable)  # the deltas are parts of matrices, stored flat
+        return replace(spec, adam=replace(spec.adam, beta2=self.config.options["beta2"]))

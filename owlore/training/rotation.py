@@ -74,7 +74,7 @@ class Rotation:
 
     def _look_up(self) -> None:
         assert self.period is not None
-        self.active, self.rules = self.strategy.blocks_at(self.period), self.strategy.rules_at(self.period)
+        self.active, self.rules = self.strategy.blocks_at(self.period), self.strategy.specs_at(self.period)
 
     def _close(self) -> None:
         """Record the gradient norms that the present period has seen."""

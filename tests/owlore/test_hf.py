@@ -13,7 +13,7 @@ from htsr.errors import UsageError
 from owlore.data.batches import collate, step_rows
 from owlore.data.prepare import prepare
 from owlore.hf import bridge
-from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_bytes
+from owlore.optim.update_spec import MasterPolicy, UpdateSpec, planned_state_bytes
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 
@@ -114,7 +114,7 @@ def test_state_in_a_trainer_is_that_of_the_active_block_and_the_rest_keeps_its_b
     optimizer.step = watched
     trainer_of(model, args, 8, place, **pieces).train()
     shapes = [tuple(p.shape) for p in model.model.layers[0].parameters()]
-    planned = sum(planned_bytes(s, torch.bfloat16, UpdateSpec(rank=8), MasterPolicy.MASTER).total for s in shapes)
+    planned = sum(planned_state_bytes(s, torch.bfloat16, UpdateSpec(rank=8), MasterPolicy.MASTER).total for s in shapes)
     # The first step's bases are found in `step`, after it was watched.
     assert held[1:] and all(total <= planned and parked == 0 for total, parked in held)
     assert 0 < len(drawn) < 4 and optimizer.rotation.optimizer.held().total == 0

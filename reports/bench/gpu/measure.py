@@ -47,7 +47,7 @@ def planned(row: Row, rates: Rates | None = None) -> Plan:
     shape = described(row.shape)
     blocks = shape.parts.num_blocks
     return make_plan(
-        shape, STRATEGIES["owlore"], strategy_config(row, blocks), weights=MasterPolicy.STOCHASTIC, batch=row.batch,
+        shape, STRATEGIES["owlore"], strategy_config(row, blocks), policy=MasterPolicy.STOCHASTIC, batch=row.batch,
         accum=row.accum, tokens=row.tokens, recompute=True, placement=row.placement, rates=rates or Rates(),
     )  # fmt: skip
 

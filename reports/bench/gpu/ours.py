@@ -73,7 +73,7 @@ class Ours:
         strategy = STRATEGIES["owlore"](self.parts, strategy_config(row, self.count))
         everything = self.parts.parameters(range(self.count), self.parts.groups)
         self.optimizer = RotatingOptimizer(
-            everything, seed=0, weights=MasterPolicy.STOCHASTIC, layers=self.parts.modules
+            everything, seed=0, policy=MasterPolicy.STOCHASTIC, layers=self.parts.modules
         )
         self.residency = self._stream() if streamed else None
         self.copies = None if self.residency is None else self.residency.copies

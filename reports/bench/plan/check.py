@@ -27,7 +27,7 @@ from owlore.models.loading import load
 from owlore.optim import RotatingOptimizer
 from owlore.plan.model_spec import spec_of_model
 from owlore.plan.planner import Planner
-from owlore.settings import recomputes, resolve, strategy_config, weights_of
+from owlore.settings import master_policy, recomputes, resolve, strategy_config
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
 from owlore.training.step import train_step
@@ -82,11 +82,11 @@ def check(model: str, arm: str, batch: int, tokens: int) -> dict[str, Any]:
     inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
     strategy = strategy_class(parts, strategy_config(config, inclusion, None))
     deepest = min(range(60), key=lambda period: min(strategy.blocks_at(period)))
-    rules = strategy.rules_at(deepest)
+    rules = strategy.specs_at(deepest)
     optimizer = RotatingOptimizer(
         parts.parameters(range(parts.num_blocks), parts.groups),
         seed=0,
-        weights=weights_of(config),
+        policy=master_policy(config),
         layers=parts.modules,
     )
     recompute = ActivationCheckpointing(parts.modules, enabled=recomputes(config, parts))

@@ -68,7 +68,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     from owlore.optim import RotatingOptimizer
     from owlore.plan.model_spec import spec_of_model
     from owlore.plan.plan import make_plan
-    from owlore.settings import resolve, strategy_config, weights_of
+    from owlore.settings import master_policy, resolve, strategy_config
     from owlore.training.loss import CausalLoss
     from owlore.training.resident import ResidentBackend
     from owlore.training.step import train_step
@@ -84,7 +84,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     worst = np.zeros(parts.num_blocks)
     worst[[0, parts.num_blocks - 1]] = 1.0
     hyper = strategy_config(config, worst)
-    plan = make_plan(spec_of_model(model), kind, hyper, weights=weights_of(config), batch=args.batch, accum=1,
+    plan = make_plan(spec_of_model(model), kind, hyper, policy=master_policy(config), batch=args.batch, accum=1,
                      tokens=args.tokens, recompute=bool(extra))  # fmt: skip
     strategy = kind(parts, hyper)
     optimizer = RotatingOptimizer(parts.parameters(range(parts.num_blocks), parts.groups), seed=0, layers=parts.modules)
@@ -99,7 +99,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
         saved_tensor_arena(parts.modules, enabled=not extra and counter is None),
         counter or nullcontext(),
     ):
-        rules = strategy.rules_at(0)
+        rules = strategy.specs_at(0)
         optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
             ids = batches[step]

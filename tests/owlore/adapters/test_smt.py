@@ -14,7 +14,8 @@ from owlore.adapters.nf4_linear import Nf4Linear
 from owlore.adapters.smt_layer import SmtLayer
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.block_sparse import make_layout, read_blocks
-from owlore.optim.parameter_state import MasterPolicy, ParameterState, UpdateSpec, planned_bytes
+from owlore.optim.parameter_state import new_state
+from owlore.optim.update_spec import MasterPolicy, UpdateSpec, planned_state_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -154,7 +155,8 @@ def test_bytes_of_the_file_and_of_the_optimizer_are_the_formulas(tmp_path):
     moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * entries
     states = [
-        planned_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=4), MasterPolicy.MASTER) for p in trained(model).values()
+        planned_state_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=4), MasterPolicy.MASTER)
+        for p in trained(model).values()
     ]
     assert sum(s.total for s in states) == 8 * entries  # a delta is never projected, and needs no master
     model.save_pretrained(tmp_path)
@@ -235,9 +237,7 @@ def test_blocks_are_rewritten_when_a_delta_changed_and_only_then(monkeypatch):
 @pytest.mark.parametrize("weights", list(MasterPolicy))
 def test_an_optimizer_that_writes_behind_autograds_back_is_seen_by_the_next_forward(weights):
     model = adapted()
-    states = [
-        ParameterState(n, p, UpdateSpec(adam=AdamW()), weights=weights, seed=0) for n, p in trained(model).items()
-    ]
+    states = [new_state(n, p, UpdateSpec(adam=AdamW()), policy=weights, seed=0) for n, p in trained(model).items()]
     losses = []
     for step in range(5):
         loss = loss_of(model)

@@ -11,7 +11,7 @@ from torch import nn
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.projector import project
 from owlore.optim import MasterPolicy, RotatingOptimizer, UpdateSpec
-from owlore.optim.parameter_state import planned_state_bytes
+from owlore.optim.update_spec import planned_state_bytes
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16), "vector": (12,), "small": (6, 4)}
 PROJECTED = UpdateSpec(rank=6)
@@ -222,8 +222,8 @@ def test_no_gradient_outlives_its_hook():
         optimizer.micro_batch(index, last=True)
         sum((p * 2).sum() for p in weights.values()).backward()
         assert all(p.grad is None for p in weights.values())
-        assert all(state.full_gradient is None for state in optimizer.states.values())
-        assert optimizer.states["tall"].gathered.shape == (24, 6)
+        assert all(getattr(state, "full_gradient", None) is None for state in optimizer.states.values())
+        assert optimizer.states["tall"].accumulated.shape == (24, 6)
         optimizer.update(1e-3, None)
 
 
@@ -295,7 +295,7 @@ def test_masters_keep_updates_that_16_bits_would_lose(dtype):
 @pytest.mark.parametrize("weights_mode", [MasterPolicy.NEAREST, MasterPolicy.STOCHASTIC])
 def test_without_masters_none_is_held_and_stochastic_rounding_still_learns(weights_mode):
     weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16), requires_grad=False)
-    optimizer = RotatingOptimizer({"w": weight}, seed=0, weights=weights_mode)
+    optimizer = RotatingOptimizer({"w": weight}, seed=0, policy=weights_mode)
     optimizer.switch({"w": UpdateSpec()}, 0)
     for index in range(50):
         optimizer.micro_batch(index, last=True)

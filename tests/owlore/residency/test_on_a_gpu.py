@@ -169,7 +169,7 @@ SAMPLED = {"every": 4, "active": 2, "rank": 4, "table": "uniform"}
 METHODS = {"owlore": SAMPLED, "full": {}, "lora": {}, "smt": {}, "dota": {}}
 
 
-def weights_of(run):
+def master_policy(run):
     (file,) = run.directory.glob("*/*model.safetensors")
     return load_file(file)
 
@@ -185,7 +185,7 @@ def test_a_run_with_blocks_in_host_memory_is_the_resident_one_bit_for_bit(tmp_pa
     host = owlore.train(model, ROWS, out=tmp_path / "host", residency="host", **extra, **RUN, **SAMPLED)
     assert plain.record["device"].startswith("cuda") and plain.record["peak_bytes"] > 0
     assert plain.history["loss"].tolist() == host.history["loss"].tolist()
-    assert same(weights_of(plain), weights_of(host))
+    assert same(master_policy(plain), master_policy(host))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,7 +195,7 @@ def test_a_run_goes_on_bit_for_bit_where_attention_adds_in_one_order(tmp_path, m
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
     owlore.train(model, ROWS, out=tmp_path / "run", **{**settings, "steps": 6})
     longer = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
-    assert same(weights_of(whole), weights_of(longer))
+    assert same(master_policy(whole), master_policy(longer))
 
 
 @pytest.mark.parametrize("method", METHODS)

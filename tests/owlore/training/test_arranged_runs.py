@@ -20,7 +20,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def weights_of(run):
+def master_policy(run):
     return load_file(run.directory / "model/model.safetensors")
 
 
@@ -34,7 +34,7 @@ def test_an_arranged_run_goes_on_bit_for_bit_and_shows_every_token(tmp_path, opt
     assert whole.history["tokens"].tolist() != plain.history["tokens"].tolist()
     owlore.train(model, ROWS, out=tmp_path / "cut", **{**settings, "epochs": None, "steps": 2})
     resumed = owlore.train(model, ROWS, out=tmp_path / "cut", resume=True, **settings)
-    assert all(torch.equal(tensor, weights_of(resumed)[name]) for name, tensor in weights_of(whole).items())
+    assert all(torch.equal(tensor, master_policy(resumed)[name]) for name, tensor in master_policy(whole).items())
     exact = ["step", "epoch", "loss", "tokens", "active_blocks"]
     assert whole.history[exact].to_json() == resumed.history[exact].to_json()
     assert resumed.history["epoch"].iloc[-1] == 2.0

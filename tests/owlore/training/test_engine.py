@@ -22,7 +22,7 @@ from owlore.training.loss import CausalLoss
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 
 
-def weights_of(run):
+def master_policy(run):
     return load_file(run.directory / "model/model.safetensors")
 
 
@@ -34,7 +34,7 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(tmp_path, ran
     four = owlore.train(model, ROWS, out=tmp_path / "four", batch=2, accum=4, **settings)
     losses = [run.history.query("split == 'train'")["loss"].tolist() for run in (one, four)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    a, b = weights_of(one), weights_of(four)
+    a, b = master_policy(one), master_policy(four)
     for name in a:
         # Adam divides by the root of the second moment, which magnifies rounding where a gradient is near zero.
         assert (a[name] - b[name]).norm() <= 1e-5 * a[name].norm().clamp_min(1.0), name
@@ -143,7 +143,7 @@ def test_recomputation_keeps_one_buffer_and_no_hidden_state_beside_it():
 def test_undrawn_blocks_are_bit_identical_in_the_export_and_drawn_ones_changed(tmp_path, dtype, tied):
     model = save_tiny(tmp_path / "model", blocks=6, tied=tied, dtype=getattr(torch, dtype))
     run = owlore.train(model, ROWS, table="uniform", steps=9, every=3, active=1, rank=8, lr=1e-2, out=tmp_path / "run")
-    before, after = load_file(model / "model.safetensors"), weights_of(run)
+    before, after = load_file(model / "model.safetensors"), master_policy(run)
     assert before.keys() == after.keys()
     assert {t.dtype for t in after.values()} == {getattr(torch, dtype)}
     draws = run.record["draws"]
@@ -175,7 +175,7 @@ def test_training_wider_than_the_checkpoint_exports_in_its_dtype_and_keeps_froze
         model, ROWS, table="uniform", steps=3, active=1, rank=8, lr=1e-2, weights="fp32", out=tmp_path / "run"
     )
     assert run.model.dtype == torch.float32
-    before, after = load_file(model / "model.safetensors"), weights_of(run)
+    before, after = load_file(model / "model.safetensors"), master_policy(run)
     drawn = [i for i, n in enumerate(run.record["draws"]) if n]
     assert {t.dtype for t in after.values()} == {torch.bfloat16}
     for name in before:
@@ -188,7 +188,7 @@ def test_loading_narrower_than_the_checkpoint_loses_no_bit_of_what_was_never_tra
         model, ROWS, table="uniform", steps=3, active=1, rank=8, lr=1e-2, dtype="bfloat16", out=tmp_path / "run"
     )
     assert run.model.dtype == torch.bfloat16
-    before, after = load_file(model / "model.safetensors"), weights_of(run)
+    before, after = load_file(model / "model.safetensors"), master_policy(run)
     drawn = [i for i, n in enumerate(run.record["draws"]) if n]
     assert {t.dtype for t in after.values()} == {torch.float32}
     for name in before:
@@ -228,7 +228,7 @@ def test_full_fine_tuning_is_plain_adamw_on_the_models_own_loss(tmp_path):
     reference, losses = plain_adamw(model, ROWS, 10, 1e-3, lambda m: list(m.parameters()))
     assert run.history.query("split == 'train'")["loss"].tolist() == pytest.approx(losses, rel=1e-5)
     for name, parameter in reference.named_parameters():
-        assert (parameter.detach() - weights_of(run)[name]).norm() <= 1e-4 * parameter.detach().norm()
+        assert (parameter.detach() - master_policy(run)[name]).norm() <= 1e-4 * parameter.detach().norm()
 
 
 def test_all_blocks_at_full_rank_with_everything_on_is_full_fine_tuning(tmp_path):
@@ -240,7 +240,7 @@ def test_all_blocks_at_full_rank_with_everything_on_is_full_fine_tuning(tmp_path
         out=tmp_path / "all", **common,
     )  # fmt: skip
     assert full.history["loss"].tolist() == all_blocks.history["loss"].tolist()
-    a, b = weights_of(full), weights_of(all_blocks)
+    a, b = master_policy(full), master_policy(all_blocks)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -249,7 +249,7 @@ def test_a_uniform_table_at_full_rank_is_lisa(tmp_path):
     common = {"steps": 8, "every": 2, "active": 2, "always_on": "embeddings,norm,head", "lr": 1e-3}
     lisa = owlore.train(model, ROWS, method="lisa", out=tmp_path / "lisa", **common)
     uniform = owlore.train(model, ROWS, table="uniform", rank="full", out=tmp_path / "owlore", **common)
-    a, b = weights_of(lisa), weights_of(uniform)
+    a, b = master_policy(lisa), master_policy(uniform)
     assert lisa.record["draws"] == uniform.record["draws"]
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -308,7 +308,7 @@ def test_the_configuration_of_a_run_repeats_it(tmp_path):
     first = owlore.train(model, data, table="uniform", steps=4, rank=4, active=1, every=2, out=tmp_path / "a")
     again = train_from_config(TrainConfig.build({"out": str(tmp_path / "b"), "quiet": True},
                                                 file=first.directory / "config.yaml"))  # fmt: skip
-    a, b = weights_of(first), weights_of(again)
+    a, b = master_policy(first), master_policy(again)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -438,7 +438,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
         with pytest.raises(NotFinite, match="gradient norm nan at step 5"):
             owlore.train(model, ROWS, out=tmp_path / "run", **settings)
     again = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
-    assert all(torch.equal(tensor, weights_of(again)[name]) for name, tensor in weights_of(whole).items())
+    assert all(torch.equal(tensor, master_policy(again)[name]) for name, tensor in master_policy(whole).items())
 
 
 def test_one_block_at_a_time_at_full_rank_is_badam(tmp_path):
@@ -447,7 +447,7 @@ def test_one_block_at_a_time_at_full_rank_is_badam(tmp_path):
     badam = owlore.train(model, ROWS, method="badam", out=tmp_path / "badam", **common)
     ours = owlore.train(model, ROWS, rank="full", out=tmp_path / "owlore", **common)
     assert badam.record["draws"] == [2, 1, 1, 1]
-    a, b = weights_of(badam), weights_of(ours)
+    a, b = master_policy(badam), master_policy(ours)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

@@ -104,7 +104,7 @@ def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, 
         spec_of_model(model),
         STRATEGIES[method],
         settings,
-        weights=MasterPolicy.MASTER,
+        policy=MasterPolicy.MASTER,
         batch=batch,
         accum=accum,
         tokens=tokens,
@@ -121,7 +121,7 @@ def test_state_is_planned_to_the_byte_and_the_peak_within_fifteen_percent(case, 
     )
     stream = torch.Generator().manual_seed(0)
     with LiveBytes(model) as live:
-        rules = strategy.rules_at(0)
+        rules = strategy.specs_at(0)
         optimizer.switch(rules, 0, between=lambda: backend.set_active(rules))
         for step in range(2):
             rows = [torch.randint(4, 500, (batch, tokens), generator=stream) for _ in range(accum)]
@@ -190,7 +190,7 @@ def test_depth_and_shares_follow_the_table():
         shape,
         STRATEGIES["owlore"],
         hyper(8, (7,)),
-        weights=MasterPolicy.MASTER,
+        policy=MasterPolicy.MASTER,
         batch=1,
         accum=1,
         tokens=8,
@@ -212,7 +212,7 @@ def test_depth_and_shares_follow_the_table():
         weight_decay=0.0,
     )
     spread = make_plan(
-        shape, STRATEGIES["owlore"], uniform, weights=MasterPolicy.MASTER, batch=1, accum=1, tokens=8, recompute=False
+        shape, STRATEGIES["owlore"], uniform, policy=MasterPolicy.MASTER, batch=1, accum=1, tokens=8, recompute=False
     )
     # Uniform draws of g among L blocks: the lowest is (L + 1) / (g + 1) from the bottom on average, counted from 1.
     assert spread.backward_depth["expected"] == pytest.approx(8 + 1 - 9 / 3, abs=0.15)
@@ -229,7 +229,7 @@ def test_the_compute_of_a_step_is_counted_by_matrices():
             shape,
             STRATEGIES[method],
             hyper(8, drawn, always_on=always_on),
-            weights=MasterPolicy.MASTER,
+            policy=MasterPolicy.MASTER,
             batch=1,
             accum=1,
             tokens=8,
@@ -267,7 +267,7 @@ def test_parked_state_is_planned_to_the_byte():
     optimizer = RotatingOptimizer(parts.parameters(range(4), ()), seed=0, on_switch="keep")
     ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     for period in range(12):
-        optimizer.switch(strategy.rules_at(period), period)
+        optimizer.switch(strategy.specs_at(period), period)
         CausalLoss(model)(ids, ids).backward()
         optimizer.update(1e-3, None)
     planned = parked_bytes(spec_of_model(model), strategy, uniform, MasterPolicy.MASTER)

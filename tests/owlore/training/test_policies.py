@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import htsr
 import owlore
 from owlore.blocks import find_parts
-from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_state_bytes
+from owlore.optim.update_spec import MasterPolicy, UpdateSpec, planned_state_bytes
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 # Each draw, each policy, each precision of weights and moments, projection or none, and the groups, at least once.

@@ -11,7 +11,7 @@ from htsr.errors import UsageError
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.full_rank_update import channel_ratios, limited, random_basis
 from owlore.optim import RotatingOptimizer, UpdateSpec
-from owlore.optim.parameter_state import MasterPolicy, planned_state_bytes
+from owlore.optim.update_spec import MasterPolicy, planned_state_bytes
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
@@ -67,7 +67,7 @@ def test_what_is_held_is_what_was_planned_and_no_gradient_stays(whole):
     rule = UpdateSpec(rank=4, full_rank=whole)
     _, state = trained(torch.zeros(12, 20), gradients((12, 20), 2), rule)
     assert state.held() == planned_state_bytes((12, 20), torch.float32, rule, MasterPolicy.MASTER)
-    assert state.full_gradient is None and state.gathered is None
+    assert state.full_gradient is None and state.accumulated is None
 
 
 def test_a_gradient_inside_the_basis_has_no_residual():
