@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import NotFound, UsageError, nearest
-from owlore.methods import METHODS
+from owlore.choices import DRAWS, DTYPES, FROZEN, GROUPS, METHODS, ON_SWITCH, SCHEDULES, STATE_BITS
 from owlore.options import (
     Parser,
     choice,
@@ -31,7 +31,6 @@ from owlore.options import (
 )
 
 MAX_FILE_BYTES = 1_000_000
-GROUPS = ("embeddings", "norm", "head")
 
 
 def option(default: Any, parser: Parser, help: str, **metadata: Any) -> Any:
@@ -69,7 +68,7 @@ class TrainConfig:
     group_by_length: bool = option(False, flag(), "Put rows of similar length into a batch: less padding.")
     packing: bool = option(False, flag(), "Put several rows, kept apart, into a sequence of at most --seq-len tokens.")
     lr: float = option(3e-4, number(0, above=True), "Peak learning rate.")
-    schedule: str = option("linear", choice("linear", "cosine", "constant"), "Learning rate after the warm-up.")
+    schedule: str = option("linear", choice(*SCHEDULES), "Learning rate after the warm-up.")
     warmup: int = option(0, integer(0), "Steps in which the learning rate rises from 0.")
     weight_decay: float = option(0.0, number(0), "Decoupled weight decay, on matrices only.")
     clip: float | None = option(1.0, off_or_number(), "Limit of the gradient norm; 0 is none.")
@@ -86,9 +85,7 @@ class TrainConfig:
         method=True,
     )
     scale: float = option(1.0, number(0, above=True), "Factor on projected updates.", method=True)
-    draw: str = option(
-        "exact", choice("exact", "sequential", "cyclic", "shuffled"), "How blocks are drawn.", method=True
-    )
+    draw: str = option("exact", choice(*DRAWS), "How blocks are drawn.", method=True)
     floor: float | None = option(
         None,
         number(0, below=1),
@@ -96,7 +93,7 @@ class TrainConfig:
         method=True,
     )
     on_switch: str = option(
-        "drop", choice("drop", "host", "keep"), "State of blocks that leave: freed, or kept (on the host).", method=True
+        "drop", choice(*ON_SWITCH), "State of blocks that leave: freed, or kept (on the host).", method=True
     )
     always_on: tuple[str, ...] = option(
         (), names(*GROUPS), "Parameters outside the blocks that always train.", method=True
@@ -110,14 +107,12 @@ class TrainConfig:
     resident_share: float = option(
         0.0, number(0, below=1), "With --residency host: share of the blocks, from the top, that stays on the device."
     )
-    frozen: str = option(
-        "bf16", choice("bf16", "int8", "nf4"), "Format of frozen blocks; bf16 is their own, the others are lossy."
-    )
+    frozen: str = option("bf16", choice(*FROZEN), "Format of frozen blocks; bf16 is their own, the others are lossy.")
     offload_activations: bool = option(False, flag(), "Keep what checkpointing keeps in host memory.")
     weights: str = option(
         "auto", choice("auto", "bf16", "bf16-sr", "fp32"), "Precision of trained weights; auto has fp32 masters."
     )
-    state_bits: int = option(32, one_of_integers(32, 8), "Bits of each optimizer moment.")
+    state_bits: int = option(32, one_of_integers(*STATE_BITS), "Bits of each optimizer moment.")
     checkpointing: str = option("auto", choice("auto", "on", "off"), "Recompute activations in backward.")
     eval_data: str | float | None = option(None, share_or_path(), "Held-out data, or the share of --data to hold out.")
     eval_every: int | None = option(None, integer(1), "Steps between evaluations. [default: before and after]")
@@ -131,9 +126,7 @@ class TrainConfig:
     device: str = option(
         "auto", text("auto|cpu|cuda[:N]", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda[:N]"), "Where to train."
     )
-    dtype: str = option(
-        "auto", choice("auto", "float32", "bfloat16", "float16"), "To load the weights in; auto is the checkpoint's."
-    )
+    dtype: str = option("auto", choice("auto", *DTYPES), "To load the weights in; auto is the checkpoint's.")
     attn: str = option("sdpa", choice("sdpa", "eager", "flash_attention_2"), "Attention implementation.")
     compile: bool = option(False, flag(), "Compile each block with torch.compile; the first steps take minutes.")
     log_to: tuple[str, ...] = option((), names("tensorboard", "wandb"), "Send the metrics there too; wandb offline.")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(path for package in ("htsr", "owlore") for path in (ROOT / package).rglob("*.py"))
@@ -119,7 +120,7 @@ def test_optimizer_and_kernels_know_neither_strategies_nor_the_loop(path):
 
 
 def test_no_method_is_named_in_the_engine():
-    from owlore.methods import METHODS
+    from owlore.choices import METHODS
 
     engine = ("training", "activations", "residency", "io", "models", "plan", "run", "optim")
     for path in [path for package in engine for path in in_package(f"owlore.{package}")]:
@@ -152,12 +153,12 @@ def test_importing_loads_nothing_heavy_and_prints_nothing(package):
 
 # The packages of owlore from the top down; one imports only those of its own line and below.
 LAYERS = [
-    ("cli", "__main__", "demo", "compare", "merge"),
+    ("cli", "__main__", "demo", "compare", "merge", "render"),
     ("hf", "run", "evaluation", "generate"),
     ("plan", "training"),
-    ("models", "io", "activations", "settings", "layer_table", "strategies", "residency", "plots", "render"),
+    ("models", "io", "activations", "settings", "layer_table", "strategies", "residency", "plots"),
     ("optim", "adapters", "data", "injection", "config"),
-    ("kernels", "sampling", "blocks", "options", "methods", "patches"),
+    ("kernels", "sampling", "blocks", "options", "choices", "patches"),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -199,3 +200,30 @@ def calls_backward(path):
 
 def test_gradients_are_asked_for_in_four_places():
     assert {name_of(path) for path in MODULES if calls_backward(path)} == MAY_CALL_BACKWARD
+
+
+def test_choices_of_options_are_those_that_are_implemented():
+    """`owlore.choices` imports no torch, so that the command line can name them; here each is held against its code."""
+    from owlore import choices
+    from owlore.adapters import dota_config, smt_config
+    from owlore.kernels.block_scores import CRITERIA
+    from owlore.models.loading import DTYPES
+    from owlore.optim.update_rules import AdamWMoments
+    from owlore.residency.formats import FORMATS
+    from owlore.sampling import DRAWS
+    from owlore.strategies import STRATEGIES
+    from owlore.training.schedule import learning_rate
+
+    assert tuple(STRATEGIES) == choices.METHODS
+    assert tuple(DRAWS) == choices.DRAWS
+    assert tuple(FORMATS) == choices.FROZEN
+    assert tuple(DTYPES) == choices.DTYPES
+    assert set(smt_config.SELECTIONS) == set(choices.SMT_SELECTIONS)
+    assert set(smt_config.ALLOTMENTS) == set(choices.SMT_ALLOTMENTS)
+    assert set(CRITERIA) == set(choices.SMT_CRITERIA)
+    assert tuple(dota_config.INITS) == choices.DOTA_INITS
+    assert tuple(dota_config.RESIDUALS) == choices.DOTA_RESIDUALS
+    rates = {s: learning_rate(5, peak=1.0, steps=9, schedule=s, warmup=0) for s in choices.SCHEDULES}
+    assert len(set(rates.values())) == len(rates)
+    for bits in choices.STATE_BITS:
+        AdamWMoments((2, 3), bits=bits, device=torch.device("cpu"))

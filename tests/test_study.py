@@ -121,7 +121,7 @@ def test_an_arm_is_swept_first_and_then_run_with_the_seeds_at_its_rate(harness: 
 
 @pytest.mark.parametrize("file", sorted(HARNESS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_study_is_readable_and_compares_arms_that_it_has(harness: Any, file: Path) -> None:
-    from owlore.methods import METHODS
+    from owlore.choices import METHODS
 
     study = harness.study.read_study(file)
     cells = study.sweep() + study.reported(dict.fromkeys(study.arms, 1e-3))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from owlore.choices import APOLLO, FIRA
 from owlore.kernels.full_rank_update import apollo_update, fira_residual, limited, random_basis
 from owlore.kernels.projector import (
     add_projected_back,
@@ -403,9 +404,6 @@ class FullRankState(ProjectedState):
             self.limiter = tensors["limiter"].to(self.parameter.device)
 
 
-FULL_RANK = ("fira", "apollo", "apollo-mini")
-
-
 def new_state(
     name: str, parameter: nn.Parameter, spec: UpdateSpec, *, policy: MasterPolicy, seed: int, grad_scale: float = 1.0
 ) -> ParameterState:
@@ -422,8 +420,8 @@ def new_state(
     Raises:
         ValueError: `spec.full_rank` names no update.
     """
-    if spec.full_rank not in (None, *FULL_RANK):
-        raise ValueError(f"full_rank got {spec.full_rank!r}, expected one of {', '.join(FULL_RANK)}")
+    if spec.full_rank not in (None, *FIRA, *APOLLO):
+        raise ValueError(f"full_rank got {spec.full_rank!r}, expected one of {', '.join((*FIRA, *APOLLO))}")
     kind: type[ParameterState] = ParameterState
     if spec.projects(parameter.shape):
         kind = ProjectedState if spec.full_rank is None else FullRankState

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from owlore.choices import ON_SWITCH
 from owlore.optim.parameter_state import ParameterState, new_state
 from owlore.optim.projected_linear import linear_maps, tap
 from owlore.optim.update_spec import HeldBytes, MasterPolicy, UpdateSpec
 from owlore.patches import PatchStack, Undo
-
-ON_SWITCH = ("drop", "host", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from owlore.choices import STATE_BITS
 from owlore.kernels.adamw import AdamW, adamw_update_
 from owlore.kernels.projector import rotate_moments
 from owlore.kernels.quantised_state import Quantised, dequantise, quantise, quantised_bytes
-
-BITS = (32, 8)
 
 
 class UpdateRule(Protocol):
@@ -60,8 +59,8 @@ class AdamWMoments:
     """
 
     def __init__(self, shape: tuple[int, ...], *, bits: int, device: torch.device) -> None:
-        if bits not in BITS:
-            raise ValueError(f"optimizer state of {bits} bits, expected one of {', '.join(map(str, BITS))}")
+        if bits not in STATE_BITS:
+            raise ValueError(f"optimizer state of {bits} bits, expected one of {', '.join(map(str, STATE_BITS))}")
         self.bits, self.shape = bits, shape
         zeros = torch.zeros(shape, dtype=torch.float32, device=device)
         self._mean: Tensor | Quantised

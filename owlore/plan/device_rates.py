@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from owlore.models.loading import pick_device
-from owlore.plan.streamed import Rates
+from owlore.plan.traffic import Rates
 from owlore.residency.pinned import pin
 
 COPY_BYTES = 1 << 28

@@ -14,7 +14,7 @@ from typing import Any
 from owlore.config import SETTINGS, TrainConfig, flag_name
 from owlore.plan.plan import Plan
 from owlore.plan.planner import planner_of
-from owlore.plan.streamed import Rates
+from owlore.plan.traffic import Rates
 from owlore.settings import placement_of, resolve
 
 LEVELS = ("every bit stays as it is", "states and weights are rounded more coarsely", "frozen blocks are quantised")

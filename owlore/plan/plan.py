@@ -25,7 +25,8 @@ from owlore.optim.update_spec import HeldBytes, planned_state_bytes
 from owlore.plan.advice import Advice
 from owlore.plan.model_spec import ModelSpec, weight_bytes
 from owlore.plan.resident import logits_bytes, resident_peak
-from owlore.plan.streamed import MicroBatchBytes, PeakBytes, Rates, StreamedModel, Traffic, streamed_peak, traffic
+from owlore.plan.streamed import MicroBatchBytes, PeakBytes, StreamedModel, streamed_peak
+from owlore.plan.traffic import Rates, Traffic, traffic
 from owlore.residency.placement import Placement
 from owlore.sampling import DRAWS
 from owlore.strategies import Strategy, StrategyConfig

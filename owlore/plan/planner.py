@@ -16,7 +16,7 @@ from owlore.models.loading import pick_device
 from owlore.plan.advice import advise
 from owlore.plan.model_spec import ModelSpec, model_spec
 from owlore.plan.plan import Plan, make_plan, parked_bytes
-from owlore.plan.streamed import Rates
+from owlore.plan.traffic import Rates
 from owlore.settings import master_policy, placement_of, recomputes, resolve, strategy_config
 from owlore.strategies import Strategy
 

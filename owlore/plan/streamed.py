@@ -1,15 +1,12 @@
-"""What a streamed run holds and how long its copies take, from shapes alone.
+"""Bytes that a streamed run holds, from shapes alone.
 
-Bytes: the walk of `blockwise` is gone through block by block and the largest moment is taken. Seconds: floating-point
-operations of the blocks and the head (attention scores not counted) over an assumed or measured rate, and bytes over
-an assumed or measured bus; a copy is hidden behind the visit before it.
+The walk of `owlore.training.streamed_step` is followed block by block, and the largest moment is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,22 +19,10 @@ from owlore.optim import UpdateSpec
 from owlore.residency.binding import layout_of
 from owlore.residency.blob_layout import BlobLayout
 from owlore.residency.boundaries import AHEAD
+from owlore.residency.device_buffers import NUM_BUFFERS
 from owlore.residency.formats import FORMATS, NF4
 from owlore.residency.pinned import locked_bytes
 from owlore.residency.placement import Placement
-from owlore.residency.visits import Loads, loads_of_step
-
-NUM_SLOTS = 2
-DRAWS_FOR_LOADS = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """bus: bytes a second from the host to the device. flops: operations a second of the trainer's matrix products."""
-
-    bus: float = 25e9
-    flops: float = 165e12
-    measured: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +63,7 @@ class StreamedModel:
         sizes = [self.layouts[block].num_bytes for block in self.streamed]
         stay = self.resident if exact else self.resident - set(drawn)
         return {
-            "slots": min(NUM_SLOTS, len(sizes)) * max(sizes, default=0),
+            "slots": min(NUM_BUFFERS, len(sizes)) * max(sizes, default=0),
             "resident": sum(self.layouts[block].num_bytes for block in stay),
             "drawn": sum(self.own[block] for block in drawn if not (exact and block in self.resident)),
         }
@@ -235,77 +220,3 @@ def _arriving(spec: UpdateSpec, parameter: nn.Parameter, *, together: bool) -> i
     if together:
         return 4 * count if spec.projects(parameter.shape) else 0
     return count * (parameter.element_size() + (0 if parameter.element_size() == 4 else 4))
-
-
-@lru_cache(maxsize=1024)
-def _loads(blocks: int, low: int, streamed: frozenset[int]) -> Loads:
-    return loads_of_step(blocks, low, streamed, NUM_SLOTS)
-
-
-# -- seconds ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Of one step, averaged over draws. hidden_from: tokens a step from which a forward visit covers a copy."""
-
-    tokens: int
-    loads: float
-    bytes: float
-    copy_seconds: float
-    compute_seconds: float
-    stall_seconds: float
-    hidden: bool
-    hidden_from: int
-    bus_gb_s: float
-    tflops: float
-    measured: bool
-
-    @property
-    def step_seconds(self) -> float:
-        return self.compute_seconds + self.stall_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"step_seconds": self.step_seconds}
-
-
-def traffic(
-    model: StreamedModel,
-    draws: Sequence[tuple[int, ...]],
-    trained: Sequence[int],
-    *,
-    tokens: int,
-    bottom: bool,
-    rates: Rates,
-    recompute: bool,
-) -> Traffic:
-    """Copies and compute of a step of `tokens` tokens. trained: parameters of each block that are trained if drawn."""
-    parts = model.parts
-    sizes = [sum(p.numel() for _, p in block) for block in parts.blocks]
-    head = sum(p.numel() for _, p in parts.groups["head"])
-    blob = max((model.layouts[block].num_bytes for block in model.streamed), default=0)
-    copy, size = blob / rates.bus, max(sizes)
-    forward = 2 * size * tokens / rates.flops
-    loads, stalls, flops = [], [], []
-    for draw in draws[:DRAWS_FOR_LOADS]:
-        low = 0 if bottom else min(draw, default=parts.num_blocks)
-        counted = _loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)))
-        loads.append(counted.total)
-        stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
-        again = 2 if recompute else 0
-        down = sum((again + 2) * sizes[block] for block in range(low, parts.num_blocks))
-        down += 2 * sum(trained[block] for block in draw)
-        flops.append((2 * sum(sizes) + down + 4 * head) * tokens)
-    return Traffic(
-        tokens=tokens,
-        loads=float(np.mean(loads)),
-        bytes=float(np.mean(loads)) * blob,
-        copy_seconds=float(np.mean(loads)) * copy,
-        compute_seconds=float(np.mean(flops)) / rates.flops,
-        stall_seconds=float(np.mean(stalls)),
-        hidden=copy <= forward,
-        hidden_from=int(np.ceil(blob * rates.flops / (2 * size * rates.bus))),
-        bus_gb_s=rates.bus / 1e9,
-        tflops=rates.flops / 1e12,
-        measured=rates.measured,
-    )

@@ -11,6 +11,8 @@ from torch import Tensor
 from owlore.residency.copy_queue import CopyEvent, CopyQueue
 from owlore.residency.pinned import HostBlob
 
+NUM_BUFFERS = 2  # one is read while the next one is filled
+
 
 class DeviceBuffers:
     """`count` buffers of `num_bytes` each."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from htsr.errors import UsageError
 from owlore.blocks import ModelParts
+from owlore.choices import APOLLO, FIRA
 from owlore.kernels.adamw import AdamW
 from owlore.optim import UpdateSpec
 from owlore.options import MethodOption, choice, number
@@ -33,10 +34,10 @@ PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_alw
 
 LOW_RANK = {
     "residual": MethodOption(
-        "none", choice("none", "fira"), "Add what lies outside the basis, scaled (arXiv 2410.01623)."
+        "none", choice("none", *FIRA), "Add what lies outside the basis, scaled (arXiv 2410.01623)."
     ),
     "scaling": MethodOption(
-        "none", choice("none", "apollo", "apollo-mini"), "Random basis; scale the gradient itself (arXiv 2412.05270)."
+        "none", choice("none", *APOLLO), "Random basis; scale the gradient itself (arXiv 2412.05270)."
     ),
     "limit": MethodOption(1.01, number(1), "Most that the norm of such a part may grow in a step."),
     "moments": MethodOption(
@@ -50,7 +51,7 @@ class StrategyConfig:
     """The settings that strategies read, already resolved against the model.
 
     inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
-    `owlore.config.GROUPS` trained in every period. options: the method's own options by name. trained: names of the
+    `owlore.choices.GROUPS` trained in every period. options: the method's own options by name. trained: names of the
     parameters that `Strategy.prepare` put into the model. floor: of inclusions, as asked for.
     """
 

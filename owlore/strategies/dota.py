@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from owlore.choices import DOTA_INITS, DOTA_RESIDUALS
 from owlore.injection import InjectedAdapter
 from owlore.options import MethodOption, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
@@ -19,7 +20,7 @@ OPTIONS = {
         None, integer(1), "Largest inner bond; 16, or less where the cores would pass an eighth of W's size."
     ),
     "density": MethodOption(None, number(0, above=True, below=1), "Share of the 2-D parameters instead of `bond`."),
-    "init": MethodOption("mpo", choice("mpo", "random"), "The weight's own decomposition, or the paper's control."),
+    "init": MethodOption("mpo", choice(*DOTA_INITS), "The weight's own decomposition, or the paper's control."),
     "target_modules": MethodOption("all-linear", targets(), "Linear maps that get cores, by name."),
 }
 
@@ -38,7 +39,7 @@ class DoTA(AdapterStrategy):
     share = "the cores: sum r o i r' values a matrix"
     memory = "weights + cores (twice, once frozen)"
     method_options = OPTIONS | {
-        "residual": MethodOption("implicit", choice("implicit", "explicit"), "Whether W keeps MPO(c0) inside.")
+        "residual": MethodOption("implicit", choice(*DOTA_RESIDUALS), "Whether W keeps MPO(c0) inside.")
     }
     fixed: ClassVar[dict[str, Any]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from owlore.choices import GROUPS
 from owlore.strategies.base import Strategy
 
 
@@ -13,4 +14,4 @@ class Full(Strategy):
     summary = "all parameters, AdamW"
     share = "all"
     memory = "weights + AdamW state of all parameters"
-    defaults = {"always_on": ("embeddings", "norm", "head")}
+    defaults = {"always_on": GROUPS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from owlore.choices import GROUPS
 from owlore.strategies.base import LOW_RANK, PROJECTION, Strategy
 
 
@@ -20,5 +21,5 @@ class GaLore(Strategy):
     memory = "weights + rank-r state of all blocks"
     accepted_options = PROJECTION
     method_options = LOW_RANK
-    defaults = {"refresh": 200, "scale": 0.25, "always_on": ("embeddings", "norm", "head")}
+    defaults = {"refresh": 200, "scale": 0.25, "always_on": GROUPS}
     preset = {**defaults, "rank": 128}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from owlore.choices import GROUPS
 from owlore.strategies.base import SAMPLING, Sampled
 
 
@@ -20,7 +21,7 @@ class Lisa(Sampled):
     memory = "weights + AdamW state of gamma blocks and of what is always on"
     table = "uniform"
     accepted_options = SAMPLING
-    defaults = {"active": 2, "every": 20, "always_on": ("embeddings", "norm", "head")}
+    defaults = {"active": 2, "every": 20, "always_on": GROUPS}
     preset = defaults
 
 

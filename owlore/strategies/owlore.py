@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from owlore.choices import GROUPS
 from owlore.strategies.base import LOW_RANK, PROJECTION, SAMPLING, Sampled
 
 
@@ -24,7 +25,7 @@ class OwLore(Sampled):
     accepted_options = SAMPLING | PROJECTION
     method_options = LOW_RANK
     preset = {
-        "always_on": ("embeddings", "norm", "head"),
+        "always_on": GROUPS,
         "active": 5,
         "every": 50,
         "rank": 128,

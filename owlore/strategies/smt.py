@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from owlore.choices import SMT_ALLOTMENTS, SMT_CRITERIA, SMT_SELECTIONS
 from owlore.injection import InjectedAdapter, inject_adapter
 from owlore.optim import UpdateSpec
 from owlore.options import MethodOption, choice, integer, number, targets
@@ -39,14 +40,12 @@ class SMT(AdapterStrategy):
         "block_size": MethodOption(256, integer(1), "Side l of a block, before halving."),
         "selection": MethodOption(
             "gradient",
-            choice("gradient", "magnitude", "random", "diagonal"),
+            choice(*SMT_SELECTIONS),
             "By gradients, by mean |w|, by the seed, or on the diagonal.",
         ),
-        "criterion": MethodOption(
-            "mean_of_abs", choice("mean_of_abs", "abs_of_mean", "mean_square"), "Score of a block's gradients."
-        ),
+        "criterion": MethodOption("mean_of_abs", choice(*SMT_CRITERIA), "Score of a block's gradients."),
         "allotment": MethodOption(
-            None, choice("global", "per_matrix"), "One list for all, or equal numbers; the tuner's own."
+            None, choice(*SMT_ALLOTMENTS), "One list for all, or equal numbers; the tuner's own."
         ),
         "warmup_batches": MethodOption(16, integer(1), "Micro-batches that score the blocks before step 1."),
         "target_modules": MethodOption(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ("linear", "cosine", "constant")
+from owlore.choices import SCHEDULES
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: str, warmup: int) -> float:

@@ -16,9 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 from htsr import console
-from owlore.cli import cli, render_run
+from owlore.choices import METHODS
+from owlore.cli import cli
 from owlore.config import SETTINGS, TrainConfig, flag_name
-from owlore.methods import METHODS
+from owlore.render import run_text
 
 
 def owlore(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -227,12 +228,12 @@ def test_prompts_are_put_as_in_training() -> None:
 def test_the_result_names_what_changed_and_where_it_lies(tmp_path: Path) -> None:
     record = {"eval_loss_first": 2.0, "eval_loss_last": 1.5, "peak_bytes": 2_000_000_000, "tokens_per_s": 1234.0,
               "median_step_seconds": 0.25, "trainable": 0.125}  # fmt: skip
-    text = render_run(tmp_path, record)
+    text = run_text(tmp_path, record)
     for part in ("2.0000 -> 1.5000", "2.00 GB", "1,234 tokens/s", "12.50%", str(tmp_path / "model")):
         assert part in text
-    assert "not measured" in render_run(tmp_path, {**record, "eval_loss_first": None})
+    assert "not measured" in run_text(tmp_path, {**record, "eval_loss_first": None})
     best = {"steps": 9, "exported_step": 4, "eval_best": {"step": 4, "loss": 1.25}}
-    assert "the best evaluation: 1.2500 at step 4" in render_run(tmp_path, {**record, **best})
+    assert "the best evaluation: 1.2500 at step 4" in run_text(tmp_path, {**record, **best})
 
 
 def test_a_run_goes_on_by_its_directory_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ from makers import save_tiny
 
 import owlore
 from htsr.errors import BadInput, NotFound
-from owlore.cli import render_comparison
 from owlore.compare import COLUMNS, compare_runs, data_differ, plot_held_out
+from owlore.render import comparison_text
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 
@@ -30,7 +30,7 @@ def test_a_row_holds_what_run_json_says(runs):
     record = json.loads((runs / "few/run.json").read_text())
     assert table[1]["loss_after"] == record["eval_loss_last"] and table[1]["peak_bytes"] == record["peak_bytes"]
     assert table[0]["trainable"] == pytest.approx(1.0) and table[1]["trainable"] < 0.5
-    text = render_comparison(table)
+    text = comparison_text(table)
     best = min(table, key=lambda row: row["loss_after"])["run"]
     assert text.splitlines()[1].startswith(best)
 

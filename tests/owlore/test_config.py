@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from htsr.errors import NotFound, UsageError
+from owlore.choices import METHODS
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name, load_yaml, refuse_unaccepted
-from owlore.methods import METHODS
 
 ODD: dict[str, Any] = {
     "model": "org/name",

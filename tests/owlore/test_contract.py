@@ -11,8 +11,8 @@ from makers import save_tiny
 from safetensors.torch import load_file
 
 import owlore
+from owlore.choices import METHODS
 from owlore.config import TrainConfig
-from owlore.methods import METHODS
 from owlore.strategies import STRATEGIES
 from owlore.training.trainer import Trainer
 

@@ -18,7 +18,7 @@ from owlore.optim import MasterPolicy
 from owlore.plan.device_rates import STEP_SHARE, measured_rates
 from owlore.plan.model_spec import ModelSpec, spec_of_model
 from owlore.plan.plan import Plan, make_plan
-from owlore.plan.streamed import Rates
+from owlore.plan.traffic import Rates
 from owlore.strategies import STRATEGIES
 from owlore.training.streamed import available_memory
 

@@ -146,7 +146,7 @@ def make_tables(study: Study, model: str, rows: Rows, work: Path) -> None:
 
 
 def methods_at_hand() -> Iterable[str]:
-    from owlore.methods import METHODS
+    from owlore.choices import METHODS
 
     return set(METHODS)
 

@@ -18,7 +18,8 @@ from owlore.plan.fit import fit_from_config
 from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan
 from owlore.plan.planner import plan_from_config
-from owlore.plan.streamed import Rates, StreamedModel
+from owlore.plan.streamed import StreamedModel
+from owlore.plan.traffic import Rates
 from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.placement import Placement
 from owlore.strategies import STRATEGIES, StrategyConfig
@@ -224,7 +225,7 @@ def seven_b(**settings):
     """Traffic of a Llama-2-7B shape from the configuration alone, without measuring a block."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from owlore.plan.streamed import traffic
+    from owlore.plan.traffic import traffic
 
     with torch.device("meta"):
         parts = find_parts(LlamaForCausalLM(LlamaConfig(intermediate_size=11008)).to(torch.bfloat16))

@@ -4,8 +4,8 @@ import pytest
 from makers import save_tiny
 
 import owlore
+from owlore.choices import METHODS
 from owlore.config import TrainConfig
-from owlore.methods import METHODS
 from owlore.settings import resolve
 from owlore.strategies import STRATEGIES
 

@@ -18,7 +18,6 @@ import owlore
 from htsr.errors import OutOfMemory, UsageError
 from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.blocks import find_parts, freeze
-from owlore.cli import render_plan
 from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
 from owlore.optim import MasterPolicy, RotatingOptimizer
@@ -26,6 +25,7 @@ from owlore.plan.footprint import measure_footprint, saved_bytes
 from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan, parked_bytes
 from owlore.plan.planner import plan_from_config
+from owlore.render import plan_text
 from owlore.strategies import STRATEGIES, StrategyConfig
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
@@ -300,7 +300,7 @@ def test_advice_is_ranked_and_each_saving_is_what_the_plan_of_that_change_saves(
     for change, settings_then in changes.items():
         other = plan_from_config(TrainConfig.build(settings | settings_then), lambda message: None)
         assert plan.bytes["total"] - other.bytes["total"] == found[change], change
-    assert render_plan(plan.to_dict()).splitlines()[-len(savings)].split()[0] == plan.advice[0].change.split()[0]
+    assert plan_text(plan.to_dict()).splitlines()[-len(savings)].split()[0] == plan.advice[0].change.split()[0]
 
 
 def test_a_method_is_given_no_advice_that_it_does_not_read(tmp_path):
