@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ for library in ("OMP", "OPENBLAS", "MKL"):  # read when numpy and torch are load
     os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 for cache in ("HTSR_CACHE", "OWLORE_CACHE"):  # neither the user's nor an earlier run's
     os.environ[cache] = tempfile.mkdtemp(prefix=f"{cache.lower()}-")
+    atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
 
 
 def uses_gpu(config: pytest.Config) -> bool:

@@ -228,3 +228,13 @@ def test_blocks_may_be_listed_in_any_order() -> None:
     data = LayerTable.build([1.0, 2.0, 5.0], 2).to_dict()
     shuffled = {**data, "blocks": data["blocks"][::-1]}
     assert LayerTable.from_dict(shuffled).to_dict() == data
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_scores_every_block_and_makes_a_table(rule: str) -> None:
+    blocks = {"block": [0, 1, 2, 3], "lod": [3.0, 1, 0.5, 2], "alpha": [2.0, 4, 8, 3], "log10_norm": [2.0, 4, 0, 1]}
+    scores = scores_by_rule(rule, blocks)
+    assert scores.shape == (4,) and scores.dtype == np.float64 and (scores > 0).all()
+    assert inclusion(scores, 2).sum() == pytest.approx(2)
+    with pytest.raises(BadInput, match="no blocks"):
+        scores_by_rule(rule, {"block": []})

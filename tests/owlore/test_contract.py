@@ -1,6 +1,6 @@
 """What every method promises, on one tiny model of five blocks, 64 wide: one test a promise, one row a method.
 
-Defaults everywhere (no --set). Whole runs are shared between the tests of a method.
+Defaults everywhere (no --set) but for the rows of `VARIANTS`. Whole runs are shared between the tests of a row.
 """
 
 from pathlib import Path
@@ -19,14 +19,19 @@ from owlore.training.trainer import Trainer
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
 COMMON = {"steps": 7, "batch": 8, "lr": 1e-2, "seed": 1, "save_every": 5, "keep": 3, "eval_data": 0.25}
 SAMPLED = {"every": 3, "table": "uniform"}  # five steps end inside the second period
+VARIANTS = {  # row: (method, settings)
+    "owlore with fira": ("owlore", {"set": {"residual": "fira"}}),
+}
 ADAPTERS = [name for name in METHODS if STRATEGIES[name].adapts]
-OWN = [name for name in METHODS if name not in ADAPTERS]
+OWN = [name for name in METHODS if name not in ADAPTERS] + list(VARIANTS)
+EVERY = [*METHODS, *VARIANTS]
 IDS = torch.arange(4, 24)[None]
 
 
-def settings(method, **changes):
+def settings(row, **changes):
+    method, variant = VARIANTS.get(row, (row, {}))
     sampled = SAMPLED if "every" in STRATEGIES[method].accepted_options else {}
-    return {"method": method, **COMMON, **sampled, **changes}
+    return {"method": method, **COMMON, **sampled, **variant, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +65,10 @@ def logits(model):
 
 
 def test_every_known_method_is_a_row_here():
-    assert set(METHODS) == set(STRATEGIES) and len(METHODS) == 12
+    assert set(METHODS) == set(STRATEGIES)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_the_held_out_loss_falls(finished, method):
     record = finished(method).record
     assert record["eval_loss_last"] < record["eval_loss_first"] - 0.02
@@ -104,7 +109,7 @@ def _start(run):
     return PrepareContext(options=config["set"], seed=config["seed"], batches=lambda count: iter(()))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_a_run_stopped_inside_a_period_goes_on_bit_for_bit(model, finished, tmp_path, method):
     """The run is cut off after its sixth step as a kill would: what is on disk is the checkpoint of the fifth."""
     whole = finished(method)
@@ -134,7 +139,7 @@ def test_a_run_stopped_inside_a_period_goes_on_bit_for_bit(model, finished, tmp_
     assert torch.equal(logits(again.model), logits(whole.model))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_four_micro_batches_equal_one_batch_of_four_times_the_size(model, tmp_path, method):
     """SMT's scores are means over micro-batches of |g|, another function of another batch, so its map is held fixed."""
     losses = []
@@ -146,7 +151,7 @@ def test_four_micro_batches_equal_one_batch_of_four_times_the_size(model, tmp_pa
     assert losses[0] == pytest.approx(losses[1], rel=2e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, method):
     """Weights, masters, moments and projectors, at every step; a sampled method draws blocks of one size."""
     from owlore.plan.model_spec import weight_bytes
@@ -170,7 +175,7 @@ def test_planned_bytes_are_the_bytes_counted(model, tmp_path, monkeypatch, metho
     assert set(counted) == {(sizes["weights"], sizes["masters"], sizes["optimizer"])}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY)
 def test_the_plans_trainable_share_is_the_runs(model, finished, method):
     from owlore.plan.planner import plan_from_config
 
