@@ -5,7 +5,8 @@ python reports/bench/mutants/mutants.py run --work DIR --out FILE.jsonl --seed 1
 python reports/bench/mutants/mutants.py report FILE.jsonl [LATER.jsonl]
 
 `cover` copies the checkout to DIR/tree, runs the tests there once and writes down which test runs which line; `run`
-changes only a second copy, DIR/changed. Both go on where a broken-off run stopped. Needs the package `coverage`.
+changes only further copies, one for each of its `--processes`. Both go on where a broken-off run stopped. Needs the
+package `coverage`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 from changes import Change, changes_of
 from recorder import options
 
+Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[3]
 AREAS = {  # both layouts: what lay in owlore/train lies in several packages now
     "numerics": ["htsr/numerics/*.py"],
@@ -117,9 +122,8 @@ def tests_for(covered: dict[str, Any], name: str, line: int, most: int, seconds:
     return chosen, total, len(ranked)
 
 
-def try_change(work: Path, name: str, change: Change | None, tests: list[str], limit: float) -> dict[str, Any]:
-    """Writes a change into the second copy, runs the tests until one fails, and puts the file back."""
-    tree = work / "changed"
+def try_change(work: Path, tree: Path, name: str, change: Change | None, tests: list[str], limit: float) -> Row:
+    """Writes a change into the copy `tree`, runs the tests until one fails, and puts the file back."""
     path, source = tree / name, (work / "tree" / name).read_text()
     path.write_text(source if change is None else change.apply(source))
     command = [sys.executable, "-m", "pytest", "-x", *options(), *tests]
@@ -146,34 +150,47 @@ def try_change(work: Path, name: str, change: Change | None, tests: list[str], l
     return {"outcome": outcome, "by": by and by[1], "rc": rc, "seconds": round(time.monotonic() - began, 1)}
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
+def read(path: Path) -> dict[str, Row]:
     """The last row of every key."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {row["key"]: row for row in rows}
 
 
-def run(work: Path, out: Path, seed: int, count: int, areas: list[str], most: int, seconds: float, again: bool) -> None:
+def run(args: argparse.Namespace, work: Path) -> None:
     """Tries the changes that `out` has not; with `again`, survivors that not every test of their line has seen."""
-    covered, done = json.loads((work / "cover.json").read_text()), read(out)
-    copy_tree(work / "tree", work / "changed")
-    todo: list[tuple[str, str, Change, str | None]] = list(choose(work, seed, count, areas))
+    covered, done = json.loads((work / "cover.json").read_text()), read(args.out)
+    todo: list[tuple[str, str, Change, str | None]] = list(choose(work, args.seed, args.count, args.areas))
     step = max(1, len(todo) // CONTROLS)
     for i, (key, name, change, _) in list(enumerate(todo))[::step][::-1]:
         todo.insert(i, (f"control {key}", name, change, None))
-    for i, (key, name, change, area) in enumerate(todo, 1):
+    trees: SimpleQueue[Path] = SimpleQueue()
+    for number in range(args.processes):
+        copy_tree(work / "tree", work / f"changed-{number}")
+        trees.put(work / f"changed-{number}")
+    writing = Lock()
+
+    def attempt(i: int, key: str, name: str, change: Change, area: str | None) -> None:
         row = done.get(key)
-        if (row is None) == again or (again and (row["outcome"] != "survived" or row["ran"] == row["of"])):
-            continue
-        tests, cost, number = tests_for(covered, name, change.line, most, seconds)
+        if (row is None) == args.again or (args.again and (row["outcome"] != "survived" or row["ran"] == row["of"])):
+            return
+        tests, cost, number = tests_for(covered, name, change.line, args.most, args.seconds)
         text = (work / "tree" / name).read_text().split("\n")[change.line - 1].strip()
         row = {"key": key, "area": area or "control", "file": name, "line": change.line, "function": change.function}
         if area:
             row |= {"operator": change.operator, "before": change.before, "after": change.after, "text": text}
         row |= {"ran": len(tests), "of": number}
-        row |= try_change(work, name, change if area else None, tests, 120 + 4 * cost)
-        with out.open("a") as file:
+        tree = trees.get()
+        try:
+            row |= try_change(work, tree, name, change if area else None, tests, 120 + 4 * args.processes * cost)
+        finally:
+            trees.put(tree)
+        with writing, args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{i}/{len(todo)} {row['outcome']} {name}:{change.line} {row['seconds']} s", flush=True)
+            print(f"{i}/{len(todo)} {row['outcome']} {name}:{change.line} {row['seconds']} s", flush=True)
+
+    with ThreadPoolExecutor(args.processes) as pool:
+        for future in [pool.submit(attempt, i, *one) for i, one in enumerate(todo, 1)]:
+            future.result()
 
 
 def report(paths: list[Path]) -> str:
@@ -220,6 +237,7 @@ def main() -> None:
     sub.add_argument("--areas", nargs="+", choices=AREAS, default=list(AREAS))
     sub.add_argument("--most", type=int, default=40, help="tests a change at most")
     sub.add_argument("--seconds", type=float, default=60.0, help="seconds of tests a change at most")
+    sub.add_argument("--processes", type=int, default=1, help="changes that are tried at once")
     sub.add_argument("--again", action="store_true", help="only survivors that not every test of their line has seen")
     commands.add_parser("report").add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
@@ -228,7 +246,7 @@ def main() -> None:
     elif args.command == "report":
         print(report(args.files))
     else:
-        run(args.work.resolve(), args.out, args.seed, args.count, args.areas, args.most, args.seconds, args.again)
+        run(args, args.work.resolve())
 
 
 if __name__ == "__main__":
