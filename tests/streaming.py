@@ -4,7 +4,7 @@ import copy
 from contextlib import nullcontext
 
 import torch
-from fake_port import FakePort
+from fake_copy_queue import FakeCopyQueue
 from makers import tiny_llama, tiny_models
 from torch import nn
 
@@ -110,13 +110,13 @@ class Resident(Side):
 class Streamed(Side):
     """Blocks in a store, block by block. landing: how the fake device's copies land; "cuda" for a real one."""
 
-    def __init__(self, model, *, landing="random", states=2, form="bf16", resident=(), offload=False, seed=0, read=None,
+    def __init__(self, model, *, landing="random", num_buffers=2, form="bf16", resident=(), offload=False, seed=0, read=None,
                  pin=unlocked, **settings):  # fmt: skip
         super().__init__(model, **settings)
-        self.copies = CudaCopyQueue(model.device) if landing == "cuda" else FakePort(landing, seed=seed)
+        self.copies = CudaCopyQueue(model.device) if landing == "cuda" else FakeCopyQueue(landing, seed=seed)
         names = [[name for name, _ in block] for block in self.parts.blocks]
         self.residency = empty_residency(self.parts.modules, names, form=FORMATS[form], resident=resident, pin=pin,
-                                         copies=self.copies, num_buffers=states)  # fmt: skip
+                                         copies=self.copies, num_buffers=num_buffers)  # fmt: skip
         self.overlay = Overlay()
         self.kept = move_in(self.residency, find=lambda name: name if read else None, read=read, overlay=self.overlay)
         self.chain = BlockChain(self.parts.modules, self.residency.visit)

@@ -118,7 +118,7 @@ class Ours:
             resident=placement.resident_blocks(self.count),
             copies=open_copy_queue(device, timed=True),
             pin=lock,
-            masters=Generated(make) if lossy else None,
+            exact_weights=Generated(make) if lossy else None,
         )
         for block in range(self.count):
             residency.occupy(block, make(block))
@@ -160,14 +160,11 @@ def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
 
 def _watch(state: ParameterState, into: list[Tensor]) -> None:
     """Keep every gradient that the state is given, as a whole or by its factors."""
-    receive, accumulate_factored = (
-        ParameterState.receive.__get__(state),
-        ParameterState.accumulate_factored.__get__(state),
-    )
+    accumulate, accumulate_factored = state.accumulate, state.accumulate_factored
 
     def take(gradient: Tensor, **settings: Any) -> None:
         into.append(gradient.clone())
-        receive(gradient, **settings)
+        accumulate(gradient, **settings)
 
     def take_product(left: Tensor, other: Tensor) -> Tensor | None:
         whole: Tensor | None = accumulate_factored(left, other)

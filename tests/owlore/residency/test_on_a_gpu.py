@@ -54,8 +54,8 @@ def test_every_gradient_of_three_steps_is_the_resident_models(family):
 
 
 SETTINGS = {
-    "two slots": {},
-    "four slots": {"slots": 4},
+    "two buffers": {},
+    "four buffers": {"num_buffers": 4},
     "boundaries travel": {"offload": True},
     "a share resident": {"resident": (6, 7)},
     "memory that is not locked": {"pin": unlocked},

@@ -100,11 +100,11 @@ def test_a_lease_given_back_too_early_does_not_go_unnoticed(landing):
     assert not agree
 
 
-@pytest.mark.parametrize(("slots", "landing"), [(2, "late"), (2, "random"), (3, "random"), (6, "late")])
-def test_the_number_of_slots_changes_no_bit(slots, landing):
-    resident, streamed = pair(lambda: deep_llama(6), slots=slots, landing=landing)
+@pytest.mark.parametrize(("num_buffers", "landing"), [(2, "late"), (2, "random"), (3, "random"), (6, "late")])
+def test_the_number_of_buffers_changes_no_bit(num_buffers, landing):
+    resident, streamed = pair(lambda: deep_llama(6), num_buffers=num_buffers, landing=landing)
     assert steps_agree(resident, streamed, [(2, 3), (0, 5)], parts=2)
-    assert len(streamed.residency.device_buffers.buffers) == slots
+    assert len(streamed.residency.device_buffers.buffers) == num_buffers
 
 
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(range(4), n)]
@@ -115,10 +115,10 @@ def test_every_drawn_set_of_four_blocks_agrees_and_follows_any_other():
     assert steps_agree(resident, streamed, SUBSETS)
 
 
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("num_buffers", [2, 3])
 @pytest.mark.parametrize("drawn", [(0, 1), (3, 9), (11,), (10, 11)])
-def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loaded(drawn, slots, monkeypatch):
-    streamed = Streamed(deep_llama(12), slots=slots)
+def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loaded(drawn, num_buffers, monkeypatch):
+    streamed = Streamed(deep_llama(12), num_buffers=num_buffers)
     streamed.draw(drawn)
     loaded = []
     load = streamed.residency.device_buffers.load
@@ -131,7 +131,7 @@ def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loa
         streamed.take_step(batches(parts, seed=step))
         counts.append(len(loaded))
         assert not set(loaded) & set(drawn)
-    planned = loads_of_step(12, min(drawn), set(range(12)) - set(drawn), slots)
+    planned = loads_of_step(12, min(drawn), set(range(12)) - set(drawn), num_buffers)
     assert counts[2:] == [planned.total] * 3
 
 
@@ -185,11 +185,11 @@ class Box:
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
-def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, monkeypatch):
+def test_nothing_that_autograd_saved_shares_a_buffer_when_its_lease_ends(form, monkeypatch):
     streamed = Streamed(deep_llama(5), form=form)
     streamed.draw((1,))
-    slots = streamed.residency.device_buffers
-    addresses = [b.untyped_storage().data_ptr() for b in slots.buffers]
+    device_buffers = streamed.residency.device_buffers
+    addresses = [b.untyped_storage().data_ptr() for b in device_buffers.buffers]
     saved, seen = [], []
 
     def pack(tensor):
@@ -199,18 +199,18 @@ def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, mon
             seen.append(tuple(tensor.shape))
         return box
 
-    release = slots.release
+    release = device_buffers.release
 
-    def checked(slot):
+    def checked(index):
         assert not [ref for ref in saved if ref() is not None]
-        release(slot)
+        release(index)
 
-    monkeypatch.setattr(slots, "release", checked)
+    monkeypatch.setattr(device_buffers, "release", checked)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         streamed.take_step(batches(2))
-    assert seen if form == "bf16" else True  # norms and plain linear maps do save views of a slot, inside the lease
-    views = [t for v in streamed.residency._slot_views.values() for fields in v.values() for t in fields.values()]
-    held = {id(t) for t in (*slots.buffers, *views, *(view._base for view in views))}
+    assert seen if form == "bf16" else True  # norms and plain linear maps do save views of a buffer, inside the lease
+    views = [t for v in streamed.residency._buffer_views.values() for fields in v.values() for t in fields.values()]
+    held = {id(t) for t in (*device_buffers.buffers, *views, *(view._base for view in views))}
     for queue in streamed.copies.queues.values():  # a copy under way knows where it goes
         queue.clear()
     gc.collect()
@@ -245,7 +245,7 @@ def test_no_lease_is_left_after_a_step_an_error_or_an_interrupt(error, at):
     assert all(torch.isnan(p).all() for p in streamed.parts.modules[3].parameters())
 
 
-def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
+def test_a_buffer_under_a_forgotten_lease_is_not_refilled():
     streamed = Streamed(deep_llama(5))
     streamed.draw((1,))
     forgotten = streamed.residency.visit(2)
@@ -254,7 +254,7 @@ def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
         streamed.take_step(batches())
 
 
-def test_slot_bytes_never_change():
+def test_buffer_bytes_never_change():
     streamed = Streamed(deep_llama(6))
     size = streamed.residency.device_buffers.num_bytes
     addresses = [b.data_ptr() for b in streamed.residency.device_buffers.buffers]
@@ -386,7 +386,7 @@ def test_autocast_holds_in_the_recomputation_too(form):
         assert torch.equal(*losses) and same_bits(resident, streamed)
 
 
-def test_blocks_of_different_kinds_sizes_and_arguments_share_the_slots():
+def test_blocks_of_different_kinds_sizes_and_arguments_share_the_buffers():
     def make():
         model = tiny_models()["gemma2"]().train()
         wide = tiny_models()["gemma2"](1).model.layers[0].mlp
@@ -402,7 +402,7 @@ def test_blocks_of_different_kinds_sizes_and_arguments_share_the_slots():
 
     kinds = {layer.self_attn.sliding_window for layer in make().model.layers}
     assert len(kinds) == 2
-    resident, streamed = pair(make, slots=2)
+    resident, streamed = pair(make, num_buffers=2)
     assert steps_agree(resident, streamed, [(0,), (1,), (2,)], parts=2)
 
 

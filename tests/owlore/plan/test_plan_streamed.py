@@ -46,7 +46,7 @@ def storages(tensors):
 
 
 @pytest.mark.parametrize(("case", "drawn"), [*((case, (5, 6, 11)) for case in PLACEMENTS), ("host nf4", (0, 12))])
-def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_slots_and_drawn(case, drawn):
+def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_buffers_and_drawn(case, drawn):
     placement = PLACEMENTS[case]
     streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), placement)
     residency = streamed.residency

@@ -14,7 +14,7 @@ from owlore.residency.copy_queue import CopyQueue
 POISON = 0xFF
 
 
-class FakePort(CopyQueue):
+class FakeCopyQueue(CopyQueue):
     def __init__(self, landing="late", *, seed=0):
         super().__init__(torch.device("cpu"))
         assert landing in ("eager", "late", "random")
