@@ -1,8 +1,9 @@
-"""A device for the tests of streaming: copies land when somebody waits, and poison is where nobody may read.
+"""A device for the tests of streaming: copies land late, and memory that must not be read is NaN.
 
-eager: a copy lands when it is queued. late: when its event is waited for. random: also at any call in between, in
-queue order of its direction. A slot is all ones (NaN in every float format) from the moment that a copy into it is
-queued, and whenever nobody holds a lease on it; a lease that finds the owner's bytes still valid gets them back.
+landing: `eager` copies land when they are queued, `late` ones when their event is waited for, `random` ones also at any
+call in between, in the order of their direction. A buffer is all ones (NaN in every float format) from the moment that
+a copy into it is queued, and whenever there is no lease on it; a lease on a buffer that still holds its block gets the
+bytes back.
 """
 
 import random
@@ -19,22 +20,20 @@ class FakeCopyQueue(CopyQueue):
         super().__init__(torch.device("cpu"))
         assert landing in ("eager", "late", "random")
         self.landing, self.random = landing, random.Random(seed)
-        self.queues = {
-            "in": [],
-            "out": [],
-        }  # (event, into, source), oldest first; the directions know nothing of each other
-        self.now = 0  # tickets given
-        self.kept = {}  # slot address -> bytes of a slot that was released
-        self.read_until = {}  # slot address -> event after which it may be overwritten
+        # (event, target, source), oldest first; the directions are independent of each other
+        self.queues = {"in": [], "out": []}
+        self.now = 0  # events given
+        self.kept = {}  # buffer address -> bytes of a buffer that was released
+        self.read_until = {}  # buffer address -> event after which it may be overwritten
         self.leases_seen = 0
         self.unloaded_bytes = 0
 
     # -- queues ------------------------------------------------------------------------------------------------------
 
-    def _queue(self, direction, into, source):
+    def _queue(self, direction, target, source):
         self.now += 1
         event = (direction, self.now)
-        self.queues[direction].append((event, into, source))
+        self.queues[direction].append((event, target, source))
         if self.landing == "eager":
             self._land(event)
         elif self.landing == "random":
@@ -47,43 +46,55 @@ class FakeCopyQueue(CopyQueue):
         direction, number = event
         queue = self.queues[direction]
         while queue and queue[0][0][1] <= number:
-            _, into, source = queue.pop(0)
-            into.copy_(source)
+            _, target, source = queue.pop(0)
+            target.copy_(source)
 
-    def _load(self, into, blob, after):
-        address = into.data_ptr()
+    def _load(self, target, blob, after):
+        address = target.data_ptr()
         if address in self.read_until:
             assert after is not None and after >= self.read_until[address], "a copy that does not wait for the readers"
         self.kept.pop(address, None)
-        into.fill_(POISON)
-        return self._queue("in", into, blob.tensor)
+        target.fill_(POISON)
+        return self._queue("in", target, blob.tensor)
 
-    def fetch(self, into, host):
-        into.view(-1).view(torch.uint8).fill_(POISON)
-        return self._queue("in", into, host)
+    def fetch(self, target, host):
+        target.view(-1).view(torch.uint8).fill_(POISON)
+        return self._queue("in", target, host)
 
-    def unload(self, into, source):
+    def unload(self, host, source):
         self.unloaded_bytes += source.numel() * source.element_size()
-        into.view(-1).view(torch.uint8).fill_(POISON)
-        return self._queue("out", into, source)
+        host.view(-1).view(torch.uint8).fill_(POISON)
+        return self._queue("out", host, source)
 
-    def wait(self, event):
+    def wait_event(self, event):
         assert event is not None
         self._land(event)
 
-    def mark(self):
+    def record_event(self):
         self.now += 1
         return self.now
 
-    # -- slots -------------------------------------------------------------------------------------------------------
+    # -- leases ------------------------------------------------------------------------------------------------------
 
-    def leased(self, slot):
-        self.leases_seen += 1
-        kept = self.kept.pop(slot.data_ptr(), None)
-        if kept is not None:
-            slot.copy_(kept)
+    def watch(self, device_buffers):
+        """Poison each of the buffers whenever there is no lease on it."""
+        lease, release = device_buffers.lease, device_buffers.release
 
-    def released(self, slot):
-        self.kept[slot.data_ptr()] = slot.clone()
-        self.read_until[slot.data_ptr()] = self.now
-        slot.fill_(POISON)
+        def watched_lease(block):
+            index, buffer = lease(block)
+            if device_buffers.leases[index] == 1:
+                self.leases_seen += 1
+                kept = self.kept.pop(buffer.data_ptr(), None)
+                if kept is not None:
+                    buffer.copy_(kept)
+            return index, buffer
+
+        def watched_release(index):
+            release(index)
+            buffer = device_buffers.buffers[index]
+            if not device_buffers.leases[index]:
+                self.kept[buffer.data_ptr()] = buffer.clone()
+                self.read_until[buffer.data_ptr()] = self.now
+                buffer.fill_(POISON)
+
+        device_buffers.lease, device_buffers.release = watched_lease, watched_release

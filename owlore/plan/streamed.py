@@ -21,7 +21,7 @@ from owlore.kernels.projector import projected_shape
 from owlore.optim import UpdateSpec
 from owlore.residency.binding import layout_of
 from owlore.residency.blob_layout import BlobLayout
-from owlore.residency.boundaries import AHEAD
+from owlore.residency.boundaries import MAX_IN_FLIGHT
 from owlore.residency.formats import FORMATS, NF4
 from owlore.residency.pinned import locked_bytes
 from owlore.residency.placement import Placement
@@ -146,7 +146,7 @@ def streamed_peak(
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
         count = max(0, down_to - low + 1) * load.accum
-        return load.boundary * (min(count, AHEAD + 1) if model.placement.offload else count)
+        return load.boundary * (min(count, MAX_IN_FLIGHT + 1) if model.placement.offload else count)
 
     passing = load.accum * load.boundary  # hidden states on the way up, their gradients on the way down
     top = kept(blocks - 1) + passing + load.boundary + load.outside
@@ -290,7 +290,7 @@ def traffic(
     for draw in draws[:DRAWS_FOR_LOADS]:
         low = 0 if bottom else min(draw, default=parts.num_blocks)
         counted = _loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)))
-        loads.append(counted.total)
+        loads.append(sum(counted))
         stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
         again = 2 if recompute else 0
         down = sum((again + 2) * sizes[block] for block in range(low, parts.num_blocks))

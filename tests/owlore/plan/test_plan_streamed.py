@@ -19,7 +19,6 @@ from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan
 from owlore.plan.planner import plan_from_config
 from owlore.plan.streamed import Rates, StreamedModel
-from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.placement import Placement
 from owlore.strategies import STRATEGIES, StrategyConfig
 
@@ -183,10 +182,7 @@ def test_so_is_it_with_trained_embeddings_and_head_that_outweigh_the_blocks(tied
 
 def counted_peak(model, placement, drawn, accum, *, rank=8, groups=(), reads=()):
     """Most bytes that live in two steps, as a plan counts them, and the streamed side."""
-    streamed = streamed_of(model, placement, rank=rank, groups=groups)
-    streamed.copies = streamed.residency.copies = streamed.residency.device_buffers.copies = (
-        streamed.boundaries.copies
-    ) = CpuCopyQueue(torch.device("cpu"))
+    streamed = streamed_of(model, placement, rank=rank, groups=groups, landing="real")
     outside = sum(p.numel() * 2 for p in streamed.parts.parameters((), streamed.parts.groups).values())
     left = StreamedModel(streamed.parts, placement).outside_bytes(reads)[
         1

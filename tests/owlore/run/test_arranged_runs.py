@@ -58,7 +58,7 @@ def encoded_rows(lengths, seed=0):
 def test_packed_rows_have_the_loss_and_the_gradients_that_they_have_alone(family):
     model = tiny_models()[family]()
     loss = CausalLoss(model)
-    assert loss.keeps_rows_apart()
+    assert loss.isolates_packed_rows()
     data = encoded_rows([5, 1, 12, 9, 3, 20, 7])
     packed = collate_packed(data, [(0, 1, 2), (3, 4), (5, 6)])
     rows = [collate(data, [row]) for row in range(len(data))]
@@ -99,8 +99,8 @@ def leaky(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["mask", "positions"])
 def test_a_model_whose_packed_rows_are_not_what_they_are_alone_is_found_out(kind, dtype):
-    assert CausalLoss(tiny_llama(dtype=dtype)).keeps_rows_apart()
-    assert not CausalLoss(leaky(kind).to(dtype)).keeps_rows_apart()
+    assert CausalLoss(tiny_llama(dtype=dtype)).isolates_packed_rows()
+    assert not CausalLoss(leaky(kind).to(dtype)).isolates_packed_rows()
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(tmp_path):
