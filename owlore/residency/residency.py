@@ -31,10 +31,10 @@ class Residency:
         copy_queue: the queue of the device.
         pin: allocates host memory.
         num_buffers: device buffers that streamed blocks share.
-        exact_weights: where exact weights of a lossy format come from; None where the store is exact.
         patches: the stack on which the forwards of linear maps are replaced.
 
     Attributes:
+        exact_weights: has the exact weights where the format is lossy; None where the store is exact.
         active: blocks that are trained.
         cache_dense: whether a visit makes a quantised matrix dense only once, for several micro-batches.
     """
@@ -49,12 +49,12 @@ class Residency:
         copy_queue: CopyQueue,
         pin: Pin,
         num_buffers: int = 2,
-        exact_weights: ExactWeights | None = None,
         patches: PatchStack | None = None,
     ) -> None:
         device, layouts = copy_queue.device, [layout_of(module, form) for module in modules]
         self.store = store = Store(layouts, device=device, resident=resident, pin=pin)
-        self.copy_queue, self.exact_weights = copy_queue, exact_weights
+        self.copy_queue = copy_queue
+        self.exact_weights: ExactWeights | None = None
         streamed = [layouts[block].num_bytes for block in store.streamed]
         self.device_buffers = DeviceBuffers(copy_queue, min(num_buffers, len(streamed)), max(streamed, default=0))
         patches = PatchStack() if patches is None else patches

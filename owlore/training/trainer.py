@@ -268,16 +268,14 @@ class Trainer:
         trained = self.backend.values(sorted(self.trained)) if self.ranks.size > 1 else {}
         self.ranks.agree_on_bits("the trained weights", trained)
 
-    def save(self) -> Path:
-        """Write a checkpoint from which `restore` goes on bit for bit; return its path."""
+    def save(self) -> None:
+        """Write a checkpoint from which `restore` goes on bit for bit."""
         optimizer = self.rotation.optimizer
         tensors, counters = optimizer.state()
         names = optimizer.parameters if self._is_best_to_keep else self.trained
-        path = checkpoint.path_of(self.checkpoints, self.step)
         if self.ranks.leads:
             self._write(tensors, counters, names)
         self.ranks.wait()
-        return path
 
     def _write(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any], names: Iterable[str]) -> None:
         checkpoint.save(

@@ -109,7 +109,6 @@ class Ours:
 
         with torch.device("meta"):
             shapes = skeleton(row.shape, torch.device("meta"), blocks=self.count).model.layers
-        lossy = placement.frozen != "bf16"
         residency = Residency(
             self.parts.modules,
             [[name for name, _ in block] for block in self.parts.blocks],
@@ -117,8 +116,9 @@ class Ours:
             resident=placement.resident_blocks(self.count),
             copy_queue=open_copy_queue(device, timed=True),
             pin=lock,
-            exact_weights=Generated(make) if lossy else None,
         )
+        if placement.frozen != "bf16":
+            residency.exact_weights = Generated(make)
         for block in range(self.count):
             residency.store_block(block, make(block))
         host = placement.residency == "host" and "embeddings" not in row.always_on
