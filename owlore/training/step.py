@@ -7,10 +7,9 @@ another library owns forward and backward (transformers' Trainer), `clipped_upda
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +18,9 @@ from htsr.errors import NotFinite
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer
+from owlore.training.backend import Backend
 from owlore.training.distributed import ALONE, Ranks
 from owlore.training.loss import CausalLoss
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from owlore.training.backend import Backend
 
 
 @dataclass(frozen=True, kw_only=True)

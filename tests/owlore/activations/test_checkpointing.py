@@ -11,7 +11,7 @@ from owlore.optim import RotatingOptimizer, UpdateSpec
 from owlore.training.loss import CausalLoss
 
 
-class Walked:
+class ReachedBlocks:
     """The blocks that backward really reaches: each marks itself when a gradient arrives at its feed-forward output."""
 
     def __init__(self, blocks):
@@ -28,13 +28,13 @@ class Walked:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("active", "embeddings", "walked"), [
+@pytest.mark.parametrize(("active", "embeddings", "reached"), [
     ((6, 7), False, {6, 7}),
     ((4, 7), False, {4, 5, 6, 7}),
     ((0,), False, set(range(8))),
     ((6, 7), True, set(range(8))),
 ])  # fmt: skip
-def test_backward_stops_at_the_lowest_trained_block(checkpointing, active, embeddings, walked):
+def test_backward_stops_at_the_lowest_trained_block(checkpointing, active, embeddings, reached):
     model = tiny_llama(blocks=8)
     freeze(model)
     parts = find_parts(model)
@@ -43,10 +43,10 @@ def test_backward_stops_at_the_lowest_trained_block(checkpointing, active, embed
     optimizer.switch(dict.fromkeys(parts.parameters(active, groups), UpdateSpec()), 0)
     recompute = ActivationCheckpointing(parts.modules, enabled=checkpointing)
     recompute.lowest = 0 if embeddings else active[0]
-    counter = Walked(parts.modules)
+    counter = ReachedBlocks(parts.modules)
     ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     CausalLoss(model)(ids, ids).backward()
-    assert counter.seen == walked
+    assert counter.seen == reached
 
 
 @pytest.mark.parametrize("active", [(0, 5), (5,), (2, 3)])

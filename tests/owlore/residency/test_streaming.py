@@ -64,7 +64,7 @@ def test_so_are_those_of_embeddings_norm_and_head(family):
     assert {name for name, _, _ in streamed.gradients} >= set(streamed.parts.parameters((), groups))
 
 
-def test_with_nothing_but_the_head_trained_no_block_is_walked_backwards():
+def test_with_nothing_but_the_head_trained_backward_visits_no_block():
     resident, streamed = pair(lambda: deep_llama(4), groups=("norm", "head"))
     assert steps_agree(resident, streamed, [()])
     before = streamed.copy_queue.leases_seen

@@ -115,8 +115,8 @@ def test_an_in_memory_model_is_trained_in_place(tmp_path):
     assert changed and all(n.startswith(f"model.layers.{drawn}.") for n in changed)
 
 
-@pytest.mark.parametrize("home", [{}, {"residency": "host"}, {"frozen": "nf4"}], ids=str)
-def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_other(tmp_path, monkeypatch, home):
+@pytest.mark.parametrize("placement", [{}, {"residency": "host"}, {"frozen": "nf4"}], ids=str)
+def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_other(tmp_path, monkeypatch, placement):
     """It is in one piece, and nothing of the first run listens any more, neither a hook on a parameter nor a linear
     map's forward."""
     from makers import byte_tokenizer
@@ -133,7 +133,7 @@ def test_a_model_in_memory_whose_run_was_broken_off_is_trained_again_like_any_ot
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken off"):
         patch.setattr(Trainer, "train_step", broken)
-        owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **home, **settings)
+        owlore.train(model, ROWS, steps=6, active=2, rank=4, out=tmp_path / "broken", **placement, **settings)
     assert all(p.isfinite().all() for p in model.parameters())
     assert all("forward" not in vars(module) for module in model.modules())
     copied = tiny_llama(blocks=4)
@@ -176,7 +176,7 @@ def test_only_one_full_gradient_is_alive_during_backward_and_none_once_there_is_
     if accum == 1:
         assert finding == {(1, 0)}
     else:
-        assert max(finding)[0] >= len(matrices)  # the walk does see what waits
+        assert max(finding)[0] >= len(matrices)  # the count does see what waits
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(tmp_path, monkeypatch):
