@@ -1,7 +1,7 @@
-"""One stack of everything that a run puts onto a model: replaced forwards, hooks, listeners.
+"""One stack of all changes that a run makes to a model's modules: replaced forwards, hooks, listeners.
 
-Whatever replaces a `forward` or sets a hook registers it here; closing the stack takes all of it off, the last first,
-whatever failed and when.
+Code that replaces a `forward` or sets a hook registers that here. Closing the stack undoes everything, the last change
+first, also after an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Undo = Callable[[], None]
 
 
 class PatchStack:
-    """Changes to modules that are taken off in reverse order; also a context manager."""
+    """Changes to modules that are undone in reverse order; a context manager that closes itself."""
 
     def __init__(self) -> None:
         self._undos: dict[int, Undo] = {}  # by number, in the order of registration
@@ -31,46 +31,46 @@ class PatchStack:
         self.close()
 
     def add(self, undo: Undo) -> Undo:
-        """Register what takes a change off.
+        """Register the undoing of a change.
 
         Args:
             undo: called once, when the stack is closed or by the returned function.
 
         Returns:
-            A function that takes this one change off before the others; calling it again does nothing.
+            A function that undoes this one change before the others; calling it again does nothing.
         """
         number = self._count = self._count + 1
         self._undos[number] = undo
 
-        def take_off() -> None:
+        def undo_once() -> None:
             if self._undos.pop(number, None) is not None:
                 undo()
 
-        return take_off
+        return undo_once
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> Undo:
-        """Let `module` compute `forward` until it is taken off.
+        """Let `module` compute `forward` until that is undone.
 
         Args:
-            module: its own forward comes back, be it that of its class or one that was set on the instance.
+            module: undoing restores its present forward, that of its class or one that was set on the instance.
             forward: called with the arguments of the module's forward.
 
         Returns:
-            A function that takes it off; several on one module have to come off last first.
+            A function that undoes it; several replacements on one module have to be undone last first.
         """
         before = vars(module).get("forward")
 
-        def give_back() -> None:
+        def restore() -> None:
             if before is None:
                 del module.forward  # uncovers the class's method
             else:
                 module.forward = before
 
         module.forward = forward
-        return self.add(give_back)
+        return self.add(restore)
 
     def close(self) -> None:
-        """Take everything off, the last first. All of it is tried; the first error is raised at the end."""
+        """Undo everything, the last change first; after an error the rest is undone and the first error raised."""
         failed: BaseException | None = None
         while self._undos:
             _, undo = self._undos.popitem()

@@ -4,7 +4,7 @@ import copy
 from contextlib import nullcontext
 
 import torch
-from fake_port import FakePort
+from fake_copy_queue import FakeCopyQueue
 from makers import tiny_llama, tiny_models
 from torch import nn
 
@@ -14,11 +14,12 @@ from owlore.kernels import int8, nf4
 from owlore.optim import RotatingOptimizer, UpdateSpec
 from owlore.residency.block_chain import BlockChain
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.build import empty_residency, move_in
-from owlore.residency.copy_queue import CudaCopyQueue
+from owlore.residency.build import fill_from_modules
+from owlore.residency.copy_queue import open_copy_queue
 from owlore.residency.exact_weights import Overlay
 from owlore.residency.formats import FORMATS
-from owlore.residency.pinned import unlocked
+from owlore.residency.pinned import pageable
+from owlore.residency.residency import Residency
 from owlore.training.loss import CausalLoss
 from owlore.training.resident import ResidentBackend
 from owlore.training.step import train_step
@@ -72,15 +73,15 @@ class Side:
         self.optimizer.switch(rules, self.step, between=lambda: self.backend.set_active(rules))
         for name, state in self.optimizer.states.items() if self.watches else ():
             if not hasattr(state, "watched"):
-                state.watched, receive = True, state.accumulate
-                state.accumulate = self._watching(name, receive)
+                state.watched, accumulate = True, state.accumulate
+                state.accumulate = self._watching(name, accumulate)
 
-    def _watching(self, name, receive):
-        def take(gradient, *, last, step):
+    def _watching(self, name, accumulate):
+        def watched(gradient, *, last, step):
             self.gradients.append((name, last, gradient.clone()))
-            receive(gradient, last=last, step=step)
+            accumulate(gradient, last=last, step=step)
 
-        return take
+        return watched
 
     def take_step(self, parts, *, context=nullcontext):
         """Loss of every micro-batch; gradients are in `gradients`, the update is done."""
@@ -108,24 +109,37 @@ class Resident(Side):
 
 
 class Streamed(Side):
-    """Blocks in a store, block by block. landing: how the fake device's copies land; "cuda" for a real one."""
+    """Blocks in a store, block by block.
 
-    def __init__(self, model, *, landing="random", states=2, form="bf16", resident=(), offload=False, seed=0, read=None,
-                 pin=unlocked, **settings):  # fmt: skip
+    Args:
+        landing: how the fake device's copies land; "real" for the device of the model, timed.
+        num_buffers, form, resident, pin: of `Residency`.
+        offload: of `Boundaries`.
+        seed: of the order in which copies land.
+        read: reads a tensor of the checkpoint by the parameter's name; None where there is no checkpoint.
+    """
+
+    def __init__(self, model, *, landing="random", num_buffers=2, form="bf16", resident=(), offload=False, seed=0,
+                 read=None, pin=pageable, **settings):  # fmt: skip
         super().__init__(model, **settings)
-        self.copies = CudaCopyQueue(model.device) if landing == "cuda" else FakePort(landing, seed=seed)
+        real = landing == "real"
+        self.copy_queue = open_copy_queue(model.device, timed=True) if real else FakeCopyQueue(landing, seed=seed)
         names = [[name for name, _ in block] for block in self.parts.blocks]
-        self.residency = empty_residency(self.parts.modules, names, form=FORMATS[form], resident=resident, pin=pin,
-                                         copies=self.copies, num_buffers=states)  # fmt: skip
+        self.residency = Residency(self.parts.modules, names, form=FORMATS[form], resident=resident, pin=pin,
+                                   copy_queue=self.copy_queue, num_buffers=num_buffers)  # fmt: skip
+        if not real:
+            self.copy_queue.watch(self.residency.device_buffers)
         self.overlay = Overlay()
-        self.kept = move_in(self.residency, find=lambda name: name if read else None, read=read, overlay=self.overlay)
+        self.num_kept = fill_from_modules(
+            self.residency, stored_name=lambda name: name if read else None, read=read, overlay=self.overlay
+        )
         self.chain = BlockChain(self.parts.modules, self.residency.visit)
-        self.boundaries = Boundaries(self.copies, offload=offload, pin=pin)
+        self.boundaries = Boundaries(self.copy_queue, offload=offload, pin=pin)
         self.loss = CausalLoss(model)
-        self.walk = StreamedStep(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
+        step = StreamedStep(self.loss, self.optimizer, self.residency, self.chain, self.boundaries)
         self.backend = StreamedBackend(parts=self.parts, residency=self.residency, chain=self.chain, frozen=form,
                                        boundaries=self.boundaries, overlay=self.overlay, embedding=None,
-                                       _walk=self.walk)  # fmt: skip
+                                       _step=step)  # fmt: skip
 
 
 def pair(make, *, resident=None, **settings):

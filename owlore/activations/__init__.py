@@ -1,1 +1,1 @@
-"""What a step keeps for backward on the device: checkpointing, a saved-tensor arena, heap trimming, compilation."""
+"""What a step keeps for backward on the device: checkpointing, saved-tensor arena, malloc_trim, compilation."""

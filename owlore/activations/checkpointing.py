@@ -1,8 +1,8 @@
-"""Activation checkpointing for just those blocks that backward reaches, with one buffer for what is kept.
+"""Activation checkpointing of only those blocks that backward reaches, with one buffer for what is kept.
 
-Kept is the hidden state between two blocks. Left where the forward made them, these tensors lie between its passing
-ones and the heap of a CPU cannot give the holes back: most of a checkpointed peak was fragmentation. So each is copied
-into one buffer (blocks, batch, tokens, width), and what the forward allocates is gone when it ends.
+The hidden states between blocks are kept. Left where the forward allocated them, these tensors lie between its
+temporary ones, and the C heap cannot return the holes: most of a checkpointed peak was fragmentation. So each is copied
+into one buffer (blocks, batch, tokens, width), and all that the forward allocates is freed when it ends.
 """
 
 from __future__ import annotations
@@ -19,11 +19,20 @@ from owlore.patches import PatchStack
 
 
 class ActivationCheckpointing:
-    """Wraps the forward of every block; blocks from `lowest` up are recomputed in backward, the others run as they are.
+    """Replaces the forward of every block; blocks from `lowest` up are recomputed in backward, the others run plainly.
 
-    Non-reentrant, so a trained block whose input needs no gradient works, and nothing forces gradients into the
-    embeddings (transformers' own switch does, which makes backward walk the whole stack). A recomputation stops at the
-    last tensor that backward wants: of a frozen block the last product, a quarter of a Llama block, is not done again.
+    It is non-reentrant, so a trained block whose input needs no gradient works, and no gradient is forced into the
+    embeddings (transformers' own checkpointing does that, so its backward goes through all blocks). A recomputation
+    stops at the last tensor that backward needs: the last product of a frozen block, a quarter of a Llama block, is not
+    computed again.
+
+    Args:
+        blocks: the blocks, from the lowest up.
+        enabled: whether any forward is replaced.
+        patches: the stack on which the forwards are replaced.
+
+    Attributes:
+        lowest: the lowest block that backward reaches.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], *, enabled: bool, patches: PatchStack | None = None) -> None:
@@ -53,8 +62,10 @@ class ActivationCheckpointing:
 
     @torch.no_grad()
     def _keep(self, hidden: Tensor, index: int) -> Tensor:
-        """A copy of a block's input in the buffer of this forward; the last block's lets go of the buffer, which then
-        lives as long as backward needs it."""
+        """A copy of a block's input in the buffer of this forward.
+
+        After the last block the buffer is referenced by the copies alone, and lives as long as backward needs them.
+        """
         buffer, row = self._buffer, index - self.lowest
         if buffer is None or row == 0 or buffer.shape[1:] != hidden.shape or buffer.dtype != hidden.dtype:
             buffer = hidden.new_empty(self._count - self.lowest, *hidden.shape)
@@ -66,7 +77,7 @@ class ActivationCheckpointing:
 
 
 class _Boundary:
-    """What a block starts from: the forward's own hidden state while that runs, its copy when it is run again."""
+    """The input of a block: the forward's own hidden state, and for the recomputation its copy."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden

@@ -1,9 +1,9 @@
 """Per-block `torch.compile`: one compiled function for all blocks of a class.
 
-A whole model is compiled anew for every draw until the limit is reached; a block's code sees only whether its own
-parameters and its input need gradients. The parameters go in as arguments of the graph, so blocks share it, and sizes
-are symbols, so rows of another length do too. What is left are four cases: below the lowest trained block, that block
-itself, a frozen one above it and a trained one above it.
+A whole model would be compiled again for every draw. A block's code depends only on whether its own parameters and its
+input need gradients. The parameters are arguments of the graph, so blocks share it, and sizes are symbols, so rows of
+another length do too. Four cases are left: a block below the lowest trained one, that block itself, a frozen one above
+it and a trained one above it.
 """
 
 from __future__ import annotations
@@ -21,35 +21,40 @@ from htsr.errors import UsageError
 from owlore.patches import PatchStack
 
 
-class Compiled:
-    """Replaces the forward of every block by a compiled one; compiling happens at the first calls, and takes minutes
-    with C++ code. Without gradients (evaluation, generation) the blocks run as they are, unless `always`: where blocks
-    are streamed every step goes through them without gradients first.
+def compile_blocks(
+    blocks: Sequence[nn.Module],
+    *,
+    device: torch.device,
+    patches: PatchStack,
+    backend: Any = "inductor",
+    always: bool = False,
+) -> None:
+    """Replace the forward of every block by a compiled one, which is compiled at its first calls.
 
-    Raises: UsageError on a CPU without a C++ compiler.
+    Compiling C++ code takes minutes.
+
+    Args:
+        blocks: the blocks.
+        device: where they compute.
+        patches: the stack on which the forwards are replaced.
+        backend: of `torch.compile`.
+        always: whether the blocks are compiled without gradients too, which streamed blocks need: their forward has
+            none. Otherwise evaluation and generation run the plain forwards.
+
+    Raises:
+        UsageError: there is no C++ compiler and the device is a CPU.
     """
-
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        *,
-        enabled: bool,
-        device: torch.device,
-        backend: Any = "inductor",
-        always: bool = False,
-        patches: PatchStack | None = None,
-    ) -> None:
-        if enabled and backend == "inductor" and device.type == "cpu" and not cpp_compiler():
-            raise UsageError("got --compile without a C++ compiler, expected one on a CPU; install g++")
-        functions: dict[type[nn.Module], Callable[..., Any]] = {}
-        self.patches = PatchStack() if patches is None else patches
-        for block in blocks if enabled else ():
-            kind, own = type(block), vars(block).get("forward")
-            if own is None and kind not in functions:
-                functions[kind] = _compiled(kind.forward, backend, always)
-            # What somebody set on this block in place of its class's forward is compiled for it alone.
-            function = partial(functions[kind], block) if own is None else _compiled(own, backend, always)
-            self.patches.replace_forward(block, function)
+    if backend == "inductor" and device.type == "cpu" and not cpp_compiler():
+        raise UsageError("got --compile without a C++ compiler, expected one on a CPU; install g++")
+    functions: dict[type[nn.Module], Callable[..., Any]] = {}
+    for block in blocks:
+        kind, instance_forward = type(block), vars(block).get("forward")
+        if instance_forward is not None:  # set on this block in place of its class's forward: compiled for it alone
+            patches.replace_forward(block, _compiled(instance_forward, backend, always))
+            continue
+        if kind not in functions:
+            functions[kind] = _compiled(kind.forward, backend, always)
+        patches.replace_forward(block, partial(functions[kind], block))
 
 
 def _compiled(forward: Callable[..., Any], backend: Any, always: bool) -> Callable[..., Any]:
@@ -62,6 +67,6 @@ def _compiled(forward: Callable[..., Any], backend: Any, always: bool) -> Callab
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler that torch will call, None where there is none."""
+    """Path of the C++ compiler that torch will call, None where there is none."""
     names = (os.environ.get("CXX"), "g++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)

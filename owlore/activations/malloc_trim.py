@@ -1,11 +1,11 @@
-"""Free memory that the C heap keeps is given back while a step runs on the CPU.
+"""Returns free memory of the C heap to the system while a step runs on the CPU.
 
-torch asks glibc for aligned memory, and glibc (up to 2.37 at least) looks for 96 bytes more than it will hand out: a
-hole that a tensor left is never taken by a tensor of the same size. Autograd's small nodes lie between the holes and
-keep them from joining, so each block of a forward leaves its passing tensors behind as free memory that stays
-resident: 8 MB a block of SmolLM2-135M at 4 x 256 tokens, more than half of a checkpointed peak. Mapping large tensors
-one by one (M_MMAP_THRESHOLD) avoids it too, and costs a page fault for every 4 KiB of every one of them, a quarter of
-the step. Giving back what is free once in a while costs next to nothing, as the holes would not be used again.
+torch asks glibc for aligned memory, and glibc (up to 2.37 at least) searches for 96 bytes more than it will use: a hole
+that a freed tensor left is never used for a tensor of the same size. Autograd's small nodes lie between the holes and
+prevent their merging, so each block of a forward leaves its temporary tensors as free memory that stays resident: 8 MB
+a block of SmolLM2-135M at 4 x 256 tokens, more than half of a checkpointed peak. Mapping large tensors one by one
+(M_MMAP_THRESHOLD) avoids that too, and costs a page fault for every 4 KiB of each, a quarter of the step. `malloc_trim`
+once in a while costs next to nothing, because the holes would not be used again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,12 @@ def _trimmer() -> Callable[[int], int] | None:
 
 @contextmanager
 def trimmed_heap(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """While this lasts, forward and backward through `blocks` on the CPU give free memory back whenever the resident
-    set exceeds what was found to be needed at most by GROWTH; below that the heap keeps it, as pages that are given
-    back cost a fault when the next step wants them. Without glibc, or on another device, nothing happens."""
+    """While this lasts, forward and backward through `blocks` on the CPU return free memory when it has grown.
+
+    The heap is trimmed when the resident set is GROWTH larger than it was at most after a trim; below that it keeps
+    its free memory, because pages that are returned cost a fault when the next step needs them. Without glibc, or on
+    another device, nothing happens.
+    """
     trim = _trimmer()
     if trim is None or device.type != "cpu":
         yield
@@ -50,21 +53,21 @@ def trimmed_heap(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[
     trim(0)
     ceiling = _resident() + GROWTH
 
-    def look(*_: Any) -> None:
+    def trim_if_grown(*_: Any) -> None:
         nonlocal ceiling
         if _resident() > ceiling:
             trim(0)
             ceiling = max(ceiling, _resident() + GROWTH)
 
-    def look_now_and_in_backward(module: nn.Module, inputs: Any, output: Any) -> None:
-        look()
+    def trim_now_and_in_backward(module: nn.Module, inputs: Any, output: Any) -> None:
+        trim_if_grown()
         hidden = output[0] if isinstance(output, tuple) else output
         if isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(look)
+            hidden.register_hook(trim_if_grown)
 
     with PatchStack() as patches:
         for block in blocks:
-            patches.add(block.register_forward_hook(look_now_and_in_backward).remove)
+            patches.add(block.register_forward_hook(trim_now_and_in_backward).remove)
         yield
 
 

@@ -1,11 +1,11 @@
-"""What autograd keeps of a frozen block lies on arena that every step uses again, on the CPU.
+"""An arena for what autograd saves of frozen blocks on the CPU; every step uses its buffers again.
 
-A frozen block that backward passes keeps its activations until backward comes by. Left where the forward made them,
-they lie between its passing tensors, and the C heap fills with holes that are too small for the next tensor (`heap`):
-memory grows until what is free is given back, and pages that are given back cost a fault when the next step wants them,
-0.3 s of 8.5 s in a step of SmolLM2-135M. So each is copied, once a storage, to a buffer as large as a block's
-activations, and its buffer is free again when the block's backward is through. Bits and strides are those of the
-original. A trained block's activations stay where they are: what comes in their place, gradients, needs their room.
+A frozen block that backward goes through keeps its activations until then. Left where the forward allocated them, they
+lie between its temporary tensors, and the C heap is left with holes that are too small for the next tensor (see
+`malloc_trim`): memory grows until what is free is given back, and pages that are given back cost a fault when the next
+step needs them, 0.3 s of 8.5 s in a step of SmolLM2-135M. So each saved storage is copied once to a buffer as large as
+a block's activations, and the buffer is free again after the block's backward. Bits and strides are those of the
+original. A trained block's activations stay where they are, because its gradients take their memory next.
 """
 
 from __future__ import annotations
@@ -24,32 +24,37 @@ from torch.utils._pytree import tree_leaves
 
 from owlore.patches import PatchStack
 
-LEAST = 1 << 9  # bytes; what is smaller is no more than what nodes of the graph take
-ALIGNED = 64  # bytes; where torch's own memory begins, so that kernels take the same way
+MIN_BYTES = 1 << 9  # smaller storages take no more than the graph's nodes do, and are not copied
+ALIGNMENT = 64  # bytes; that of torch's own memory, so that kernels take the same code path
 
 
 @contextmanager
-def saved_tensor_arena(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[SavedTensorArena]:
-    """While this lasts, activations kept for backward through frozen blocks are put on arena."""
+def saved_tensors_in_arena(blocks: Sequence[nn.Module], *, enabled: bool) -> Iterator[SavedTensorArena]:
+    """While this lasts, activations that are saved for backward through frozen blocks are copied to an arena."""
     arena = SavedTensorArena(blocks)
     with PatchStack() as patches:
         for block in blocks if enabled else ():
-            patches.replace_forward(block, arena.around(block, block.forward))
+            patches.replace_forward(block, arena.wrap(block, block.forward))
         yield arena
 
 
 class SavedTensorArena:
-    """Memory for the kept activations of as many blocks as were ever kept at once."""
+    """Buffers for the saved activations of as many blocks as were ever saved at the same time.
+
+    Attributes:
+        block_bytes: the most bytes that a block was seen to save.
+        buffers: each has room for the activations of one block.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.size = 0  # bytes that a block was seen to keep at most
-        self.all: list[_Buffer] = []
-        self._own = frozenset(
+        self.block_bytes = 0
+        self.buffers: list[_Buffer] = []
+        self._weights = frozenset(
             _address(tensor) for block in blocks for tensor in (*block.parameters(), *block.buffers())
         )
 
-    def around(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` of `block`, with what it saves put on a buffer if the block is frozen then."""
+    def wrap(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` of `block`; what it saves is copied to a buffer if the block is frozen at the call."""
 
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -57,92 +62,96 @@ class SavedTensorArena:
                 return forward(*args, **kwargs)
             # The first argument is the hidden state, made by the block below; others (masks, rotations) are shared.
             shared = {_address(leaf) for leaf in tree_leaves((args[1:], kwargs)) if isinstance(leaf, Tensor)}
-            user = _User(self._free(), self._own | shared)
-            with saved_tensors_hooks(user.pack, _unpack):
+            saved = _SavedForward(self._free_buffer(), self._weights | shared)
+            with saved_tensors_hooks(saved.pack, _unpack):
                 out = forward(*args, **kwargs)
-            self.size = max(self.size, user.needed)
+            self.block_bytes = max(self.block_bytes, saved.needed)
             return out
 
         return run
 
-    def _free(self) -> _Buffer | None:
-        """A buffer that nobody uses, of the present size; None before it is known what a block keeps."""
-        if not self.size:
+    def _free_buffer(self) -> _Buffer | None:
+        """A free buffer of `block_bytes`; None before it is known what a block saves."""
+        if not self.block_bytes:
             return None
-        buffer = next((buffer for buffer in self.all if not buffer.is_used), None)
+        buffer = next((buffer for buffer in self.buffers if not buffer.in_use), None)
         if buffer is None:
             buffer = _Buffer()
-            self.all.append(buffer)
-        if buffer.size < self.size:
-            buffer.renew(self.size)
+            self.buffers.append(buffer)
+        if len(buffer.memory) < self.block_bytes:
+            buffer.allocate(self.block_bytes)
         return buffer
 
     def num_bytes(self) -> int:
-        return sum(buffer.size for buffer in self.all)
+        """Bytes of all buffers."""
+        return sum(len(buffer.memory) for buffer in self.buffers)
 
 
 class _Buffer:
     def __init__(self) -> None:
-        self.room = torch.empty(0, dtype=torch.uint8)
-        self.user: weakref.ref[_User] | None = None
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.saved: weakref.ref[_SavedForward] | None = None
 
     @property
-    def is_used(self) -> bool:
-        """Does a graph still hold something that lies here?"""
-        return self.user is not None and self.user() is not None
+    def in_use(self) -> bool:
+        """Whether a graph still holds something that was copied here."""
+        return self.saved is not None and self.saved() is not None
 
-    @property
-    def size(self) -> int:
-        return len(self.room)
-
-    def renew(self, size: int) -> None:
-        self.room = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-        self.room = torch.empty(size, dtype=torch.uint8)
+    def allocate(self, num_bytes: int) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)  # frees the old one first
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8)
 
 
-class _User:
-    """One forward of one block: lives as long as something that it saved does."""
+class _SavedForward:
+    """What one forward of one block saved; lives as long as the graph holds a part of it.
 
-    def __init__(self, buffer: _Buffer | None, leave: frozenset[int] | set[int]) -> None:
-        self.buffer, self.leave, self.needed = buffer, leave, 0
-        # By address: the storage, if it still lives (else the address is another's now), its version then (else it was
-        # written to after it was copied), and where the copy begins.
-        self.copies: dict[int, tuple[weakref.ref[Any], int, int | None]] = {}
+    Args:
+        buffer: where storages are copied; None to count bytes only.
+        excluded: addresses of storages that are not copied: weights, and what several blocks share.
+
+    Attributes:
+        needed: bytes that a buffer needs for all storages.
+    """
+
+    def __init__(self, buffer: _Buffer | None, excluded: frozenset[int] | set[int]) -> None:
+        self.buffer, self.excluded, self.needed = buffer, excluded, 0
+        # By address: a reference to the storage (once it is freed, the address is another's), its version at the copy
+        # (another one tells that it was written to since), and the offset of the copy.
+        self._copies: dict[int, tuple[weakref.ref[Any], int, int | None]] = {}
         if buffer is not None:
-            buffer.user = weakref.ref(self)
+            buffer.saved = weakref.ref(self)
 
     def pack(self, tensor: Tensor) -> Any:
-        """The tensor itself, or a copy with its strides on the buffer."""
+        """The tensor itself, or its copy in the buffer with the same strides."""
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             return tensor
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
-        if size < LEAST or address in self.leave:
+        if size < MIN_BYTES or address in self.excluded:
             return tensor
-        known, version, begin = self.copies.get(address, (lambda: None, 0, None))
-        if known() is None or version != tensor._version:
-            begin = self._copied(storage, size)
-            self.copies[address] = (weakref.ref(storage), tensor._version, begin)
-        if begin is None or self.buffer is None:
+        copied, version, offset = self._copies.get(address, (lambda: None, 0, None))
+        if copied() is None or version != tensor._version:
+            offset = self._copy(storage, size)
+            self._copies[address] = (weakref.ref(storage), tensor._version, offset)
+        if offset is None or self.buffer is None:
             return tensor
-        item = tensor.element_size()
-        room = self.buffer.room[: self.buffer.size // item * item].view(tensor.dtype)
-        return _Kept(self, room.as_strided(tensor.shape, tensor.stride(), begin // item + tensor.storage_offset()))
+        item, memory = tensor.element_size(), self.buffer.memory
+        typed = memory[: len(memory) // item * item].view(tensor.dtype)
+        return _Kept(self, typed.as_strided(tensor.shape, tensor.stride(), offset // item + tensor.storage_offset()))
 
-    def _copied(self, storage: Any, size: int) -> int | None:
-        """Where the copy of the storage begins; None where the buffer has no room for it."""
-        begin, self.needed = self.needed, self.needed + -(-size // ALIGNED) * ALIGNED
-        if self.buffer is None or self.needed > self.buffer.size:
+    def _copy(self, storage: Any, size: int) -> int | None:
+        """Copy a storage and return the offset of the copy; None where the buffer is too small for it."""
+        offset, self.needed = self.needed, self.needed + -(-size // ALIGNMENT) * ALIGNMENT
+        if self.buffer is None or self.needed > len(self.buffer.memory):
             return None
         with torch.no_grad():
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
-            self.buffer.room[begin : begin + size].copy_(whole)
-        return begin
+            self.buffer.memory[offset : offset + size].copy_(torch.empty(0, dtype=torch.uint8).set_(storage))
+        return offset
 
 
 @dataclass(frozen=True)
 class _Kept:
-    user: _User  # held, so that the buffer counts as used
+    saved: _SavedForward  # referenced, so that the buffer counts as in use
     tensor: Tensor
 
 

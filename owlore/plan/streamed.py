@@ -18,7 +18,7 @@ from owlore.kernels.projector import projected_shape
 from owlore.optim import UpdateSpec
 from owlore.residency.binding import layout_of
 from owlore.residency.blob_layout import BlobLayout
-from owlore.residency.boundaries import AHEAD
+from owlore.residency.boundaries import MAX_IN_FLIGHT
 from owlore.residency.device_buffers import NUM_BUFFERS
 from owlore.residency.formats import FORMATS, NF4
 from owlore.residency.pinned import locked_bytes
@@ -131,7 +131,7 @@ def streamed_peak(
     def kept(down_to: int) -> int:
         """Boundaries on the device when blocks from `down_to` on are still to be walked back."""
         count = max(0, down_to - low + 1) * load.accum
-        return load.boundary * (min(count, AHEAD + 1) if model.placement.offload else count)
+        return load.boundary * (min(count, MAX_IN_FLIGHT + 1) if model.placement.offload else count)
 
     passing = load.accum * load.boundary  # hidden states on the way up, their gradients on the way down
     top = kept(blocks - 1) + passing + load.boundary + load.outside

@@ -109,7 +109,7 @@ def traffic(
     for draw in draws[:DRAWS_FOR_LOADS]:
         low = 0 if bottom else min(draw, default=parts.num_blocks)
         counted = _loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)))
-        loads.append(counted.total)
+        loads.append(sum(counted))
         stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
         again = 2 if recompute else 0
         down = sum((again + 2) * sizes[block] for block in range(low, parts.num_blocks))

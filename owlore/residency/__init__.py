@@ -1,1 +1,1 @@
-"""Where frozen blocks live and in which format: store, slots, visit plan, run."""
+"""Where frozen blocks live and in which format: store, device buffers, order of visits, streaming."""

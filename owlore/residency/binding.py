@@ -1,4 +1,4 @@
-"""Which storage a block's parameters have at the moment: a slot's, their own, or none.
+"""The storage of a block's parameters at the moment: views of a blob under a lease, their own memory, or none.
 
 Outside of a lease a streamed parameter is a single NaN expanded to its shape: names, shapes and counts are right, no
 memory is held, and reading it by mistake shows at once.
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from owlore.kernels.linear import input_of, linear_kind
 from owlore.patches import PatchStack
-from owlore.residency.blob_layout import BlobLayout, Weight
+from owlore.residency.blob_layout import BlobLayout, Views, Weight
 from owlore.residency.formats import FORMATS, Format, Raw
 from owlore.residency.frozen_linear import PackedWeight, frozen_linear
 
-Views = Mapping[str, Mapping[str, Tensor]]
-
 
 def layout_of(module: nn.Module, form: Format) -> BlobLayout:
-    """The layout of a block: the matrices of plain linear maps in `form`, everything else as it is."""
+    """The layout of a block: the matrices of plain linear maps in `form`, all other parameters with their own bits."""
     matrices = {id(m.weight) for m in module.modules() if linear_kind(m) is not None}
     raw = FORMATS[Raw.name]
     weights = [
@@ -34,7 +32,21 @@ def layout_of(module: nn.Module, form: Format) -> BlobLayout:
 
 
 class Binding:
-    """The parameters of one block. `names` are those that the whole model knows them by, in the module's order."""
+    """The parameters of one block, and the forwards of its linear maps, which read quantised weights under a lease.
+
+    Args:
+        block: index of the block, for messages.
+        module: the block.
+        names: the model's names of the block's parameters, in the module's order.
+        layout: the block's layout.
+        device: where the block computes.
+        patches: the stack on which the forwards of linear maps are replaced.
+
+    Attributes:
+        parameters: name inside the block -> parameter.
+        local_names: the model's name -> name inside the block.
+        exact: whether the parameters hold exact values, so that linear maps run as they are.
+    """
 
     def __init__(
         self,
@@ -46,12 +58,11 @@ class Binding:
         patches: PatchStack,
     ) -> None:
         self.parameters = dict(module.named_parameters())
-        self.local = dict(zip(names, self.parameters, strict=True))
-        self.own = False  # parameters have exact values for as long as the block is drawn
-        self._borrowed = False  # and they lie in the store
+        self.local_names = dict(zip(names, self.parameters, strict=True))
+        self.exact = False
+        self._owns_memory = False
         self._placeholders = {name: placeholder(p, device) for name, p in self.parameters.items()}
-        forms = {weight.name: weight for weight in layout.weights if not weight.form.exact}
-        self._packed = {name: PackedWeight(weight, block) for name, weight in forms.items()}
+        self._packed = {w.name: PackedWeight(w, block) for w in layout.weights if not w.form.exact}
         for name, m in module.named_modules():
             packed, transposed = self._packed.get(f"{name}.weight"), linear_kind(m)
             if packed is not None and transposed is not None:
@@ -63,55 +74,56 @@ class Binding:
         @wraps(forward)
         def run(*args: Tensor, **named: Tensor) -> Tensor:
             x = input_of(args, named)
-            if self.own:
-                own: Tensor = forward(x)
-                return own
+            if self.exact:
+                exact: Tensor = forward(x)
+                return exact
             bias: Any = module.bias
             return frozen_linear(x, packed, bias, transposed=transposed)
 
         return run
 
-    # -- three states ------------------------------------------------------------------------------------------------
+    def bind(self, views: Views, *, cache_dense: bool = False) -> None:
+        """Let the parameters be views of the block's blob.
 
-    def bind(self, views: Views, *, keeps: bool = False) -> None:
-        """Let the parameters be these views. keeps: lossy matrices stay dense once they were made so."""
+        Args:
+            views: weight -> field -> view.
+            cache_dense: whether a quantised matrix is made dense once and kept until `unbind`.
+        """
         for name, parameter in self.parameters.items():
             packed = self._packed.get(name)
             if packed is None:
                 parameter.data = views[name]["weight"]
             else:
-                packed.lend(views[name], keeps=keeps)
+                packed.set_fields(views[name], cache_dense=cache_dense)
 
     def unbind(self) -> None:
         """Let the parameters be placeholders."""
         for name, parameter in self.parameters.items():
             packed = self._packed.get(name)
             if packed is not None:
-                packed.lend(None)
+                packed.set_fields(None)
             parameter.data = self._placeholders[name]
-        self.own = self._borrowed = False
+        self.exact = self._owns_memory = False
 
-    def take(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Give the parameters memory of their own on the device, with these values."""
+    def copy_from(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Give the parameters memory of their own on `device`, filled from `tensors` by name inside the block."""
         for name, parameter in self.parameters.items():
             fresh = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             parameter.data = fresh.copy_(tensors[name], non_blocking=True)
-        self.own = True
+        self.exact = self._owns_memory = True
 
-    def adopt(self, views: Views) -> None:
-        """Train where the weights lie: exact views that are on the device already."""
+    def bind_exact(self, views: Views) -> None:
+        """Let the parameters be exact views that are on the device already, and train them there."""
         self.bind(views)
-        self.own = self._borrowed = True
+        self.exact = True
 
     def values(self) -> dict[str, Tensor]:
-        """The parameters' values where they are bound or have memory of their own."""
+        """The present values of the parameters by name inside the block."""
         return {name: parameter.data for name, parameter in self.parameters.items()}
 
     def num_bytes(self) -> int:
         """Bytes of the parameters' own memory."""
-        if not self.own or self._borrowed:
-            return 0
-        return sum(p.numel() * p.element_size() for p in self.parameters.values())
+        return sum(p.numel() * p.element_size() for p in self.parameters.values()) if self._owns_memory else 0
 
 
 def placeholder(parameter: Tensor, device: torch.device) -> Tensor:

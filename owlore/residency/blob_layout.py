@@ -1,4 +1,4 @@
-"""How the tensors of a block lie in one blob, so that a block travels in one copy."""
+"""The layout of a block's tensors in one blob, so that a block is copied at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch import Tensor
 
 from owlore.residency.formats import Format
 
-ALIGNMENT = 256  # bytes; what CUDA allocations have, so that a view is as good as a tensor of its own
+ALIGNMENT = 256  # bytes; CUDA allocations have it too, so kernels treat a view like a tensor of its own
+Views = Mapping[str, Mapping[str, Tensor]]  # weight -> field -> view of a blob
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A tensor of a block: its name inside the block, shape, dtype, and the format in which it is kept."""
+    """A tensor of a block by its name inside the block, and the format in which it is kept."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,7 +31,7 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Where one field of a weight lies in the blob."""
+    """The place of one field of a weight in the blob; `offset` and `num_bytes` in bytes."""
 
     weight: str
     field: str
@@ -50,21 +55,21 @@ class BlobLayout:
                 size = int(torch.Size(shape).numel()) * dtype.itemsize
                 pieces.append(Piece(weight=weight.name, field=field, dtype=dtype, shape=shape, offset=offset,
                                     num_bytes=size))  # fmt: skip
-                offset += -(-size // ALIGNMENT) * ALIGNMENT
+                offset += _aligned(size)
         return tuple(pieces)
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of a blob, with its alignment."""
-        return sum(-(-piece.num_bytes // ALIGNMENT) * ALIGNMENT for piece in self.pieces)
+        return sum(_aligned(piece.num_bytes) for piece in self.pieces)
 
     @property
     def exact(self) -> bool:
-        """Does the blob hold every weight's own bits?"""
+        """Whether the blob holds every weight's own bits."""
         return all(weight.form.exact for weight in self.weights)
 
     def views(self, blob: Tensor) -> dict[str, dict[str, Tensor]]:
-        """weight -> field -> view of the blob (uint8, flat)."""
+        """Views of a blob (uint8, flat): weight -> field -> view."""
         found: dict[str, dict[str, Tensor]] = {weight.name: {} for weight in self.weights}
         for piece in self.pieces:
             flat = blob[piece.offset : piece.offset + piece.num_bytes].view(piece.dtype)
@@ -72,9 +77,12 @@ class BlobLayout:
         return found
 
     def fill(self, blob: Tensor, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Pack exact tensors into the blob, one after another; they may lie anywhere.
+        """Pack exact tensors into a blob, one after another.
 
-        A lossy form is made on `device`, always the same one, so that the same weights always give the same codes.
+        Args:
+            blob: uint8, flat, `num_bytes` long.
+            tensors: the exact weights by name inside the block, on any device.
+            device: where a lossy format is computed; always the same one, so that equal weights give equal codes.
         """
         views = self.views(blob)
         for weight in self.weights:

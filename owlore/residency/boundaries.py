@@ -1,7 +1,7 @@
-"""The hidden states between blocks, kept for backward: on the device, or on the host and back behind the compute.
+"""The hidden states between blocks, kept for backward: on the device, or copied to the host and back.
 
-Backward reads them in a known order (blocks downwards, micro-batches upwards), so the next ones are fetched while one
-is used, and the last ones that were kept never leave the device.
+Backward reads them in a known order (blocks from the top, micro-batches from the first), so the next ones are fetched
+while one is used. The last ones that were saved are needed first and never leave the device.
 """
 
 from __future__ import annotations
@@ -17,84 +17,92 @@ from owlore.residency.copy_queue import CopyEvent, CopyQueue
 from owlore.residency.pinned import Pin
 
 Key = tuple[int, int]  # (block, micro-batch)
-AHEAD = 2  # boundaries in flight in each direction
+MAX_IN_FLIGHT = 2  # boundaries that are copied at a time in each direction
 
 
 @dataclass
-class _Away:
+class _Offloaded:
     host: Tensor
     like: Tensor  # shape and dtype, on the meta device
     event: CopyEvent
 
 
 class Boundaries:
-    """`keep` in forward order, `take` in backward order, `clear` at the end of a step."""
+    """Hidden states by block and micro-batch: `save` in the forward, `pop` in backward, `clear` at the end of a step.
 
-    def __init__(self, copies: CopyQueue, *, offload: bool, pin: Pin) -> None:
-        self.copies, self.offload, self._pin = copies, offload, pin
-        self._here: dict[Key, Tensor] = {}
-        self._away: dict[Key, _Away] = {}
-        self._leaving: deque[Key] = deque()
-        self._coming: dict[Key, CopyEvent] = {}
+    Args:
+        copy_queue: the queue of the device on which blocks compute.
+        offload: whether boundaries are copied to host memory; else they stay on the device.
+        pin: allocates host memory.
+    """
+
+    def __init__(self, copy_queue: CopyQueue, *, offload: bool, pin: Pin) -> None:
+        self.copy_queue, self.offload, self._pin = copy_queue, offload, pin
+        self._on_device: dict[Key, Tensor] = {}
+        self._on_host: dict[Key, _Offloaded] = {}
+        self._unloading: deque[Key] = deque()
+        self._fetching: dict[Key, CopyEvent] = {}
         self._order: list[Key] = []
-        self._hosts: dict[Key, Tensor] = {}  # one a key, for the whole run
+        self._host_buffers: dict[Key, Tensor] = {}  # one a key, for the whole run
 
-    def expect(self, order: Sequence[Key]) -> None:
-        """The order in which boundaries will be taken."""
+    def plan(self, order: Sequence[Key]) -> None:
+        """Set the order in which boundaries will be popped."""
         self._order = list(order)
 
-    def keep(self, key: Key, hidden: Tensor) -> None:
-        self._here[key] = hidden
+    def save(self, key: Key, hidden: Tensor) -> None:
+        """Keep a boundary, and with `offload` queue its copy to the host."""
+        self._on_device[key] = hidden
         if not self.offload:
             return
-        host = self._host(key, hidden)
-        self.copies.about = key[0]
-        self._away[key] = _Away(host, hidden.to("meta"), self.copies.unload(host, hidden))
-        self._leaving.append(key)
-        if len(self._leaving) > AHEAD:
-            gone = self._leaving.popleft()
-            self.copies.wait(self._away[gone].event)  # what is computed next may reuse the memory
-            del self._here[gone]
+        host = self._host_buffer(key, hidden)
+        self.copy_queue.current_block = key[0]
+        self._on_host[key] = _Offloaded(host, hidden.to("meta"), self.copy_queue.unload(host, hidden))
+        self._unloading.append(key)
+        if len(self._unloading) > MAX_IN_FLIGHT:
+            oldest = self._unloading.popleft()
+            self.copy_queue.wait_event(self._on_host[oldest].event)  # what is computed next may reuse the memory
+            del self._on_device[oldest]
 
-    def take(self, key: Key) -> Tensor:
-        """The boundary, for the last time."""
+    def pop(self, key: Key) -> Tensor:
+        """Return a boundary and drop it; the next ones in the planned order are fetched meanwhile."""
         self._order.remove(key)
         self._fetch(key)
-        for later in self._order[:AHEAD]:
+        for later in self._order[:MAX_IN_FLIGHT]:
             self._fetch(later)
-        self.copies.about = key[0]
-        away = self._away.pop(key, None)
-        if key in self._coming:
-            self.copies.wait(self._coming.pop(key))
-        elif away is not None:  # it never left, but its copy may still be read from it when the caller lets go
-            self._leaving.remove(key)
-            self.copies.wait(away.event)
-        return self._here.pop(key)
+        self.copy_queue.current_block = key[0]
+        offloaded = self._on_host.pop(key, None)
+        if key in self._fetching:
+            self.copy_queue.wait_event(self._fetching.pop(key))
+        elif offloaded is not None:  # still on the device, but its copy to the host may still read the memory
+            self._unloading.remove(key)
+            self.copy_queue.wait_event(offloaded.event)
+        return self._on_device.pop(key)
 
     def _fetch(self, key: Key) -> None:
-        if key in self._here:
+        if key in self._on_device:
             return
-        away = self._away[key]
-        into = torch.empty_like(away.like, device=self.copies.device)
-        self.copies.about = key[0]
-        self._coming[key] = self.copies.fetch(into, away.host)
-        self._here[key] = into
+        offloaded = self._on_host[key]
+        target = torch.empty_like(offloaded.like, device=self.copy_queue.device)
+        self.copy_queue.current_block = key[0]
+        self._fetching[key] = self.copy_queue.fetch(target, offloaded.host)
+        self._on_device[key] = target
 
-    def _host(self, key: Key, hidden: Tensor) -> Tensor:
+    def _host_buffer(self, key: Key, hidden: Tensor) -> Tensor:
         size = hidden.numel() * hidden.element_size()
-        buffer = self._hosts.get(key)
+        buffer = self._host_buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._hosts[key] = self._pin(size).tensor
+            buffer = self._host_buffers[key] = self._pin(size).tensor
         return buffer[:size].view(hidden.dtype).view(hidden.shape)
 
     def host_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._hosts.values())
+        """Bytes of the host buffers."""
+        return sum(buffer.numel() for buffer in self._host_buffers.values())
 
     def device_bytes(self) -> int:
-        """Bytes of the boundaries that lie on the device now."""
-        return sum(hidden.numel() * hidden.element_size() for hidden in self._here.values())
+        """Bytes of the boundaries that are on the device now."""
+        return sum(hidden.numel() * hidden.element_size() for hidden in self._on_device.values())
 
     def clear(self) -> None:
-        """Forget what was kept; needed after an error, nothing is left after a whole step."""
-        for held in (self._here, self._away, self._leaving, self._coming, self._order):
-            held.clear()
+        """Drop everything that was saved: after an error something may be left, after a whole step nothing is."""
+        for container in (self._on_device, self._on_host, self._unloading, self._fetching, self._order):
+            container.clear()

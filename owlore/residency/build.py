@@ -1,97 +1,75 @@
-"""From a model in memory or in files to streamed blocks: layouts, store, exact weights, one block after another."""
+"""Fills a residency, one block after another, from a model in memory or from its checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from owlore.patches import PatchStack
-from owlore.residency.binding import layout_of
-from owlore.residency.copy_queue import CopyQueue
-from owlore.residency.exact_weights import ExactWeights, FileExactWeights, LazyWeights, Overlay, Read
-from owlore.residency.formats import Format
-from owlore.residency.pinned import Pin
-from owlore.residency.residency import Residency, StoreExactWeights
-from owlore.residency.store import Store
+from owlore.residency.exact_weights import FileExactWeights, LazyWeights, Overlay, Read, Sources
+from owlore.residency.residency import Residency
 
-Find = Callable[[str], str | None]  # a parameter's name -> its name in the checkpoint
+StoredName = Callable[[str], str | None]  # a parameter's name -> its name in the checkpoint, None where it has none
 
 
-def empty_residency(
-    modules: Sequence[nn.Module],
-    names: Sequence[Sequence[str]],
-    *,
-    form: Format,
-    resident: Collection[int],
-    copies: CopyQueue,
-    pin: Pin,
-    num_buffers: int = 2,
-    exact_weights: ExactWeights | None = None,
-    patches: PatchStack | None = None,
-) -> Residency:
-    """Blocks without weights yet: `Residency.occupy` gives each its own.
+def fill_from_modules(residency: Residency, *, stored_name: StoredName, read: Read, overlay: Overlay) -> int:
+    """Move every block's weights out of its module and into the store.
 
-    exact_weights: None where the store is exact.
+    With a lossy format the exact weights stay where they were read from. A block that the checkpoint does not hold bit
+    for bit (other names, dequantised, changed in memory) goes to the overlay.
+
+    Args:
+        residency: its modules hold their weights.
+        stored_name: finds a parameter in the checkpoint.
+        read: reads a tensor of the checkpoint.
+        overlay: where exact weights go that the checkpoint does not hold.
+
+    Returns:
+        The number of blocks that went to the overlay.
     """
-    store = Store([layout_of(m, form) for m in modules], device=copies.device, resident=resident, pin=pin)
-    return Residency(
-        modules,
-        names,
-        store=store,
-        exact_weights=exact_weights or StoreExactWeights(store),
-        copies=copies,
-        num_buffers=num_buffers,
-        patches=patches,
-    )
-
-
-def move_in(residency: Residency, *, find: Find, read: Read, overlay: Overlay) -> int:
-    """Take every block's weights out of its module and into the store.
-
-    Of a lossy format the exact weights are left where they were read from; a block that the checkpoint does not hold
-    bit for bit (other names, dequantised, changed in memory) goes to the overlay. Returns how many those are.
-    """
-    places, kept = [], 0
+    sources: list[Sources] = []
+    num_kept = 0
     for block, binding in enumerate(residency.bindings):
         exact = {name: parameter.data for name, parameter in binding.parameters.items()}
-        place: dict[str, tuple[str, torch.dtype]] = {}
+        found: Sources | None = {}
         if not residency.store.exact:
-            found = _places(exact, {local: find(name) for name, local in binding.local.items()}, read)
+            found = _sources(exact, {local: stored_name(name) for name, local in binding.local_names.items()}, read)
             if found is None:
                 overlay.put(block, exact)
-                kept += 1
-            place = found or {}
-        places.append(place)
-        residency.occupy(block, exact)
+                num_kept += 1
+        sources.append(found or {})
+        residency.store_block(block, exact)
     if not residency.store.exact:
-        residency.exact_weights = FileExactWeights(read, places, overlay)
-    return kept
+        residency.exact_weights = FileExactWeights(read, sources, overlay)
+    return num_kept
 
 
-def read_in(residency: Residency, *, origins: Mapping[str, str], read: Read, overlay: Overlay) -> None:
-    """Fill the store straight from a checkpoint, a tensor at a time, for modules that hold no weights.
+def fill_from_checkpoint(residency: Residency, *, origins: Mapping[str, str], read: Read, overlay: Overlay) -> None:
+    """Fill the store from a checkpoint, a tensor at a time, for modules that hold no weights.
 
-    origins: a parameter's name -> its name in the checkpoint, where the exact weights of a lossy format stay.
+    Args:
+        residency: its modules lie on the meta device.
+        origins: a parameter's name -> its name in the checkpoint, where the exact weights of a lossy format stay.
+        read: reads a tensor of the checkpoint.
+        overlay: will have the exact weights of trained blocks.
     """
-    places = []
+    sources: list[Sources] = []
     for block, binding in enumerate(residency.bindings):
-        place = {local: (origins[name], binding.parameters[local].dtype) for name, local in binding.local.items()}
-        places.append(place)
-        residency.occupy(block, LazyWeights(place, read))
+        parameters = binding.parameters
+        found = {local: (origins[name], parameters[local].dtype) for name, local in binding.local_names.items()}
+        sources.append(found)
+        residency.store_block(block, LazyWeights(found, read))
     if not residency.store.exact:
-        residency.exact_weights = FileExactWeights(read, places, overlay)
+        residency.exact_weights = FileExactWeights(read, sources, overlay)
 
 
-def _places(
-    exact: dict[str, Tensor], stored: dict[str, str | None], read: Read
-) -> dict[str, tuple[str, torch.dtype]] | None:
+def _sources(exact: dict[str, Tensor], stored_names: dict[str, str | None], read: Read) -> Sources | None:
     """Where each tensor is in the checkpoint; None where one is not there with these very bits."""
-    places = {}
+    sources: dict[str, tuple[str, torch.dtype]] = {}
     for name, tensor in exact.items():
-        there = stored[name]
-        if there is None or not torch.equal(read(there).to(tensor.dtype), tensor.cpu()):
+        stored = stored_names[name]
+        if stored is None or not torch.equal(read(stored).to(tensor.dtype), tensor.cpu()):
             return None
-        places[name] = (there, tensor.dtype)
-    return places
+        sources[name] = (stored, tensor.dtype)
+    return sources

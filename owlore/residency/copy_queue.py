@@ -1,8 +1,8 @@
-"""What streaming asks of a device: buffers, copies that run beside the compute, and tickets to order them.
+"""Copies between host and device that run beside the compute, and the events that order them.
 
-`load` and `unload` are queued and done when their event is; `wait` makes the compute (never the host) wait for one,
-`mark` is a event of what the compute has been given so far. On a CPU a copy is done when it returns. A copies that is
-`timed` keeps the moments at which copies, waits and visits began and ended (`Span`).
+`load`, `fetch` and `unload` queue a copy and return its event. `wait_event` makes the compute (never the host) wait for
+an event; `record_event` gives an event of what the compute was given so far. On a CPU a copy is done when it returns.
+A queue that is `timed` records when copies, waits and visits began and ended (`Span`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ from torch import Tensor
 from owlore.residency.pinned import HostBlob, pin
 from owlore.residency.staging import Staging
 
-CopyEvent = Any
+CopyEvent = Any  # of a queue: None on a CPU, a CUDA event or the future of one on a GPU
+Timestamp = Any  # of a queue: seconds on a CPU, a CUDA event on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """Something that took time. kind: copy (a block's weights), fetch and unload (a boundary), stall, or what the
-    caller of `CopyQueue.span` names. block: None where it is of none. Seconds, from the first moment that was kept."""
+    """A recorded stretch of time.
+
+    Attributes:
+        kind: `copy` (a block's weights), `fetch` and `unload` (a boundary), `stall` (the compute waits), or the name
+            that the caller of `CopyQueue.span` gave.
+        block: index of the block, None where it belongs to no block.
+        start, end: seconds from the first recorded moment.
+    """
 
     kind: str
     block: int | None
@@ -35,94 +42,89 @@ class Span:
     end: float
 
 
-Moment = Any  # of a queue: seconds on a CPU, an event on CUDA
-
-
 class CopyQueue(ABC):
-    """One device and its queues of copies. Counts what was loaded.
+    """The copies of one device.
 
-    about: the block that the next copies and waits are for, which spans are labelled with.
+    Attributes:
+        current_block: the block that the next copies and waits are for; spans are labelled with it.
+        loads, loaded_bytes: number and bytes of the blobs that were loaded.
     """
 
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
         self.device, self.timed = device, timed
-        self.about: int | None = None
-        self._kept: list[tuple[str, int | None, Moment, Moment]] = []
+        self.current_block: int | None = None
+        self._recorded: list[tuple[str, int | None, Timestamp, Timestamp]] = []
         self.loads = 0
         self.loaded_bytes = 0
-        self.buffer_bytes = 0
 
-    def buffer(self, num_bytes: int) -> Tensor:
-        """Permanent device memory (uint8, flat)."""
-        self.buffer_bytes += num_bytes
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Device memory (uint8, flat)."""
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
-    def load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
-        """Queue blob -> into, to begin when `after` (None: at once) is done."""
+    def load(self, target: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
+        """Queue the copy of a blob.
+
+        Args:
+            target: device memory (uint8, flat) as large as the blob.
+            blob: a block's weights on the host.
+            after: the event after which the copy may begin; None for at once.
+        """
         self.loads += 1
         self.loaded_bytes += blob.tensor.numel()
-        return self._load(into, blob, after)
+        return self._load(target, blob, after)
 
     @abstractmethod
-    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent: ...
+    def _load(self, target: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent: ...
 
     @abstractmethod
-    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
-        """Queue host -> into for a fresh device tensor, behind what the compute has been given so far."""
+    def fetch(self, target: Tensor, host: Tensor) -> CopyEvent:
+        """Queue the copy of `host` to a fresh device tensor, behind what the compute has been given so far."""
 
     @abstractmethod
-    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
-        """Queue source -> into (host memory), behind what the compute has been given so far."""
+    def unload(self, host: Tensor, source: Tensor) -> CopyEvent:
+        """Queue the copy of a device tensor to `host`, behind what the compute has been given so far."""
 
     @abstractmethod
-    def wait(self, event: CopyEvent) -> None:
-        """What the compute is given from now on begins after the event."""
+    def wait_event(self, event: CopyEvent) -> None:
+        """Let what the compute is given from now on begin after the event."""
 
     @abstractmethod
-    def mark(self) -> CopyEvent:
+    def record_event(self) -> CopyEvent:
         """An event of everything that the compute has been given."""
-
-    def leased(self, slot: Tensor) -> None:
-        """A lease on a slot begins; for ports that check how slots are used."""
-        del slot
-
-    def released(self, slot: Tensor) -> None:
-        """The last lease on a slot ended."""
-        del slot
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    def moment(self) -> Moment:
-        """Now, in the queue of the compute."""
+    def _now(self) -> Timestamp:
         return perf_counter()
 
-    def between(self, start: Moment, end: Moment) -> float:
-        """Seconds from one moment to another."""
+    def _seconds_between(self, start: Timestamp, end: Timestamp) -> float:
         return float(end - start)
 
     @contextmanager
     def span(self, kind: str, block: int | None = None) -> Iterator[None]:
-        """What the compute is given inside, in a queue that is timed."""
-        start = self.moment() if self.timed else None
+        """Record the time of what the compute is given inside, if the queue is timed."""
+        start = self._now() if self.timed else None
         yield
         if self.timed:
-            self._kept.append((kind, block, start, self.moment()))
+            self._recorded.append((kind, block, start, self._now()))
 
     def timeline(self) -> list[Span]:
-        """What was kept since the last call; on CUDA this waits for the device, so not inside a step."""
-        kept, self._kept = self._kept, []
-        if not kept:
+        """The spans since the last call. On CUDA this waits for the device, so call it between steps."""
+        recorded, self._recorded = self._recorded, []
+        if not recorded:
             return []
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        first = kept[0][2]
-        offsets = [(kind, block, self.between(first, a), self.between(first, b)) for kind, block, a, b in kept]
+        first, between = recorded[0][2], self._seconds_between
+        offsets = [(kind, block, between(first, start), between(first, end)) for kind, block, start, end in recorded]
         zero = min(start for _, _, start, _ in offsets)
-        return [Span(kind=kind, block=block, start=a - zero, end=b - zero) for kind, block, a, b in offsets]
+        return [Span(kind=kind, block=block, start=start - zero, end=end - zero) for kind, block, start, end in offsets]
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that copies to the device took and that the compute stood still for them since the last call; empty
-        in a queue that is not timed."""
+        """Seconds since the last call: `copy` of copies to the device, `stall` in which the compute waited for them.
+
+        Empty in a queue that is not timed.
+        """
         if not self.timed:
             return {}
         kinds = {"copy": ("copy", "fetch"), "stall": ("stall",)}
@@ -131,84 +133,84 @@ class CopyQueue(ABC):
 
 
 class CpuCopyQueue(CopyQueue):
-    """Device and host are one memory: a copy is done when it is asked for, and the compute stands still meanwhile."""
+    """Device and host share one memory: a copy is done at once, and nothing is computed meanwhile."""
 
-    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
-        self._copy("copy", into, blob.tensor)
+    def _load(self, target: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
+        self._copy("copy", target, blob.tensor)
 
-    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
-        self._copy("fetch", into, host)
+    def fetch(self, target: Tensor, host: Tensor) -> CopyEvent:
+        self._copy("fetch", target, host)
 
-    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
-        self._copy("unload", into, source)
+    def unload(self, host: Tensor, source: Tensor) -> CopyEvent:
+        self._copy("unload", host, source)
 
-    def _copy(self, kind: str, into: Tensor, source: Tensor) -> None:
-        with self.span(kind, self.about):
-            into.copy_(source)
+    def _copy(self, kind: str, target: Tensor, source: Tensor) -> None:
+        with self.span(kind, self.current_block):
+            target.copy_(source)
 
-    def wait(self, event: CopyEvent) -> None:
+    def wait_event(self, event: CopyEvent) -> None:
         return None
 
-    def mark(self) -> CopyEvent:
+    def record_event(self) -> CopyEvent:
         return None
 
 
 class CudaCopyQueue(CopyQueue):
-    """Two copy streams beside the current one, one a direction; the order between them is kept by events alone."""
+    """Two copy streams beside the current one, one for each direction; events alone keep the order between them."""
 
-    RING = 3  # pinned buffers through which blobs that could not be pinned travel
+    STAGING_BUFFERS = 3  # pinned buffers through which blobs that could not be pinned are copied
 
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
         super().__init__(device, timed=timed)
-        self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._to_device, self._to_host = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._staging: Staging | None = None
 
-    def _load(self, into: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
-        copy = self._copier(self._in, "copy", into, after)
+    def _load(self, target: Tensor, blob: HostBlob, after: CopyEvent) -> CopyEvent:
+        copy = self._copy_on(self._to_device, "copy", target, after)
         if blob.pinned:
             return copy(blob.tensor)
         if self._staging is None:
-            device = self._in.device  # with its number, without which no thread can make it its own
-            self._staging = Staging(self.RING, pin=pin, begin=lambda: torch.cuda.set_device(device))
+            device = self._to_device.device  # with its index, which `set_device` in another thread needs
+            self._staging = Staging(self.STAGING_BUFFERS, pin=pin, initializer=lambda: torch.cuda.set_device(device))
         return self._staging.submit(blob.tensor, copy)
 
-    def fetch(self, into: Tensor, host: Tensor) -> CopyEvent:
-        return self._copier(self._in, "fetch", into, self.mark())(host)
+    def fetch(self, target: Tensor, host: Tensor) -> CopyEvent:
+        return self._copy_on(self._to_device, "fetch", target, self.record_event())(host)
 
-    def unload(self, into: Tensor, source: Tensor) -> CopyEvent:
-        return self._copier(self._out, "unload", into, self.mark())(source)
+    def unload(self, host: Tensor, source: Tensor) -> CopyEvent:
+        return self._copy_on(self._to_host, "unload", host, self.record_event())(source)
 
-    def _copier(
-        self, stream: torch.cuda.Stream, kind: str, into: Tensor, after: CopyEvent
+    def _copy_on(
+        self, stream: torch.cuda.Stream, kind: str, target: Tensor, after: CopyEvent
     ) -> Callable[[Tensor], torch.cuda.Event]:
-        """Copies what it is given on `stream`, after an event; perhaps later and on another thread."""
-        block = self.about
+        """A function that copies a tensor to `target` on `stream`; the staging thread may call it later."""
+        block = self.current_block
 
         def copy(source: Tensor) -> torch.cuda.Event:
             if after is not None:
                 stream.wait_event(after)
             began = self._event(stream) if self.timed else None
             with torch.cuda.stream(stream):
-                into.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=True)
             done = self._event(stream)
             if began is not None:
-                self._kept.append((kind, block, began, done))
+                self._recorded.append((kind, block, began, done))
             return done
 
         return copy
 
-    def wait(self, event: CopyEvent) -> None:
+    def wait_event(self, event: CopyEvent) -> None:
         event = event.result() if isinstance(event, Future) else event
-        with self.span("stall", self.about):
+        with self.span("stall", self.current_block):
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def mark(self) -> CopyEvent:
+    def record_event(self) -> CopyEvent:
         return self._event(torch.cuda.current_stream(self.device))
 
-    def moment(self) -> Moment:
-        return self.mark()
+    def _now(self) -> Timestamp:
+        return self.record_event()
 
-    def between(self, start: Moment, end: Moment) -> float:
+    def _seconds_between(self, start: Timestamp, end: Timestamp) -> float:
         return float(start.elapsed_time(end)) / 1e3
 
     def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:

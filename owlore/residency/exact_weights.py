@@ -1,7 +1,7 @@
 """The exact weights of blocks that are frozen in a lossy format.
 
-They stay in the checkpoint file until a block is drawn. What was trained goes to an overlay, exact bits in memory or
-in a file a block, and is read from there ever after; so nothing is ever made from quantised values.
+They stay in the checkpoint file until a block is drawn. What was trained goes to an overlay, exact bits in memory or in
+one file a block, and is read from there afterwards; so nothing is ever computed from quantised values.
 """
 
 from __future__ import annotations
@@ -17,52 +17,59 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-Read = Callable[[str], Tensor]
-Exact = Mapping[str, Tensor]
+Read = Callable[[str], Tensor]  # a name in the checkpoint -> its tensor
+Tensors = Mapping[str, Tensor]  # name inside the block -> tensor
+Sources = Mapping[str, tuple[str, torch.dtype]]  # name inside the block -> (name in the checkpoint, training dtype)
 
 
 class ExactWeights(Protocol):
-    """Exact weights of a block by name inside the block; tensors on the host that the caller does not change, read from
-    a file perhaps only when one is asked for."""
+    """Exact weights of blocks, on the host."""
 
-    def read(self, block: int) -> Exact: ...
+    def read(self, block: int) -> Tensors:
+        """Tensors that the caller does not change; each may be read from a file only when it is looked up."""
 
-    def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None: ...
+    def write(self, block: int, tensors: Tensors) -> None:
+        """Replace the weights of a block by copies of `tensors`."""
 
-    def expect(self, blocks: Iterable[int]) -> None: ...
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read blocks that will be asked for next."""
 
 
 class Overlay:
-    """Exact weights of what was trained: in memory, or one safetensors file a block below `directory`.
+    """Exact weights of what was trained.
 
-    The directory goes when nobody needs the overlay any more.
+    Args:
+        directory: where each block is one safetensors file, removed when the overlay is no longer referenced; None for
+            memory.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         if directory is not None:
             finalize(self, shutil.rmtree, directory, ignore_errors=True)
-        self._held: dict[int, Exact] = {}
-        self._filed: set[int] = set()
+        self._in_memory: dict[int, Tensors] = {}
+        self._in_files: set[int] = set()
 
     def __contains__(self, block: int) -> bool:
-        return block in self._held or block in self._filed
+        return block in self._in_memory or block in self._in_files
 
-    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        plain = {name: _on_host(tensor) for name, tensor in tensors.items()}
+    def put(self, block: int, tensors: Tensors) -> None:
+        """Keep copies of a block's tensors."""
+        copies = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}
         if self.directory is None:
-            self._held[block] = plain
+            self._in_memory[block] = copies
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        save_file(plain, self._path(block))
-        self._filed.add(block)
+        save_file(copies, self._path(block))
+        self._in_files.add(block)
 
-    def get(self, block: int) -> Exact:
-        return self._held[block] if block in self._held else load_file(self._path(block))
+    def get(self, block: int) -> Tensors:
+        """The tensors of a block that was put."""
+        return self._in_memory[block] if block in self._in_memory else load_file(self._path(block))
 
     def num_bytes(self) -> int:
         """Bytes held in memory."""
-        return sum(t.numel() * t.element_size() for held in self._held.values() for t in held.values())
+        return sum(t.numel() * t.element_size() for held in self._in_memory.values() for t in held.values())
 
     def _path(self, block: int) -> Path:
         assert self.directory is not None
@@ -70,58 +77,53 @@ class Overlay:
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """A block's exact weights that are read from the checkpoint one at a time, each whenever it is asked for.
+    """A block's exact weights; each is read from the checkpoint whenever it is looked up."""
 
-    place: name inside the block -> (name in the checkpoint, dtype that the model trains in).
-    """
-
-    def __init__(self, place: Mapping[str, tuple[str, torch.dtype]], read: Read) -> None:
-        self._place, self._read = place, read
+    def __init__(self, sources: Sources, read: Read) -> None:
+        self._sources, self._read = sources, read
 
     def __getitem__(self, name: str) -> Tensor:
-        stored, dtype = self._place[name]
+        stored, dtype = self._sources[name]
         return self._read(stored).to(dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._sources)
 
 
 class FileExactWeights:
     """Exact weights in a checkpoint that is read a tensor at a time, under an overlay.
 
-    places: for each block, name inside the block -> (name in the checkpoint, dtype that the model trains in).
+    Args:
+        read: reads a tensor of the checkpoint.
+        sources: for each block where its tensors are.
+        overlay: has the blocks that were trained.
     """
 
-    def __init__(self, read: Read, places: Sequence[Mapping[str, tuple[str, torch.dtype]]], overlay: Overlay) -> None:
-        self._read, self._places, self.overlay = read, places, overlay
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="owlore-masters")
-        self._coming: dict[int, Future[Exact]] = {}
+    def __init__(self, read: Read, sources: Sequence[Sources], overlay: Overlay) -> None:
+        self._read, self._sources, self.overlay = read, sources, overlay
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="owlore-exact-weights")
+        self._pending: dict[int, Future[Tensors]] = {}
 
-    def read(self, block: int) -> Exact:
-        coming = self._coming.pop(block, None)
+    def read(self, block: int) -> Tensors:
+        pending = self._pending.pop(block, None)
         if block in self.overlay:
             return self.overlay.get(block)
-        return coming.result() if coming is not None else self._lazy(block)
+        return pending.result() if pending is not None else self._lazy(block)
 
-    def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, block: int, tensors: Tensors) -> None:
         self.overlay.put(block, tensors)
 
-    def expect(self, blocks: Iterable[int]) -> None:
-        """Begin to read these blocks, which are drawn next; what was expected before and not read is dropped."""
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read these blocks; blocks of an earlier call that were not read are dropped."""
         wanted = [block for block in blocks if block not in self.overlay]
-        for block in set(self._coming) - set(wanted):
-            self._coming.pop(block).cancel()
+        for block in set(self._pending) - set(wanted):
+            self._pending.pop(block).cancel()
         for block in wanted:
-            if block not in self._coming:
-                self._coming[block] = self._thread.submit(dict, self._lazy(block))
+            if block not in self._pending:
+                self._pending[block] = self._thread.submit(dict, self._lazy(block))
 
     def _lazy(self, block: int) -> LazyWeights:
-        return LazyWeights(self._places[block], self._read)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return host.copy_(tensor)
+        return LazyWeights(self._sources[block], self._read)

@@ -1,7 +1,8 @@
-"""The formats in which a frozen matrix rests and travels: as it is, row-wise int8, or NF4.
+"""The formats in which a frozen matrix is stored and copied: its own bits, row-wise int8, or NF4.
 
-A format says which tensors stand for a matrix (`fields`, from its shape alone, so that a plan needs no weights), makes
-them (`pack`) and turns them back into a dense matrix (`dense`).
+Each format has three methods. `fields` gives dtype and shape of the tensors that represent a matrix, from its shape and
+dtype alone, so that a plan needs no weights. `pack` computes these tensors from a matrix. `dense` computes the matrix
+from the tensors, by field, in the given shape and dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ class Raw:
         return {"weight": weight.detach()}
 
     def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        del shape, dtype
         return held["weight"]
 
 
@@ -43,7 +43,6 @@ class Int8:
     exact = False
 
     def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> Fields:
-        del dtype
         return {"codes": (torch.int8, shape), "scale": (torch.float32, shape[:1])}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
@@ -51,18 +50,16 @@ class Int8:
         return {"codes": codes, "scale": scale}
 
     def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        del shape
         return int8.dequantise(held["codes"], held["scale"], dtype)
 
 
 class NF4:
-    """4.127 bits a value, with double quantisation of the magnitudes."""
+    """4-bit NormalFloat with double quantisation of the magnitudes: 4.127 bits a value."""
 
     name = "nf4"
     exact = False
 
     def fields(self, shape: tuple[int, ...], dtype: torch.dtype) -> Fields:
-        del dtype
         count = int(torch.Size(shape).numel())
         blocks = -(-count // BLOCK)
         return {
@@ -92,7 +89,7 @@ FORMATS: dict[str, Format] = {form.name: form for form in (Raw(), Int8(), NF4())
 
 @lru_cache(maxsize=1)
 def _bitsandbytes() -> Any:
-    """Its functions on CUDA, where it is installed: one kernel instead of five."""
+    """bitsandbytes' functions, which dequantise in one kernel instead of five; None where it is not installed."""
     try:
         import bitsandbytes.functional
     except (ImportError, RuntimeError):

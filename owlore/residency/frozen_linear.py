@@ -1,7 +1,7 @@
 """A frozen linear map that saves nothing for backward.
 
-For y = x W^T (+ b) with W frozen, backward needs W alone: dx = dy W. torch's own saves the dense W; here both ways
-ask the block's lease for it, so a quantised block holds one dense matrix at a time and nothing outlives the lease.
+For y = x W^T (+ b) with W frozen, backward needs W alone: dx = dy W. torch's own linear saves the dense W. Here forward
+and backward both dequantise it from the leased block, so one dense matrix exists at a time and none outlives the lease.
 """
 
 from __future__ import annotations
@@ -17,25 +17,35 @@ from owlore.residency.blob_layout import Weight
 
 
 class PackedWeight:
-    """The quantised matrix of one module. Readable only while its block is leased."""
+    """The quantised matrix of one linear map, readable only while its block is leased."""
 
     def __init__(self, weight: Weight, block: int) -> None:
         self.weight, self.block = weight, block
         self.fields: Mapping[str, Tensor] | None = None
-        self.keeps = False  # the dense matrix is made once a lease, for all the micro-batches that it serves
+        self._caches_dense = False
         self._dense: Tensor | None = None
 
-    def lend(self, fields: Mapping[str, Tensor] | None, *, keeps: bool = False) -> None:
-        """A lease begins with these fields, or ends with none."""
-        self.fields, self.keeps, self._dense = fields, keeps, None
+    def set_fields(self, fields: Mapping[str, Tensor] | None, *, cache_dense: bool = False) -> None:
+        """Begin a lease with the tensors of the format, or end it with None.
+
+        Args:
+            fields: field -> tensor on the device.
+            cache_dense: whether the dense matrix is kept until the lease ends, for several micro-batches.
+        """
+        self.fields, self._caches_dense, self._dense = fields, cache_dense, None
 
     def dense(self) -> Tensor:
+        """The dequantised matrix.
+
+        Raises:
+            RuntimeError: the block is not leased.
+        """
         if self.fields is None:
             raise RuntimeError(f"{self.weight.name} of block {self.block} was read outside of a lease")
         if self._dense is not None:
             return self._dense
         dense = self.weight.form.dense(self.fields, self.weight.shape, self.weight.dtype)
-        if self.keeps:
+        if self._caches_dense:
             self._dense = dense
         return dense
 
@@ -53,7 +63,14 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
-    """x W^T + b; autocast's dtype is taken where it is on."""
+    """x W^T + b without saving W, in the dtype of autocast where it is enabled.
+
+    Args:
+        x: (..., in).
+        weight: W, (out, in), or (in, out) with `transposed`.
+        bias: b, (out,).
+        transposed: whether W lies transposed, as in transformers' Conv1D.
+    """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -64,7 +81,7 @@ def frozen_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, *, trans
 
 
 class _Cast(PackedWeight):
-    """A packed weight whose dense matrix comes in another dtype."""
+    """A packed weight whose dense matrix is cast to another dtype."""
 
     def __init__(self, inner: PackedWeight, dtype: torch.dtype) -> None:
         self.inner, self.dtype = inner, dtype

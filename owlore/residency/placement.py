@@ -1,4 +1,4 @@
-"""Where the blocks of a run live and in which format: the settings, and the one predicate that follows from them."""
+"""Where the blocks of a run are stored and in which format: the settings, and whether the run streams."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where frozen blocks live.
+    """Where frozen blocks are stored.
 
     Attributes:
-        residency: `device`, or `host` from where they stream.
+        residency: `device`, or `host`, from which blocks are copied for each visit.
         resident_share: with `host` the share of blocks in [0, 1), from the top, that stays on the device.
-        frozen: format of frozen blocks: `bf16` is their own, `int8` and `nf4` are lossy.
-        offload: whether hidden states between blocks wait in host memory.
+        frozen: format of frozen blocks: `bf16` keeps their own bits, `int8` and `nf4` are lossy.
+        offload: whether the hidden states between blocks are kept in host memory.
     """
 
     residency: str = "device"

@@ -1,4 +1,4 @@
-"""Blocks that are visited: leased from the store while they are read, owned while they are trained."""
+"""The blocks of a streamed model: leased while they are visited, with memory of their own while they are trained."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from owlore.patches import PatchStack
-from owlore.residency.binding import Binding
+from owlore.residency.binding import Binding, layout_of
+from owlore.residency.blob_layout import Views
 from owlore.residency.copy_queue import CopyQueue
 from owlore.residency.device_buffers import DeviceBuffers
-from owlore.residency.exact_weights import Exact, ExactWeights
+from owlore.residency.exact_weights import ExactWeights, Tensors
+from owlore.residency.formats import Format
+from owlore.residency.pinned import Pin
 from owlore.residency.store import Store
 from owlore.residency.visits import next_loads
 
 
-class StoreExactWeights:
-    """Exact weights of an exact store: the blobs are the weights."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def read(self, block: int) -> Exact:
-        return {name: fields["weight"] for name, fields in self._store.views(block).items()}
-
-    def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing more than filling the store, which happens for every block that leaves."""
-
-    def expect(self, blocks: Iterable[int]) -> None:
-        """The weights are in memory."""
-
-
 class Residency:
-    """The blocks of one model. names: for each block what the model calls its parameters, in the module's order.
+    """The blocks of one model. Each has to be given its weights with `store_block` before the first visit.
 
-    Every block has to be given its weights with `occupy` before anything is visited.
+    Args:
+        modules: the blocks.
+        names: for each block the model's names of its parameters, in the module's order.
+        form: format of frozen matrices.
+        resident: blocks that stay on the device while they are frozen.
+        copy_queue: the queue of the device.
+        pin: allocates host memory.
+        num_buffers: device buffers that streamed blocks share.
+        patches: the stack on which the forwards of linear maps are replaced.
+
+    Attributes:
+        exact_weights: has the exact weights where the format is lossy; None where the store is exact.
+        active: blocks that are trained.
+        cache_dense: whether a visit makes a quantised matrix dense only once, for several micro-batches.
     """
 
     def __init__(
@@ -44,186 +44,181 @@ class Residency:
         modules: Sequence[nn.Module],
         names: Sequence[Sequence[str]],
         *,
-        store: Store,
-        exact_weights: ExactWeights,
-        copies: CopyQueue,
+        form: Format,
+        resident: Collection[int],
+        copy_queue: CopyQueue,
+        pin: Pin,
         num_buffers: int = 2,
         patches: PatchStack | None = None,
     ) -> None:
-        self.store, self.exact_weights, self.copies = store, exact_weights, copies
-        streamed = [store.layouts[block].num_bytes for block in store.streamed]
-        self.device_buffers = DeviceBuffers(copies, min(num_buffers, len(streamed)), max(streamed, default=0))
+        device, layouts = copy_queue.device, [layout_of(module, form) for module in modules]
+        self.store = store = Store(layouts, device=device, resident=resident, pin=pin)
+        self.copy_queue = copy_queue
+        self.exact_weights: ExactWeights | None = None
+        streamed = [layouts[block].num_bytes for block in store.streamed]
+        self.device_buffers = DeviceBuffers(copy_queue, min(num_buffers, len(streamed)), max(streamed, default=0))
         patches = PatchStack() if patches is None else patches
         self.bindings = [
-            Binding(block, module, names[block], store.layouts[block], copies.device, patches)
+            Binding(block, module, names[block], layouts[block], device, patches)
             for block, module in enumerate(modules)
         ]
-        kinds = {layout: index for index, layout in enumerate(dict.fromkeys(store.layouts))}
-        self._kind = [kinds[layout] for layout in store.layouts]
-        self._slot_views: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {}
-        self._resident_views: dict[int, dict[str, dict[str, Tensor]]] = {}
-        self._home = {name: block for block, binding in enumerate(self.bindings) for name in binding.local}
-        self._coming: list[int] = []
-        self.live: set[int] = set()
-        self.exact_visits = False
-        self.keeps_dense = False  # a visit serves several micro-batches: what is lossy is made dense once
+        kinds = {layout: index for index, layout in enumerate(dict.fromkeys(layouts))}
+        self._kinds = [kinds[layout] for layout in layouts]
+        self._buffer_views: dict[tuple[int, int], Views] = {}  # by buffer and kind of block
+        self._resident_views: dict[int, Views] = {}
+        self._block_of = {name: block for block, binding in enumerate(self.bindings) for name in binding.local_names}
+        self._upcoming: list[int] = []
+        self.active: set[int] = set()
+        self._visits_exact = False
+        self.cache_dense = False
 
-    def occupy(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+    def store_block(self, block: int, tensors: Tensors) -> None:
         """Put a block's first exact weights (by name inside the block) into the store and free the module's own."""
         self.store.fill(block, tensors)
         self.bindings[block].unbind()
 
-    def __len__(self) -> int:
-        return len(self.bindings)
-
     # -- visits ------------------------------------------------------------------------------------------------------
 
-    def walk(self, blocks: Iterable[int]) -> None:
-        """The blocks that will be visited, in order; the loader looks ahead in it."""
-        streamed = self.store.streamed - self.live
-        self._coming = [block for block in blocks if block in streamed]
+    def plan_visits(self, blocks: Iterable[int]) -> None:
+        """Set the blocks that will be visited, in order; loads are queued ahead of them."""
+        streamed = self.store.streamed - self.active
+        self._upcoming = [block for block in blocks if block in streamed]
 
     @contextmanager
     def visit(self, block: int) -> Iterator[None]:
-        """The block's weights are on the device inside: its own while it is drawn, else under a lease."""
-        with self._held(block), self.copies.span("visit", block):
+        """Inside, the block's weights are on the device: its own while it is trained, else under a lease."""
+        with self._bound(block), self.copy_queue.span("visit", block):
             yield
 
     @contextmanager
-    def _held(self, block: int) -> Iterator[None]:
-        if block in self.live:
+    def _bound(self, block: int) -> Iterator[None]:
+        if block in self.active:
             yield
-        elif self.exact_visits:
-            with self._owned(block):
-                yield
-        elif block in self.store.resident:
-            with self._bound(block, self._views_of_resident(block)):
-                yield
-        else:
-            self._load_ahead(block)
-            slot, buffer = self.device_buffers.lease(block)
-            try:
-                with self._bound(block, self._views(slot, block, buffer)):
-                    yield
-            finally:
-                self.device_buffers.release(slot)
-                if self._coming and self._coming[0] == block:
-                    del self._coming[0]
+            return
+        binding, leased = self.bindings[block], None
+        try:
+            if self._visits_exact:
+                binding.copy_from(self._read_exact(block), self.copy_queue.device)
+            elif block in self.store.resident:
+                binding.bind(self._views_of_resident(block), cache_dense=self.cache_dense)
+            else:
+                self._load_ahead(block)
+                leased, buffer = self.device_buffers.lease(block)
+                binding.bind(self._views_of_buffer(leased, block, buffer), cache_dense=self.cache_dense)
+            yield
+        finally:
+            binding.unbind()
+            if leased is not None:
+                self.device_buffers.release(leased)
+                if self._upcoming and self._upcoming[0] == block:
+                    del self._upcoming[0]
 
     def _load_ahead(self, block: int) -> None:
-        if not self._coming or self._coming[0] != block:  # a call that was not planned: a forward of the whole model
-            self.walk([*range(block, len(self)), *range(block)])
-        for slot, wanted in next_loads(self.device_buffers.owner, self._coming):
-            self.device_buffers.load(slot, wanted, self.store.blobs[wanted])
+        if not self._upcoming or self._upcoming[0] != block:  # an unplanned call: a forward of the whole model
+            self.plan_visits([*range(block, len(self.bindings)), *range(block)])
+        for index, wanted in next_loads(self.device_buffers.blocks, self._upcoming):
+            self.device_buffers.load(index, wanted, self.store.blobs[wanted])
 
-    def _views(self, slot: int, block: int, buffer: Tensor) -> dict[str, dict[str, Tensor]]:
-        key = (slot, self._kind[block])
-        if key not in self._slot_views:
-            self._slot_views[key] = self.store.layouts[block].views(buffer)
-        return self._slot_views[key]
+    def _views_of_buffer(self, index: int, block: int, buffer: Tensor) -> Views:
+        key = (index, self._kinds[block])
+        if key not in self._buffer_views:
+            self._buffer_views[key] = self.store.layouts[block].views(buffer)
+        return self._buffer_views[key]
 
-    def _views_of_resident(self, block: int) -> dict[str, dict[str, Tensor]]:
+    def _views_of_resident(self, block: int) -> Views:
         if block not in self._resident_views:
             self._resident_views[block] = self.store.views(block)
         return self._resident_views[block]
 
     @contextmanager
-    def _bound(self, block: int, views: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-        self.bindings[block].bind(views, keeps=self.keeps_dense)
+    def visit_exact_weights(self) -> Iterator[None]:
+        """Inside, every visit reads the exact weights, not those of a lossy format."""
+        self._visits_exact = not self.store.exact
         try:
             yield
         finally:
-            self.bindings[block].unbind()
+            self._visits_exact = False
 
-    @contextmanager
-    def _owned(self, block: int) -> Iterator[None]:
-        self.bindings[block].take(self.exact_weights.read(block), self.copies.device)
-        try:
-            yield
-        finally:
-            self.bindings[block].unbind()
+    # -- the active blocks -------------------------------------------------------------------------------------------
 
-    # -- the drawn set -----------------------------------------------------------------------------------------------
+    def set_active(self, blocks: Collection[int]) -> None:
+        """Train exactly these blocks; the trained values of the others are written back."""
+        for block in sorted(self.active - set(blocks)):
+            self._deactivate(block)
+        for block in sorted(set(blocks) - self.active):
+            self._activate(block)
 
-    def set_active(self, drawn: Collection[int]) -> None:
-        """Let exactly the drawn blocks own their weights; what the others learned goes back to masters and store."""
-        for block in sorted(self.live - set(drawn)):
-            self._leave(block)
-        for block in sorted(set(drawn) - self.live):
-            self._draw(block)
-
-    def _draw(self, block: int) -> None:
-        if self._trains_in_place(block):
-            self.bindings[block].adopt(self._views_of_resident(block))
+    def _activate(self, block: int) -> None:
+        if self._trains_in_store(block):
+            self.bindings[block].bind_exact(self._views_of_resident(block))
         else:
-            self.bindings[block].take(self.exact_weights.read(block), self.copies.device)
-            self.device_buffers.forget(block)
-            if block in self.store.resident:  # its lossy form would only take room
+            self.bindings[block].copy_from(self._read_exact(block), self.copy_queue.device)
+            self.device_buffers.invalidate(block)
+            if block in self.store.resident:  # its lossy form is not read while it is trained
                 self._resident_views.pop(block, None)
                 self.store.drop(block)
-        self.live.add(block)
+        self.active.add(block)
 
-    def _leave(self, block: int) -> None:
-        if not self._trains_in_place(block):
-            self._keep(block, self.bindings[block].values())
+    def _deactivate(self, block: int) -> None:
+        if not self._trains_in_store(block):
+            self._write_back(block, self.bindings[block].values())
         self.bindings[block].unbind()
-        self.live.discard(block)
+        self.active.discard(block)
 
-    def _trains_in_place(self, block: int) -> bool:
-        """Exact and on the device: the store's bytes are the weights that are trained."""
+    def _trains_in_store(self, block: int) -> bool:
+        """Whether the block's blob is exact and on the device, so that its bytes are what is trained."""
         return block in self.store.resident and self.store.layouts[block].exact
-
-    def _keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
-        self.exact_weights.keep(block, tensors)
-        self.store.fill(block, tensors)
-        self.device_buffers.forget(block)
 
     # -- exact weights -----------------------------------------------------------------------------------------------
 
-    def exact(self, name: str) -> Tensor:
-        """A parameter's true value: its own memory while drawn, else its master."""
-        return self.values([name])[name]
+    def _read_exact(self, block: int) -> Tensors:
+        """Exact weights of a block that is not active; those of an exact store are views of the blob."""
+        if self.exact_weights is not None:
+            return self.exact_weights.read(block)
+        return {name: fields["weight"] for name, fields in self.store.views(block).items()}
+
+    def _write_back(self, block: int, tensors: Tensors) -> None:
+        if self.exact_weights is not None:
+            self.exact_weights.write(block, tensors)
+        self.store.fill(block, tensors)
+        self.device_buffers.invalidate(block)
+
+    def _present(self, block: int) -> Tensors:
+        return self.bindings[block].values() if block in self.active else self._read_exact(block)
+
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Begin to read the exact weights of blocks that become active next, where they come from a file."""
+        if self.exact_weights is not None:
+            self.exact_weights.prefetch(set(blocks) - self.active)
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """True values of parameters by name; each block is read once."""
+        """Exact values of parameters by the model's names; each block is read once."""
         found: dict[str, Tensor] = {}
         for block, members in self._by_block(names).items():
-            binding = self.bindings[block]
-            exact = binding.values() if block in self.live else self.exact_weights.read(block)
-            found |= {name: exact[binding.local[name]] for name in members}
+            exact, local_names = self._present(block), self.bindings[block].local_names
+            found |= {name: exact[local_names[name]] for name in members}
         return found
 
     def _by_block(self, names: Iterable[str]) -> dict[int, list[str]]:
         blocks: dict[int, list[str]] = {}
         for name in names:
-            blocks.setdefault(self._home[name], []).append(name)
+            blocks.setdefault(self._block_of[name], []).append(name)
         return blocks
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Set parameters to these values, wherever they live."""
+        """Set parameters, by the model's names, to these values."""
         for block, members in self._by_block(weights).items():
-            given = {self.bindings[block].local[name]: weights[name] for name in members}
-            if block in self.live:
+            given = {self.bindings[block].local_names[name]: weights[name] for name in members}
+            if block in self.active:
                 for local, tensor in given.items():
                     self.bindings[block].parameters[local].data.copy_(tensor)
             else:
-                whole = {local: tensor.clone() for local, tensor in self.exact_weights.read(block).items()}
-                self._keep(block, whole | given)
-
-    @contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Inside, every visit reads the exact weights, not those of a lossy format."""
-        self.exact_visits = not self.store.exact
-        try:
-            yield
-        finally:
-            self.exact_visits = False
-
-    # -- what is held ------------------------------------------------------------------------------------------------
+                before = {local: tensor.clone() for local, tensor in self._read_exact(block).items()}
+                self._write_back(block, before | given)
 
     def device_bytes(self) -> dict[str, int]:
-        """Bytes of block weights on the device, by kind."""
+        """Bytes of block weights on the device: in buffers (`slots`), of resident and of drawn blocks."""
         return {
             "slots": self.device_buffers.num_bytes,
             "resident": self.store.device_bytes(),
@@ -231,8 +226,8 @@ class Residency:
         }
 
     def restore(self) -> None:
-        """Give every block its exact weights for good, where they lie; its forwards have to be its own again."""
+        """Give every block its exact weights for good; the replaced forwards have to be taken off before."""
         for block, binding in enumerate(self.bindings):
-            exact = binding.values() if block in self.live else self.exact_weights.read(block)
+            exact = self._present(block)
             for name, parameter in binding.parameters.items():
                 parameter.data = exact[name]

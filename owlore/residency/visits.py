@@ -1,81 +1,80 @@
-"""Which block is visited when, and which visits load: pure functions of the drawn set.
+"""The order in which a step visits blocks, and what is loaded for each visit: pure functions of the active set.
 
-A step walks the stack down and up once, whatever the number of micro-batches: every block forward in order, then
-backward from the top to the lowest block that a gradient has to reach. Blocks that are streamed share a few slots. The
-loader looks `slots` different blocks ahead and gives up the slot whose block is needed last, so that the blocks at a
-turn of the walk are found where they are.
+A step goes through the blocks twice, whatever the number of micro-batches: every block forward in order, then backward
+from the top to the lowest block that a gradient has to reach. Streamed blocks share a few device buffers. As many
+different blocks as there are buffers are loaded ahead, and the buffer whose block is needed last is overwritten, so the
+blocks at the top, which are visited twice in a row, are not loaded again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from typing import NamedTuple
+
+WARM_UP_STEPS = 2  # after them the buffers hold at a step's start what its predecessor left in the steady state
 
 
-class Direction(Enum):
-    FORWARD = "forward"
-    BACKWARD = "backward"
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A block held for one direction of a step."""
-
-    block: int
-    direction: Direction
-
-
-def step_visits(num_blocks: int, lowest: int) -> tuple[Visit, ...]:
-    """The visits of an optimizer step; backward reaches down to `lowest` (num_blocks: no block at all)."""
-    forward = [Visit(block, Direction.FORWARD) for block in range(num_blocks)]
-    backward = [Visit(block, Direction.BACKWARD) for block in reversed(range(lowest, num_blocks))]
-    return (*forward, *backward)
-
-
-def next_loads(held: Sequence[int | None], coming: Iterable[int]) -> list[tuple[int, int]]:
-    """(slot, block) to load now. held: block in each slot; coming: streamed blocks from the current visit on.
-
-    As many different blocks as there are slots are wanted; each that is missing takes the slot whose block is needed
-    last. The same decision is made for the plan and in the run.
-    """
-    ahead = list(dict.fromkeys(coming))
-    wanted, when = ahead[: len(held)], {block: position for position, block in enumerate(ahead)}
-    loads, now = [], list(held)
-    for block in wanted:
-        if block in now:
-            continue
-        free = [slot for slot, owner in enumerate(now) if owner not in wanted]
-        slot = max(free, key=lambda s: (when.get(now[s], len(ahead)) if now[s] is not None else len(ahead) + 1, -s))  # type: ignore[arg-type]
-        now[slot] = block
-        loads.append((slot, block))
-    return loads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loads:
-    """Loads of one step in the steady state, and of the step's two directions."""
+class Loads(NamedTuple):
+    """Number of loads of one step by the direction of the visit that each is for."""
 
     forward: int
     backward: int
 
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
+
+def step_visits(num_blocks: int, lowest: int) -> list[int]:
+    """The blocks that an optimizer step visits, in order.
+
+    Args:
+        num_blocks: blocks of the model; the first `num_blocks` visits are the forward.
+        lowest: the lowest block that backward reaches; `num_blocks` where it reaches none.
+    """
+    return [*range(num_blocks), *reversed(range(lowest, num_blocks))]
 
 
-def loads_of_step(num_blocks: int, lowest: int, streamed: Collection[int], slots: int, warm: int = 2) -> Loads:
-    """Counted by walking `warm` steps and then one more. A load belongs to the direction of the visit it is for."""
-    visits = step_visits(num_blocks, lowest)
-    walk = [visit for visit in visits if visit.block in set(streamed)]
-    held: list[int | None] = [None] * slots
-    counted = {Direction.FORWARD: 0, Direction.BACKWARD: 0}
-    for step in range(warm + 1):
-        for index in range(len(walk)):
-            coming = [*walk[index:], *walk]
-            for slot, block in next_loads(held, (visit.block for visit in coming)):
-                held[slot] = block
-                first = next(visit for visit in coming if visit.block == block)
-                if step == warm:
-                    counted[first.direction] += 1
-    return Loads(forward=counted[Direction.FORWARD], backward=counted[Direction.BACKWARD])
+def next_loads(held: Sequence[int | None], upcoming: Iterable[int]) -> list[tuple[int, int]]:
+    """The loads to queue before a visit; the plan and the run take the same decisions.
+
+    Args:
+        held: the block in each device buffer, None for an empty one.
+        upcoming: streamed blocks to be visited, from the present visit on.
+
+    Returns:
+        (buffer, block) for each missing one of the next `len(held)` different blocks. A block takes an empty buffer,
+        else the one whose block is needed last.
+    """
+    ahead = list(dict.fromkeys(upcoming))
+    wanted = ahead[: len(held)]
+    needed_at: dict[int | None, int] = {None: len(ahead) + 1, **{block: at for at, block in enumerate(ahead)}}
+    loads, now = [], list(held)
+    for block in wanted:
+        if block in now:
+            continue
+        free = [buffer for buffer, holds in enumerate(now) if holds not in wanted]
+        buffer = max(free, key=lambda index: (needed_at.get(now[index], len(ahead)), -index))
+        now[buffer] = block
+        loads.append((buffer, block))
+    return loads
+
+
+def loads_of_step(num_blocks: int, lowest: int, streamed: Collection[int], num_buffers: int) -> Loads:
+    """The loads of one step in the steady state, counted by going through some steps.
+
+    Args:
+        num_blocks: blocks of the model.
+        lowest: the lowest block that backward reaches; `num_blocks` where it reaches none.
+        streamed: blocks that have to be loaded to be visited.
+        num_buffers: device buffers that they share.
+    """
+    order = enumerate(step_visits(num_blocks, lowest))
+    visits = [(block, position >= num_blocks) for position, block in order if block in set(streamed)]
+    held: list[int | None] = [None] * num_buffers
+    counted = [0, 0]
+    for step in range(WARM_UP_STEPS + 1):
+        for position in range(len(visits)):
+            upcoming = [*visits[position:], *visits]
+            for buffer, block in next_loads(held, (visited for visited, _ in upcoming)):
+                held[buffer] = block
+                in_backward = next(backward for visited, backward in upcoming if visited == block)
+                if step == WARM_UP_STEPS:
+                    counted[in_backward] += 1
+    return Loads(*counted)

@@ -9,7 +9,7 @@ import torch
 
 from htsr.errors import BadInput, UsageError
 from owlore.activations.checkpointing import ActivationCheckpointing
-from owlore.activations.compiled import Compiled
+from owlore.activations.compiled import compile_blocks
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement
 from owlore.io.metrics import MetricsLog
@@ -61,7 +61,8 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
     streams = placement_of(config).streams
     streamed = None
     try:
-        Compiled(parts.modules, enabled=config.compile, device=inputs.device, always=streams, patches=patches)
+        if config.compile:
+            compile_blocks(parts.modules, device=inputs.device, patches=patches, always=streams)
         streamed = _open_streamed(inputs, patches) if streams else None
         return _trainer(inputs, identity, strategy, optimizer, streamed, patches)
     except BaseException:
@@ -86,7 +87,7 @@ def _trainer(
     else:
         streamed.connect(loss, optimizer, compiled=config.compile)
         backend = streamed
-    if config.packing and not loss.keeps_rows_apart():
+    if config.packing and not loss.isolates_packed_rows():
         raise BadInput(
             "--packing: this model lets packed rows see each other, or does not number them anew (tried on two "
             "rows); use --group-by-length"
@@ -124,7 +125,7 @@ def _trainer(
 def reassemble_module(inputs: RunInputs, backend: Backend | None, patches: PatchStack) -> None:
     """After a failure, put a streamed module of the caller's together again; a model read from files is dropped."""
     patches.close()
-    if isinstance(backend, StreamedBackend) and not inputs.loaded.origins:
+    if backend is not None and not inputs.loaded.origins:
         backend.reassemble(torch.device("cpu"))
 
 

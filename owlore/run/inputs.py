@@ -90,7 +90,7 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
         if isinstance(named, str | Path):
             locate_data(named)  # a wrong path is said now, not after a large model has been loaded
     directory = find_directory(config, slug(str(model) if isinstance(model, str | Path) else type(model).__name__))
-    device, streams = pick_device(ranks.pick(config.device)), placement_of(config).streams
+    device, streams = pick_device(ranks.device_name(config.device)), placement_of(config).streams
     loaded = load(
         model,
         dtype="float32" if config.weights == "fp32" else config.dtype,

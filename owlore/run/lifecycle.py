@@ -12,7 +12,7 @@ import torch
 from htsr.console import progress
 from htsr.errors import OutOfMemory
 from owlore.activations.malloc_trim import trimmed_heap
-from owlore.activations.saved_tensors import saved_tensor_arena
+from owlore.activations.saved_tensors import saved_tensors_in_arena
 from owlore.blocks import freeze
 from owlore.io.export import export, export_adapter
 from owlore.io.export_files import export_files
@@ -23,8 +23,7 @@ from owlore.run.inputs import RunInputs
 from owlore.run.model_card import model_card
 from owlore.run.progress import reporter
 from owlore.run.result import Run, is_out_of_memory, memory_advice, run_record, save_plots
-from owlore.settings import recomputes
-from owlore.training.streamed import StreamedBackend
+from owlore.settings import placement_of, recomputes
 from owlore.training.trainer import Trainer
 
 
@@ -51,12 +50,11 @@ def run_inputs(inputs: RunInputs, started: float) -> Run:
         if is_out_of_memory(error):
             raise OutOfMemory(memory_advice(trainer, inputs.config, inputs.table)) from error
         raise
-    if not isinstance(trainer.backend, StreamedBackend):
-        patches.close()
+    patches.close()
     loaded.model.eval()
     run = Run(
         directory=inputs.directory.path,
-        give=lambda: _model_of(inputs, trainer, patches),
+        give=lambda: _model_of(inputs, trainer),
         tokenizer=loaded.tokenizer,
         table=inputs.table,
         record=run_record(inputs, trainer, time.perf_counter() - started),
@@ -66,7 +64,7 @@ def run_inputs(inputs: RunInputs, started: float) -> Run:
     if inputs.ranks.leads:
         _write_results(inputs, trainer, run)
     inputs.ranks.wait()
-    if not loaded.origins:  # it lay in memory as a whole before: put it together again at once
+    if not loaded.origins:  # the model was in memory as a whole before, so it is put together again at once
         _ = run.model
     return run
 
@@ -87,24 +85,21 @@ def _train(inputs: RunInputs, trainer: Trainer) -> None:
         open_trackers(config.log_to if leads else (), directory.path, config.to_dict(), step=first_step) as trackers,
         progress(steps, "training", "step", quiet=config.quiet, initial=first_step) as bar,
         trimmed_heap(trainer.parts.modules, trainer.device),
-        saved_tensor_arena(trainer.parts.modules, enabled=_keeps_on_the_heap(inputs, trainer)),
+        saved_tensors_in_arena(trainer.parts.modules, enabled=_keeps_on_the_heap(inputs, trainer)),
     ):
         trainer.run(reporter(bar, inputs.notify, steps, trackers))
 
 
 def _keeps_on_the_heap(inputs: RunInputs, trainer: Trainer) -> bool:
-    """Whether activations that autograd saves stay in the C heap until backward comes by."""
-    recomputed = isinstance(trainer.backend, StreamedBackend) or recomputes(inputs.config, inputs.parts)
+    """Whether activations that autograd saves stay in the C heap until backward uses them."""
+    recomputed = placement_of(inputs.config).streams or recomputes(inputs.config, inputs.parts)
     return trainer.device.type == "cpu" and not recomputed and not inputs.config.compile
 
 
-def _model_of(inputs: RunInputs, trainer: Trainer, patches: PatchStack) -> Any:
+def _model_of(inputs: RunInputs, trainer: Trainer) -> Any:
     """The trained model in one piece."""
-    backend = trainer.backend
-    if isinstance(backend, StreamedBackend):
-        patches.close()
-        stays = inputs.config.residency == "device" and backend.exact
-        backend.reassemble(trainer.device if stays else torch.device("cpu"))
+    on_device = inputs.config.residency == "device" and trainer.backend.exact
+    trainer.backend.reassemble(trainer.device if on_device else torch.device("cpu"))
     return inputs.loaded.model if inputs.injected is None else inputs.injected.wrapper
 
 
@@ -113,7 +108,7 @@ def _write_results(inputs: RunInputs, trainer: Trainer, run: Run) -> None:
     directory, loaded, values = run.directory / "model", inputs.loaded, trainer.backend.values
     if inputs.injected is not None:
         export_adapter(loaded, inputs.injected, directory)
-    elif loaded.origins and isinstance(trainer.backend, StreamedBackend):
+    elif loaded.origins:
         export_files(
             loaded, directory, trained=trainer.trained, seed=inputs.config.seed, value=lambda name: values([name])[name]
         )

@@ -1,7 +1,7 @@
-"""The protocol between the trainer and the place where the blocks live, and what its two implementations share.
+"""The protocol between the trainer and the model's storage, and what its two implementations share.
 
 `ResidentBackend` has the whole model on one device; `StreamedBackend` streams or quantises frozen blocks. The trainer
-does not know which one it has.
+does not ask which one it has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from owlore.optim import UpdateSpec
 
 
 class Backend(Protocol):
-    """Computes gradients and losses, and reads and writes parameters wherever they live."""
+    """Computes gradients and losses, and reads and writes parameters, wherever they are stored."""
 
     @property
     def exact(self) -> bool:
@@ -35,10 +35,25 @@ class Backend(Protocol):
         """Begin to read what the next period's blocks need."""
 
     def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
-        """Give the optimizer the gradients of at least one micro-batch; return the share of each in the mean loss."""
+        """Give the optimizer the gradients of a step's micro-batches.
+
+        Args:
+            batches: at least one, by their index in the step, from which each has its random numbers.
+            tokens: trained tokens of the whole step, by which each loss is divided.
+            seed: seed of the run.
+            step: global step, from 0.
+
+        Returns:
+            The share of each micro-batch in the mean loss, fp32, on the device.
+        """
 
     def losses(self, batches: Iterable[MicroBatch], *, exact: bool) -> Iterable[Tensor]:
-        """Summed loss of each micro-batch without gradients; `exact`: with the weights as they are exported."""
+        """Summed loss of each micro-batch without gradients.
+
+        Args:
+            batches: the micro-batches, one after another.
+            exact: whether the weights are those that are exported, not those that are trained against.
+        """
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Exact values of parameters by name."""
@@ -47,7 +62,10 @@ class Backend(Protocol):
         """Set parameters to these values."""
 
     def record(self) -> dict[str, Any] | None:
-        """What run.json says about residency; None where there is nothing to say."""
+        """The entry `residency` of run.json; None for none."""
+
+    def reassemble(self, device: torch.device) -> None:
+        """Put a model that was taken apart together on `device`, after all patches were taken off."""
 
 
 def active_blocks(parts: ModelParts, names: Collection[str]) -> set[int]:

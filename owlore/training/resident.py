@@ -18,7 +18,7 @@ from owlore.training.step import backward_micro_batches
 
 
 class ResidentBackend:
-    """Plain forward and backward; activation checkpointing covers the blocks that backward reaches.
+    """Plain forward and backward, with activation checkpointing of the blocks that backward reaches.
 
     Args:
         parts: the model's parts.
@@ -28,7 +28,7 @@ class ResidentBackend:
         recompute: activation checkpointing of the blocks; None for none.
     """
 
-    exact = True
+    exact = True  # nothing is quantised
     frozen: str | None = None
 
     def __init__(
@@ -59,7 +59,6 @@ class ResidentBackend:
 
     def losses(self, batches: Iterable[MicroBatch], *, exact: bool) -> Iterator[Tensor]:
         """Summed loss of each micro-batch without gradients."""
-        del exact
         for batch in batches:
             with torch.no_grad():
                 yield self.loss(batch.input_ids.to(self.device), batch.labels.to(self.device))
@@ -73,5 +72,8 @@ class ResidentBackend:
         copy_into(self._parameters, weights)
 
     def record(self) -> dict[str, Any] | None:
-        """None: there is nothing to say about residency."""
+        """None: run.json has no entry about residency."""
         return None
+
+    def reassemble(self, device: torch.device) -> None:
+        """Do nothing: the model was not taken apart."""

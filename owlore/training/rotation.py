@@ -1,4 +1,4 @@
-"""What a new period does: record what the last one saw, draw, and move the optimizer's state to the drawn blocks."""
+"""The switch between periods: record the last one's gradient norms, draw, and make the drawn blocks active."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class Rotation:
     """The active set of a run over its periods.
 
     Attributes:
-        strategy: says which blocks a period trains and how each parameter is updated.
+        strategy: decides which blocks a period trains and how each parameter is updated.
         optimizer: holds state for exactly the active parameters.
         every: optimizer steps of a period; None for one period that is the whole run.
         set_active: called with the rules of the new active set when the leaving blocks are written back and before the
             joining ones get their state.
-        agree: called with a name and a text that all processes must share.
+        agree: called with a name and a text that has to be the same in all processes.
         active: indexes of the blocks that the present period trains, ascending.
         period: the period whose parameters are active; None before the first and after the last.
+        rules: how each active parameter is updated, by its name.
     """
 
     strategy: Strategy
@@ -44,39 +45,46 @@ class Rotation:
 
     def begin(self, step: int) -> Switch:
         """Begin the period of global step `step`; return what joined, stayed and left."""
-        self._close()
+        self._record_norms()
         self.period = self.period_of(step)
         self.strategy.adapt(self.period)
-        self._look_up()
+        self._read_strategy()
         self.agree("the drawn blocks", f"{self.period} {self.active} {sorted(self.rules)}")
         return self.optimizer.switch(self.rules, step, between=lambda: self.set_active(self.rules))
 
     def finish(self, step: int) -> Switch:
-        """End the last period after `step` steps: masters are written back, all state is freed, all is frozen."""
-        self._close()
+        """End the last period after `step` steps: weights are written back, all state is freed, nothing is trained."""
+        self._record_norms()
         self.period, self.active, self.rules = None, (), {}
         return self.optimizer.switch({}, step, between=lambda: self.set_active({}))
 
-    def blocks_after(self) -> tuple[int, ...]:
-        """Blocks that the next period will draw, as far as the tables of today tell."""
+    def next_blocks(self) -> tuple[int, ...]:
+        """Blocks that the next period will draw, if an adaptive table does not change until then."""
         assert self.period is not None
         return self.strategy.blocks_at(self.period + 1)
 
     def restore(
         self, period: int, record: Mapping[str, Any], tensors: Mapping[str, Any], counters: Mapping[str, Any]
     ) -> None:
-        """Go on inside `period` from a strategy's record and the optimizer's state."""
+        """Go on inside a period.
+
+        Args:
+            period: the period whose parameters are active.
+            record: the strategy's `PeriodLog` as a dictionary.
+            tensors: the optimizer's state.
+            counters: the optimizer's counters.
+        """
         self.strategy.record = PeriodLog.from_dict(record)
         self.period = period
-        self._look_up()
+        self._read_strategy()
         self.set_active(self.rules)
         self.optimizer.load_state(tensors, counters, self.rules)
 
-    def _look_up(self) -> None:
+    def _read_strategy(self) -> None:
         assert self.period is not None
         self.active, self.rules = self.strategy.blocks_at(self.period), self.strategy.specs_at(self.period)
 
-    def _close(self) -> None:
-        """Record the gradient norms that the present period has seen."""
+    def _record_norms(self) -> None:
+        """Give the strategy the gradient norms of the present period."""
         if self.period is not None:
             self.strategy.close(self.period, self.active, *self.optimizer.take_norms())

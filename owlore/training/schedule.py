@@ -8,7 +8,15 @@ from owlore.choices import SCHEDULES
 
 
 def learning_rate(step: int, *, peak: float, steps: int, schedule: str, warmup: int) -> float:
-    """Rate of step `step` (from 0): rising over `warmup` steps, then the schedule, down to 0 at `steps`."""
+    """The rate of one step: it rises over `warmup` steps, then follows the schedule.
+
+    Args:
+        step: global step, from 0.
+        peak: rate at the end of the warm-up.
+        steps: steps of the run, at which `linear` and `cosine` reach 0.
+        schedule: one of SCHEDULES.
+        warmup: steps of the warm-up.
+    """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Interruptible:
-    """Context in which a first signal sets `asked` and a second one acts as usual."""
+    """A context in which a first signal sets `asked` and a second one has its usual effect."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,7 +18,7 @@ class Interruptible:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruptible:
-        # Handlers can be set in the main thread only; elsewhere (a notebook's worker) signals stay as they are.
+        # Handlers can be set in the main thread only; in another (a notebook's worker) signals keep their effect.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self

@@ -7,10 +7,9 @@ another library owns forward and backward (transformers' Trainer), `clipped_upda
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +18,9 @@ from htsr.errors import NotFinite
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer
+from owlore.training.backend import Backend
 from owlore.training.distributed import ALONE, Ranks
 from owlore.training.loss import CausalLoss
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from owlore.training.backend import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +64,9 @@ def train_step(
         seed: seed of the run; dropout depends on it, the step and the micro-batch.
         ranks: the processes that train together.
 
+    Returns:
+        The step's loss and gradient norm.
+
     Raises:
         NotFinite: the loss or the gradient norm is not finite; no update was applied.
     """
@@ -81,7 +79,7 @@ def train_step(
         losses = tuple(backend.gather(batches, int(tokens), seed=seed, step=step).tolist())
     else:
         optimizer.micro_batch(step, last=True)
-    # Every rank hears of a loss that is not finite before any of them leaves.
+    # Every rank learns of a loss that is not finite before any of them raises.
     (loss,) = ranks.totals(sum(losses, 0.0))
     if not math.isfinite(loss):
         raise NotFinite(f"loss {loss} at step {step + 1}: lower --lr, or look at the data and weights")
@@ -92,7 +90,7 @@ def train_step(
 def clipped_update(
     optimizer: RotatingOptimizer, *, step: int, lr: float, clip: float | None, loss: float | None = None
 ) -> float:
-    """Update the active parameters from the gradients that were gathered; return their norm before clipping.
+    """Update the active parameters from the gradients that were gathered.
 
     Args:
         optimizer: has the gradients of all micro-batches of the step.
@@ -100,6 +98,9 @@ def clipped_update(
         lr: learning rate of this step.
         clip: limit of the gradient norm, None for none.
         loss: loss of the step for the error message, where it is known.
+
+    Returns:
+        The gradients' norm before clipping.
 
     Raises:
         NotFinite: the norm is not finite; no update was applied.

@@ -1,11 +1,10 @@
-"""A step that walks the stack once for all its micro-batches.
+"""A training step that visits the blocks twice for all its micro-batches: once in forward, once in backward.
 
-Every block is held once upwards and once downwards and sees all micro-batches while it is there, so what a step loads
-does not depend on `--accum`: micro-batches are row chunks that cost no traffic. Backward is a loop over blocks, not one
-autograd graph: a block recomputes from its boundary and gives its input gradient while it is held, and the graph of it
-is gone before its weights are.
+A block computes all micro-batches while it is held, so what a step loads does not depend on `--accum`. Backward is a
+loop over blocks, not one autograd graph: a block is recomputed from its boundary and gives its input gradient while it
+is held, and its graph is freed before its weights are.
 
-The arithmetic is that of the usual loop, operation by operation: each micro-batch meets the same shapes and random
+The arithmetic is that of the usual loop, operation by operation: each micro-batch has the same shapes and random
 numbers, and gradients arrive at a parameter in the order of the micro-batches.
 """
 
@@ -22,33 +21,57 @@ from torch import Tensor, nn
 from owlore.data.batches import MicroBatch
 from owlore.kernels.seeds import seed_for
 from owlore.optim import RotatingOptimizer
-from owlore.residency.block_chain import Arguments, BlockChain
+from owlore.residency.block_chain import BlockArguments, BlockChain
 from owlore.residency.boundaries import Boundaries
 from owlore.residency.host_embedding import HostEmbedding
 from owlore.residency.residency import Residency
 from owlore.residency.visits import step_visits
 from owlore.training.loss import CausalLoss
 
-EVAL_GROUP = 16  # micro-batches that one walk of an evaluation serves
+EVAL_GROUP = 16  # micro-batches of an evaluation that are computed together, for one visit of each block
 
 
 @dataclass
-class _Rows:
-    """One micro-batch on its way: the hidden state where it is, its gradient on the way back, its random numbers."""
+class _MicroBatchState:
+    """One micro-batch inside a step.
+
+    Attributes:
+        hidden: the present hidden state in forward.
+        arguments: every block's arguments beside the hidden state.
+        random: the generator's state of this micro-batch.
+        embedded: what entered the first block, with its graph, where the embeddings are trained; else None.
+        random_before: generator state before each block that is recomputed.
+        gradient: the loss's gradient by the present hidden state in backward.
+        deferred: gradients of `StreamedStep.deferred` from the loss.
+    """
 
     inputs: dict[str, Tensor]
     num_trained: int
     hidden: Tensor
-    arguments: tuple[Arguments, ...]
-    random: RandomNumbers
-    entry: Tensor | None = None  # what entered the first block, with its graph, where the embeddings are trained
-    before: dict[int, Tensor] = field(default_factory=dict)  # random state before each block that is recomputed
+    arguments: tuple[BlockArguments, ...]
+    random: RandomState
+    embedded: Tensor | None = None
+    random_before: dict[int, Tensor] = field(default_factory=dict)
     gradient: Tensor | None = None
-    waiting: list[Tensor | None] = field(default_factory=list)  # of the parameters that `aim` holds
+    deferred: list[Tensor | None] = field(default_factory=list)
 
 
 class StreamedStep:
-    """Forward and backward of a step, block by block."""
+    """Forward and backward of a step, block by block.
+
+    Args:
+        loss: gives the summed loss of a micro-batch.
+        optimizer: takes each gradient in its hooks and frees it.
+        residency: the blocks' weights.
+        chain: the blocks' forwards.
+        boundaries: the hidden states that backward starts from.
+        embedding: the input embedding, where it stays on the host.
+
+    Attributes:
+        lowest: the lowest block that backward reaches; the number of blocks where it reaches none.
+        trains_embeddings: whether backward goes on into the embeddings.
+        deferred: parameters whose gradients wait for those of the embeddings.
+    """
 
     def __init__(
         self,
@@ -61,45 +84,57 @@ class StreamedStep:
     ) -> None:
         self.loss, self.optimizer, self.residency = loss, optimizer, residency
         self.chain, self.boundaries, self.embedding = chain, boundaries, embedding
-        self.lowest = 0  # block that backward has to reach; the number of blocks where it has to reach none
-        self.bottom = False  # backward goes on into the embeddings
-        self.held: tuple[nn.Parameter, ...] = ()
+        self.lowest, self.trains_embeddings = 0, False
+        self.deferred: tuple[nn.Parameter, ...] = ()
 
-    def aim(self, lowest: int, *, bottom: bool = False, held: Sequence[nn.Parameter] = ()) -> None:
-        """Backward reaches down to block `lowest` (the number of blocks: none), with `bottom` on into the embeddings.
+    def set_depth(self, lowest: int, *, trains_embeddings: bool = False, deferred: Sequence[nn.Parameter] = ()) -> None:
+        """Set how far backward goes.
 
-        held: trained parameters outside the blocks whose gradients wait until the embeddings' arrive, because one of
-        them (tied weights) gets a part from both ends and must see their sum.
+        Args:
+            lowest: the lowest trained block; the number of blocks for none.
+            trains_embeddings: whether backward goes through all blocks into the embeddings.
+            deferred: trained parameters outside the blocks whose gradients wait until the embeddings' arrive, because
+                one of them (tied weights) gets a part from both ends and the optimizer needs their sum.
         """
-        self.lowest, self.bottom, self.held = (0 if bottom else lowest), bottom, tuple(held)
+        self.lowest, self.trains_embeddings = (0 if trains_embeddings else lowest), trains_embeddings
+        self.deferred = tuple(deferred)
 
     def gather(self, batches: Mapping[int, MicroBatch], tokens: int, *, seed: int, step: int) -> Tensor:
-        """Gradients of all micro-batches given to the optimizer; the loss of each, divided by `tokens`.
+        """Give the optimizer the gradients of all micro-batches.
 
-        batches: by their number in the step, from which each has its random numbers.
+        Args:
+            batches: at least one, by their index in the step, from which each has its random numbers.
+            tokens: trained tokens of the whole step, by which each loss is divided.
+            seed: seed of the run.
+            step: global step, from 0.
+
+        Returns:
+            The share of each micro-batch in the mean loss.
         """
-        device = self.residency.copies.device
         last = len(batches) - 1
-        self.residency.keeps_dense = len(batches) > 1
+        self.residency.cache_dense = len(batches) > 1
         try:
-            self._plan()
-            rows = [
-                self._enter(batch, RandomNumbers(seed_for(seed, "dropout", step, index), device), grad=self.bottom)
+            visits = step_visits(len(self.chain), self.lowest)
+            self.residency.plan_visits([*visits, *visits])  # another step of the same kind follows
+            states = [
+                self._embed(batch, seed_for(seed, "dropout", step, index), grad=self.trains_embeddings)
                 for index, batch in batches.items()
             ]
-            self._forward(rows, keep=True)
-            with self.residency.copies.span("loss"):
-                losses = [self._turn(row, tokens, step, last=index == last) for index, row in enumerate(rows)]
-            if any(row.gradient is not None for row in rows):
-                self._backward(rows, step)
+            self._forward(states, save=True)
+            with self.residency.copy_queue.span("loss"):
+                losses = [
+                    self._loss_backward(state, tokens, step, last=index == last) for index, state in enumerate(states)
+                ]
+            if any(state.gradient is not None for state in states):
+                self._backward(states, step)
             return torch.stack(losses)
         finally:
             self.boundaries.clear()
             if self.embedding is not None:
-                self.embedding.forget()
+                self.embedding.clear_host_ids()
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> Iterator[Tensor]:
-        """Summed loss of each micro-batch, without gradients; a walk of the blocks serves a group of them."""
+        """Summed loss of each micro-batch, without gradients; one visit of a block serves a group of them."""
         group: list[MicroBatch] = []
         for batch in batches:
             group.append(batch)
@@ -111,125 +146,121 @@ class StreamedStep:
 
     @torch.no_grad()
     def _losses(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        device = self.residency.copies.device
-        self.residency.keeps_dense = len(batches) > 1
-        rows = [self._enter(batch, RandomNumbers(0, device), grad=False) for batch in batches]
-        self.residency.walk(range(len(self.chain)))
-        self._forward(rows, keep=False)
-        losses = [self._leave(row, row.hidden) for row in rows]
+        self.residency.cache_dense = len(batches) > 1
+        states = [self._embed(batch, 0, grad=False) for batch in batches]
+        self.residency.plan_visits(range(len(self.chain)))
+        self._forward(states, save=False)
+        losses = [self._loss(state, state.hidden) for state in states]
         if self.embedding is not None:
-            self.embedding.forget()
+            self.embedding.clear_host_ids()
         return losses
 
-    # -- a walk ------------------------------------------------------------------------------------------------------
-
-    def _plan(self) -> None:
-        """Tell the loader this step's visits, and that another step of the same kind follows."""
-        visits = [visit.block for visit in step_visits(len(self.chain), self.lowest)]
-        self.residency.walk([*visits, *visits])
-
-    def _enter(self, batch: MicroBatch, random: RandomNumbers, *, grad: bool) -> _Rows:
-        inputs = batch.on(self.residency.copies.device)
+    def _embed(self, batch: MicroBatch, seed: int, *, grad: bool) -> _MicroBatchState:
+        """Run the model up to its first block."""
+        device = self.residency.copy_queue.device
+        inputs, random = batch.on(device), RandomState(seed, device)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         if self.embedding is not None:
-            self.embedding.knows(ids, batch.input_ids)
+            self.embedding.set_host_ids(ids, batch.input_ids)
         with torch.set_grad_enabled(grad), random:
-            entry = self.chain.capture(lambda: self.loss.outputs(ids, positions), entered=random.remember)
-        hidden = entry.hidden.detach()
-        return _Rows(inputs, batch.num_trained, hidden, entry.arguments, random, entry=entry.hidden if grad else None)
-
-    def _forward(self, rows: Sequence[_Rows], *, keep: bool) -> None:
-        self.boundaries.expect(
-            [(b, m) for b in reversed(range(self.lowest, len(self.chain))) for m in range(len(rows))]
+            captured = self.chain.capture(lambda: self.loss.outputs(ids, positions), on_first=random.keep_present)
+        return _MicroBatchState(
+            inputs,
+            batch.num_trained,
+            captured.hidden.detach(),
+            captured.arguments,
+            random,
+            embedded=captured.hidden if grad else None,
         )
+
+    def _forward(self, states: Sequence[_MicroBatchState], *, save: bool) -> None:
+        backward_order = reversed(range(self.lowest, len(self.chain)))
+        self.boundaries.plan([(block, index) for block in backward_order for index in range(len(states))])
         for block in range(len(self.chain)):
             with self.residency.visit(block), torch.no_grad():
-                for index, row in enumerate(rows):
-                    if keep and block >= self.lowest:
-                        self.boundaries.keep((block, index), row.hidden)
-                        row.before[block] = row.random.state
-                    with row.random:
-                        row.hidden = self.chain.call(block, row.hidden, row.arguments[block])
+                for index, state in enumerate(states):
+                    if save and block >= self.lowest:
+                        self.boundaries.save((block, index), state.hidden)
+                        state.random_before[block] = state.random.state
+                    with state.random:
+                        state.hidden = self.chain.call(block, state.hidden, state.arguments[block])
 
-    def _turn(self, row: _Rows, tokens: int, step: int, *, last: bool) -> Tensor:
-        """Loss of a micro-batch and, where anything is trained, the gradient of what left the last block."""
-        top = row.hidden.detach().requires_grad_(self.lowest < len(self.chain) or self.bottom)
-        resume = row.random.state
-
-        def left() -> None:
-            row.random.state = resume
-            row.random.recall()
-
-        with row.random:
-            mean = self._leave(row, top, left) / tokens
-        del row.hidden
+    def _loss_backward(self, state: _MicroBatchState, tokens: int, step: int, *, last: bool) -> Tensor:
+        """Loss of a micro-batch and, where anything is trained, its gradient by what the last block gave."""
+        top = state.hidden.detach().requires_grad_(self.lowest < len(self.chain) or self.trains_embeddings)
+        with state.random:
+            mean = self._loss(state, top, on_last=state.random.rewind) / tokens
+        del state.hidden
         if mean.requires_grad:
             self.optimizer.micro_batch(step, last=last)
             scaled = mean * self.optimizer.grad_scale
-            if self.held:
-                row.gradient, *waiting = torch.autograd.grad(scaled, [top, *self.held], allow_unused=True)
-                row.waiting = list(waiting)
+            if self.deferred:
+                state.gradient, *deferred = torch.autograd.grad(scaled, [top, *self.deferred], allow_unused=True)
+                state.deferred = list(deferred)
             else:
                 scaled.backward()
-                row.gradient = top.grad
+                state.gradient = top.grad
         return mean.detach()
 
-    def _leave(self, row: _Rows, hidden: Tensor, left: Callable[[], None] = lambda: None) -> Tensor:
+    def _loss(self, state: _MicroBatchState, hidden: Tensor, on_last: Callable[[], None] = lambda: None) -> Tensor:
         """Loss of a micro-batch from what its last block gave."""
-        with nullcontext() if self.embedding is None else self.embedding.idle():
+        with nullcontext() if self.embedding is None else self.embedding.give_zeros():
             loss: Tensor = self.chain.inject(
-                hidden, partial(self.loss, **row.inputs, num_trained=row.num_trained), left=left
+                hidden, partial(self.loss, **state.inputs, num_trained=state.num_trained), on_last=on_last
             )
         return loss
 
-    def _backward(self, rows: Sequence[_Rows], step: int) -> None:
-        last = len(rows) - 1
+    def _backward(self, states: Sequence[_MicroBatchState], step: int) -> None:
+        last = len(states) - 1
         for block in reversed(range(self.lowest, len(self.chain))):
             with self.residency.visit(block):
-                for index, row in enumerate(rows):
-                    x = self.boundaries.take((block, index))
-                    x.requires_grad_(block > self.lowest or self.bottom)
-                    row.random.state = row.before.pop(block)
-                    with torch.enable_grad(), row.random:
-                        y = self.chain.call(block, x, row.arguments[block])
+                for index, state in enumerate(states):
+                    x = self.boundaries.pop((block, index))
+                    x.requires_grad_(block > self.lowest or self.trains_embeddings)
+                    state.random.state = state.random_before.pop(block)
+                    with torch.enable_grad(), state.random:
+                        y = self.chain.call(block, x, state.arguments[block])
                     self.optimizer.micro_batch(step, last=index == last)
-                    torch.autograd.backward(y, row.gradient)
-                    row.gradient = x.grad
+                    torch.autograd.backward(y, state.gradient)
+                    state.gradient = x.grad
                     del x, y
-        for index, row in enumerate(rows):
-            if row.entry is not None and row.gradient is not None:
+        for index, state in enumerate(states):
+            if state.embedded is not None and state.gradient is not None:
                 self.optimizer.micro_batch(step, last=index == last)
-                waiting = [(p, g) for p, g in zip(self.held, row.waiting, strict=False) if g is not None]
-                row.waiting = []
-                roots, gradients = zip((row.entry, row.gradient), *waiting, strict=True)
+                deferred = [(p, g) for p, g in zip(self.deferred, state.deferred, strict=False) if g is not None]
+                state.deferred = []
+                roots, gradients = zip((state.embedded, state.gradient), *deferred, strict=True)
                 torch.autograd.backward(roots, gradients)
 
 
-class RandomNumbers:
-    """torch's global generator as one micro-batch sees it: entering takes its state, leaving puts the world's back."""
+class RandomState:
+    """The random numbers of one micro-batch: inside the context, torch's global generator goes on from `state`.
+
+    On leaving, `state` is where the micro-batch goes on, and the generator has the state from before the context.
+    """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
         self.state = torch.Generator(device=device).manual_seed(seed).get_state()
-        self._world: Tensor | None = None
-        self._remembered: Tensor | None = None
+        self._outside: Tensor | None = None
+        self._kept: Tensor | None = None
 
     def __enter__(self) -> None:
-        self._world = self._get()
+        self._outside = self._get()
         self._set(self.state)
 
     def __exit__(self, *exception: object) -> None:
-        self.state = self._get() if self._remembered is None else self._remembered
-        self._remembered = None
-        assert self._world is not None
-        self._set(self._world)
+        self.state = self._get() if self._kept is None else self._kept
+        self._kept = None
+        assert self._outside is not None
+        self._set(self._outside)
 
-    def remember(self) -> None:
-        """Called inside: the state to go on with is the present one, whatever is still drawn."""
-        self._remembered = self._get()
+    def keep_present(self) -> None:
+        """Called inside: on leaving, `state` is the present one, whatever is drawn until then."""
+        self._kept = self._get()
 
-    def recall(self) -> None:
-        """Called inside: go on from `state`."""
+    def rewind(self) -> None:
+        """Called inside: let the generator go on from `state` again."""
         self._set(self.state)
 
     def _get(self) -> Tensor:

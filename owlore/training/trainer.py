@@ -32,7 +32,18 @@ from owlore.training.step import StepResult, train_step
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """The settings that the loop reads: how long, how often, how fast."""
+    """The settings that the loop reads.
+
+    Attributes:
+        seed: seed of the run.
+        steps: optimizer steps.
+        batch: sequences of a micro-batch.
+        lr, schedule, warmup: see `learning_rate`.
+        clip: limit of the gradient norm; None for none.
+        eval_every, save_every: steps between evaluations and between checkpoints; None for those at the ends alone.
+        keep: checkpoints that are kept.
+        keep_best: whether the model of the best evaluation is exported.
+    """
 
     seed: int
     steps: int
@@ -49,16 +60,25 @@ class LoopConfig:
 
 @dataclass
 class RunStats:
-    """What a run counts as it goes; saved with every checkpoint."""
+    """Counts of a run; saved with every checkpoint.
+
+    Attributes:
+        draws: periods in which each block was active.
+        trainable_steps: sum over the steps of the number of trained parameters.
+        lost_norm: by rotation the norm that was lost when master weights were rounded.
+        step_seconds: seconds of each step with a trained token.
+        tokens: tokens of all steps.
+        idle_tokens: tokens of steps without a trained token, which do not count for the speed.
+        best: `step` and `loss` of the best evaluation after step 0. The last evaluation of a run comes after its last
+            checkpoint, so a run that is made longer does not count it.
+    """
 
     draws: list[int]
-    trainable_steps: int = 0  # sum over steps of parameters trained
-    lost_norm: list[float] = field(default_factory=list)  # by rotation: norm lost when masters were rounded
+    trainable_steps: int = 0
+    lost_norm: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
-    idle_tokens: int = 0  # of steps without a trained token, which have no part in the speed
-    # Step and loss of the best evaluation after step 0. The last one of a run comes after its last checkpoint, so a run
-    # that is made longer does not count the one with which the shorter run ended.
+    idle_tokens: int = 0
     best: dict[str, Any] | None = None
 
 
@@ -69,20 +89,20 @@ class Trainer:
     Attributes:
         parts: the model's parts.
         rotation: the active set over the periods; owns the strategy and the optimizer.
-        backend: computes gradients and losses, wherever the blocks live.
+        backend: computes gradients and losses, wherever the blocks are stored.
         loss: the model's loss.
         config: the settings of the loop.
         data, arrangement: training rows, and which of them each step sees.
         eval_data: held-out rows, None without evaluation.
-        metrics, checkpoints: the log and the directory that the run writes.
+        metrics, checkpoints: the metrics log and the directory of checkpoints that the run writes.
         device: where the model computes.
-        identity: what a resumed run has to share with this one.
-        stats: what the run counts.
+        identity: what has to be the same in a run that resumes this one.
+        stats: the counts of the run.
         ranks: the processes that train together.
         trained: names of the parameters that were ever active.
         step: optimizer steps done.
         injected: the adapter that is trained, where it is not the model itself.
-        finished: whether the last activation has ended.
+        finished: whether the last period has ended.
         frozen_loss: the last held-out loss with frozen blocks in their quantised format.
         exported_step: the step whose weights the model holds at the end, where it is not the last.
     """
@@ -109,13 +129,13 @@ class Trainer:
     exported_step: int | None = None
 
     def run(self, on_row: Callable[[dict[str, Any]], None]) -> None:
-        """Train to the last step and measure; leave the final weights (the best with `keep_best`) in the model.
+        """Train to the last step and evaluate; leave the final weights (the best with `keep_best`) in the model.
 
         Args:
             on_row: is given every row of metrics.jsonl; an empty one where nothing is evaluated.
 
         Raises:
-            Interrupted: a signal came; the checkpoint is complete.
+            Interrupted: a signal was received; the checkpoint is complete.
             NotFinite: a loss or gradient norm was not finite; no update was applied.
         """
         self.loss.model.train()
@@ -128,7 +148,7 @@ class Trainer:
                 try:
                     on_row(self.train_step())
                 except NotFinite:
-                    if self.step:  # the update did not happen: what is held is the last good state
+                    if self.step:  # the update was not applied, so this is the last good state
                         self.save()
                     raise
                 last = self.step == self.config.steps
@@ -145,7 +165,7 @@ class Trainer:
         self.finish()
         on_row(self.evaluate())
         if self.config.keep_best:
-            self.return_to_best()
+            self.restore_best()
 
     # -- periods and steps -------------------------------------------------------------------------------------------
 
@@ -158,22 +178,22 @@ class Trainer:
             self.stats.lost_norm.append(done.lost_norm)
         for block in rotation.active:
             self.stats.draws[block] += 1
-        # An adaptive table may draw others than it does today; a block that was not expected is read when it is drawn.
+        # An adaptive table may draw other blocks by then; what was not prefetched is read when it is drawn.
         if rotation.every and (rotation.period_of(self.step) + 1) * rotation.every < self.config.steps:
-            self.backend.prefetch(rotation.blocks_after())
+            self.backend.prefetch(rotation.next_blocks())
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; return its metrics row."""
         started = time.perf_counter()
         config, sequences = self.config, self.arrangement.step(self.step + 1)
-        mine = list(enumerate(sequences))[self.ranks.rank :: self.ranks.size]
+        own = list(enumerate(sequences))[self.ranks.rank :: self.ranks.size]
         lr = learning_rate(
             self.step, peak=config.lr, steps=config.steps, schedule=config.schedule, warmup=config.warmup
         )
         result = train_step(
             self.backend,
             self.rotation.optimizer,
-            {index: collated(self.data, part) for index, part in mine},
+            {index: collated(self.data, part) for index, part in own},
             step=self.step,
             lr=lr,
             clip=config.clip,
@@ -185,7 +205,7 @@ class Trainer:
         return self._record(time.perf_counter() - started, int(self.arrangement.lengths[rows].sum()), result, lr)
 
     def _record(self, seconds: float, tokens: int, result: StepResult, lr: float) -> dict[str, Any]:
-        if result.loss is not None:  # a step without a trained token has no part in the speed
+        if result.loss is not None:  # a step without a trained token does not count for the speed
             self.stats.step_seconds.append(seconds)
         else:
             self.stats.idle_tokens += tokens
@@ -198,7 +218,7 @@ class Trainer:
         )  # fmt: skip
 
     def _row(self, split: str, *, exact: bool, **values: Any) -> dict[str, Any]:
-        """Write a metrics row. It says which weights its loss is of, in runs where there is a choice."""
+        """Write a metrics row; in runs with quantised blocks it tells which weights its loss is of."""
         frozen = self.backend.frozen
         weights = {} if frozen is None else {"weights": "exact" if exact else frozen}
         return self.metrics.write(
@@ -210,10 +230,10 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure the held-out loss; return its metrics row, empty without evaluation data.
+        """Compute the held-out loss; return its metrics row, empty without evaluation data.
 
-        It is of the weights that are trained against and, when training is finished, of the weights as they are
-        exported; the two differ where frozen blocks are quantised.
+        The loss is that of the weights that are trained against and, when training is finished, of the exported
+        weights; the two differ where frozen blocks are quantised.
         """
         if self.eval_data is None:
             return {}
@@ -242,22 +262,20 @@ class Trainer:
     # -- the end, and checkpoints ------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """End the last activation: masters are written back, state is freed, nothing is trainable."""
+        """End the last period: weights are written back, state is freed, nothing is trainable."""
         self.stats.lost_norm.append(self.rotation.finish(self.step).lost_norm)
         self.finished = True
         trained = self.backend.values(sorted(self.trained)) if self.ranks.size > 1 else {}
         self.ranks.agree_on_bits("the trained weights", trained)
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint from which `restore` goes on bit for bit."""
         optimizer = self.rotation.optimizer
         tensors, counters = optimizer.state()
         names = optimizer.parameters if self._is_best_to_keep else self.trained
-        path = checkpoint.path_of(self.checkpoints, self.step)
         if self.ranks.leads:
             self._write(tensors, counters, names)
         self.ranks.wait()
-        return path
 
     def _write(self, tensors: dict[str, torch.Tensor], counters: dict[str, Any], names: Iterable[str]) -> None:
         checkpoint.save(
@@ -285,7 +303,7 @@ class Trainer:
         best = self.stats.best
         return self.config.keep_best and best is not None and best["step"] == self.step
 
-    def return_to_best(self) -> None:
+    def restore_best(self) -> None:
         """Put the weights of the best evaluation back into the model, unless it was the last one."""
         best = self.stats.best
         if best is not None and best["step"] != self.step:
@@ -312,7 +330,12 @@ class Trainer:
 
 
 def collated(data: Encoded, sequences: Sequences) -> MicroBatch:
-    """The tensors of a micro-batch whose sequences hold one row each, or several that do not see each other."""
+    """The tensors of a micro-batch.
+
+    Args:
+        data: the rows.
+        sequences: for each sequence the indexes of its rows: one, or several that do not attend to each other.
+    """
     if any(len(rows) > 1 for rows in sequences):
         return collate_packed(data, sequences)
     return collate(data, [row for (row,) in sequences])

@@ -101,7 +101,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
         return {"skipped": f"needs {gib(host)} GiB of host memory, {gib(available_memory())} free"} | _plan_of(plan)
     trainer = Ours(row, device)
     trainer.advance()  # the first step allocates, and finds bases
-    _reset(device, trainer.copies)
+    _reset(device, trainer.copy_queue)
     losses, started, first = [], time.perf_counter(), trainer.step
     marks = [_moment(device)]
     for _ in range(steps):
@@ -114,7 +114,7 @@ def ours(row: Row, device: torch.device) -> dict[str, Any]:
     tokens = row.batch * row.accum * row.tokens * steps
     operations = plan.traffic.compute_seconds * plan.traffic.tflops * 1e12 * steps
     product = None if rates is None else rates.flops / STEP_SHARE
-    copies = trainer.copies
+    copies = trainer.copy_queue
     spent = {} if copies is None else copies.seconds()
     loaded = {} if copies is None else {"loads": copies.loads / steps, "bus_bytes": copies.loaded_bytes / steps}
     held = None if trainer.residency is None else trainer.residency.device_bytes()
@@ -134,9 +134,9 @@ def one_step(trainer: Ours) -> list[list[Any]]:
     """Spans of a step in which nothing is drawn: kind, block, start and end in seconds."""
     while trainer.step % EVERY == 0:
         trainer.advance()
-    trainer.copies.timeline()
+    trainer.copy_queue.timeline()
     trainer.advance()
-    return [[span.kind, span.block, span.start, span.end] for span in trainer.copies.timeline()]
+    return [[span.kind, span.block, span.start, span.end] for span in trainer.copy_queue.timeline()]
 
 
 def _plan_of(plan: Plan) -> dict[str, Any]:

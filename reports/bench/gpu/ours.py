@@ -18,12 +18,11 @@ from owlore.optim import MasterPolicy, RotatingOptimizer
 from owlore.optim.parameter_state import ParameterState
 from owlore.residency.block_chain import BlockChain
 from owlore.residency.boundaries import Boundaries
-from owlore.residency.build import empty_residency
 from owlore.residency.copy_queue import open_copy_queue
 from owlore.residency.exact_weights import Overlay
 from owlore.residency.formats import FORMATS
 from owlore.residency.host_embedding import HostEmbedding
-from owlore.residency.pinned import pin, unlocked
+from owlore.residency.pinned import pageable, pin
 from owlore.residency.residency import Residency
 from owlore.strategies import STRATEGIES, StrategyConfig
 from owlore.training.backend import Backend
@@ -45,11 +44,11 @@ class Generated:
     def read(self, block: int) -> Mapping[str, Tensor]:
         return self.overlay.get(block) if block in self.overlay else self._make(block)
 
-    def keep(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         self.overlay.put(block, tensors)
 
-    def expect(self, blocks: Iterable[int]) -> None:
-        """A generator needs no head start."""
+    def prefetch(self, blocks: Iterable[int]) -> None:
+        """Do nothing: weights are generated when they are read."""
 
 
 def strategy_config(row: Any, blocks: int) -> StrategyConfig:
@@ -76,7 +75,7 @@ class Ours:
             everything, seed=0, policy=MasterPolicy.STOCHASTIC, layers=self.parts.modules
         )
         self.residency = self._stream() if streamed else None
-        self.copies = None if self.residency is None else self.residency.copies
+        self.copy_queue = None if self.residency is None else self.residency.copy_queue
         self.backend = self._resident() if self.residency is None else self._streamed(self.residency)
         set_active = self.backend.set_active
         self.rotation = Rotation(strategy=strategy, optimizer=self.optimizer, every=EVERY, set_active=set_active)
@@ -88,12 +87,12 @@ class Ours:
         return ResidentBackend(self.parts, self.optimizer, loss, self.device, recompute)
 
     def _streamed(self, residency: Residency) -> Backend:
-        lock = pin if self.device.type == "cuda" else unlocked
+        lock = pin if self.device.type == "cuda" else pageable
         backend = StreamedBackend(
             parts=self.parts,
             residency=residency,
             chain=BlockChain(self.parts.modules, residency.visit),
-            boundaries=Boundaries(residency.copies, offload=self.placement.offload, pin=lock),
+            boundaries=Boundaries(residency.copy_queue, offload=self.placement.offload, pin=lock),
             overlay=Overlay(),
             embedding=self.embedding,
             frozen=self.placement.frozen,
@@ -103,25 +102,25 @@ class Ours:
 
     def _stream(self) -> Residency:
         placement, row, device = self.placement, self.row, self.device
-        lock = pin if device.type == "cuda" else unlocked
+        lock = pin if device.type == "cuda" else pageable
 
         def make(block: int) -> Mapping[str, Tensor]:
             return block_weights(row.shape, block, shapes[block], device)
 
         with torch.device("meta"):
             shapes = skeleton(row.shape, torch.device("meta"), blocks=self.count).model.layers
-        lossy = placement.frozen != "bf16"
-        residency = empty_residency(
+        residency = Residency(
             self.parts.modules,
             [[name for name, _ in block] for block in self.parts.blocks],
             form=FORMATS[placement.frozen],
             resident=placement.resident_blocks(self.count),
-            copies=open_copy_queue(device, timed=True),
+            copy_queue=open_copy_queue(device, timed=True),
             pin=lock,
-            masters=Generated(make) if lossy else None,
         )
+        if placement.frozen != "bf16":
+            residency.exact_weights = Generated(make)
         for block in range(self.count):
-            residency.occupy(block, make(block))
+            residency.store_block(block, make(block))
         host = placement.residency == "host" and "embeddings" not in row.always_on
         self.embedding = HostEmbedding(self.model.get_input_embeddings(), device) if host else None
         return residency
@@ -160,14 +159,11 @@ def gradients(ours: Ours, steps: int) -> list[dict[str, Any]]:
 
 def _watch(state: ParameterState, into: list[Tensor]) -> None:
     """Keep every gradient that the state is given, as a whole or by its factors."""
-    receive, accumulate_factored = (
-        ParameterState.receive.__get__(state),
-        ParameterState.accumulate_factored.__get__(state),
-    )
+    accumulate, accumulate_factored = state.accumulate, state.accumulate_factored
 
     def take(gradient: Tensor, **settings: Any) -> None:
         into.append(gradient.clone())
-        receive(gradient, **settings)
+        accumulate(gradient, **settings)
 
     def take_product(left: Tensor, other: Tensor) -> Tensor | None:
         whole: Tensor | None = accumulate_factored(left, other)

@@ -35,13 +35,14 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     import torch
 
     from owlore.activations.checkpointing import ActivationCheckpointing
-    from owlore.activations.compiled import Compiled
+    from owlore.activations.compiled import compile_blocks
     from owlore.activations.malloc_trim import trimmed_heap
-    from owlore.activations.saved_tensors import saved_tensor_arena
+    from owlore.activations.saved_tensors import saved_tensors_in_arena
     from owlore.blocks import find_parts, freeze
     from owlore.data.batches import MicroBatch
     from owlore.kernels.adamw import AdamW
     from owlore.optim import RotatingOptimizer, UpdateSpec
+    from owlore.patches import PatchStack
     from owlore.training.loss import CausalLoss
     from owlore.training.resident import ResidentBackend
     from owlore.training.step import train_step
@@ -57,12 +58,14 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
     )
     recompute = ActivationCheckpointing(parts.modules, enabled=arm.endswith("+ckpt"))
     backend = ResidentBackend(parts, optimizer, CausalLoss(model), torch.device("cpu"), recompute)
-    compiled = Compiled(parts.modules, enabled=compiles, device=torch.device("cpu"))
+    patches = PatchStack()
+    if compiles:
+        compile_blocks(parts.modules, device=torch.device("cpu"), patches=patches)
     clock, losses = Clock(), []
     draws, repeats = draws_of(arm, parts.num_blocks, steps)
     with (
         trimmed_heap(parts.modules, torch.device("cpu")),
-        saved_tensor_arena(parts.modules, enabled=not compiles and not arm.endswith("+ckpt")),
+        saved_tensors_in_arena(parts.modules, enabled=not compiles and not arm.endswith("+ckpt")),
     ):
         for step, ids in zip(range(-1, len(draws) * repeats), cycle(token_batches(args)), strict=False):
             clock.start()
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace, arm: str, model: Any, steps: int) -> dict[str,
             if step < 0:
                 graphs = _graphs() if compiles else 0
     assert not compiles or _graphs() == graphs, f"{_graphs() - graphs} graphs were compiled after the first step"
-    compiled.patches.close()
+    patches.close()
     return {
         "seconds": of_a_period(clock.wall[1:], repeats), "cpu_seconds": of_a_period(clock.cpu[1:], repeats),
         "first_cpu_seconds": clock.cpu[1::repeats], "losses": losses[1:], "state_bytes": optimizer.held().total,

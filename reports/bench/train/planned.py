@@ -61,7 +61,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     from htsr.model.locate import locate
     from owlore.activations.checkpointing import ActivationCheckpointing
     from owlore.activations.malloc_trim import trimmed_heap
-    from owlore.activations.saved_tensors import saved_tensor_arena
+    from owlore.activations.saved_tensors import saved_tensors_in_arena
     from owlore.blocks import find_parts, freeze
     from owlore.config import TrainConfig
     from owlore.data.batches import MicroBatch
@@ -96,7 +96,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     counter = live_bytes(model) if how == "counted" else None
     with (
         trimmed_heap(parts.modules, torch.device("cpu")),
-        saved_tensor_arena(parts.modules, enabled=not extra and counter is None),
+        saved_tensors_in_arena(parts.modules, enabled=not extra and counter is None),
         counter or nullcontext(),
     ):
         rules = strategy.specs_at(0)

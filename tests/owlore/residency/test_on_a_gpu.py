@@ -12,7 +12,7 @@ import owlore
 from owlore.kernels import nf4
 from owlore.residency.copy_queue import CudaCopyQueue
 from owlore.residency.formats import FORMATS
-from owlore.residency.pinned import HostBlob, pin, unlocked
+from owlore.residency.pinned import HostBlob, pageable, pin
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -33,7 +33,7 @@ def wide_llama():
 
 
 def agree(make, draws, *, parts=2, **settings):
-    resident, streamed = pair(lambda: make().to(CUDA), landing="cuda", pin=settings.pop("pin", pin), **settings)
+    resident, streamed = pair(lambda: make().to(CUDA), landing="real", pin=settings.pop("pin", pin), **settings)
     for draw in draws:
         for side in (resident, streamed):
             side.draw(draw)
@@ -42,7 +42,7 @@ def agree(make, draws, *, parts=2, **settings):
             assert torch.equal(*losses) and same_bits(resident, streamed), (draw, step)
     for block in streamed.parts.blocks:
         for name, _ in block:
-            exact = streamed.residency.exact(name)
+            (exact,) = streamed.residency.values([name]).values()
             assert torch.equal(exact.to(CUDA), resident.optimizer.parameters[name])
     return streamed
 
@@ -50,15 +50,15 @@ def agree(make, draws, *, parts=2, **settings):
 @pytest.mark.parametrize("family", SHAPES)
 def test_every_gradient_of_three_steps_is_the_resident_models(family):
     streamed = agree(lambda: maker(family), [(0,), (1, 2)])
-    assert streamed.copies.loads >= 3
+    assert streamed.copy_queue.loads >= 3
 
 
 SETTINGS = {
-    "two slots": {},
-    "four slots": {"slots": 4},
+    "two buffers": {},
+    "four buffers": {"num_buffers": 4},
     "boundaries travel": {"offload": True},
     "a share resident": {"resident": (6, 7)},
-    "memory that is not locked": {"pin": unlocked},
+    "memory that is not locked": {"pin": pageable},
     "trained ends": {"groups": ("embeddings", "norm", "head"), "rank": 8},
 }
 
@@ -71,7 +71,7 @@ def test_copies_that_overlap_with_the_compute_change_no_bit(name):
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_quantised_format_is_a_resident_model_quantised_by_hand(form):
     model = wide_llama().to(CUDA)
-    streamed = Streamed(model, landing="cuda", pin=pin, form=form, offload=True)
+    streamed = Streamed(model, landing="real", pin=pin, form=form, offload=True)
     streamed.draw((3, 5))
     by_hand = wide_llama().to(CUDA)
     resident = Resident(by_hand)
@@ -93,30 +93,30 @@ def test_nf4_is_the_same_with_and_without_bitsandbytes():
     assert torch.equal(codes.flatten(), single.packed) and torch.equal(state.absmax, single.absmax)
 
 
-def test_a_copy_waits_for_its_ticket_and_the_compute_for_the_copy():
-    copies = CudaCopyQueue(CUDA)
+def test_a_copy_waits_for_its_event_and_the_compute_for_the_copy():
+    queue = CudaCopyQueue(CUDA)
     size = 1 << 24
     blob = pin(size)
     assert blob.pinned
     blob.tensor.fill_(7)
-    into, seen = copies.buffer(size), torch.empty(size, dtype=torch.uint8, device=CUDA)
-    into.fill_(1)
+    target, seen = queue.allocate(size), torch.empty(size, dtype=torch.uint8, device=CUDA)
+    target.fill_(1)
     torch.cuda._sleep(200_000_000)
-    seen.copy_(into)  # the compute still reads the old bytes
-    event = copies.load(into, blob, copies.mark())
-    copies.wait(event)
-    after = into.clone()
+    seen.copy_(target)  # the compute still reads the old bytes
+    event = queue.load(target, blob, queue.record_event())
+    queue.wait_event(event)
+    after = target.clone()
     assert bool((seen == 1).all()) and bool((after == 7).all())
-    home = pin(size).tensor
-    home.fill_(0)
+    host = pin(size).tensor
+    host.fill_(0)
     torch.cuda._sleep(200_000_000)
     after.fill_(9)
-    copies.wait(copies.unload(home, after))
+    queue.wait_event(queue.unload(host, after))
     torch.cuda.synchronize()
-    assert bool((home == 9).all())
-    staged = copies.load(into, HostBlob(torch.full((size,), 3, dtype=torch.uint8), False), copies.mark())
-    copies.wait(staged)
-    assert bool((into == 3).all())
+    assert bool((host == 9).all())
+    staged = queue.load(target, HostBlob(torch.full((size,), 3, dtype=torch.uint8), False), queue.record_event())
+    queue.wait_event(staged)
+    assert bool((target == 3).all())
 
 
 def test_locked_memory_that_is_given_back_leaves_nothing_locked_at_its_address():
@@ -133,7 +133,7 @@ def test_locked_memory_that_is_given_back_leaves_nothing_locked_at_its_address()
 
 
 @contextmanager
-def nobody_waits():
+def waiting_is_an_error():
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -142,10 +142,10 @@ def nobody_waits():
 
 
 STEPS = {
-    "streamed": lambda model: Streamed(model, landing="cuda", pin=pin),
-    "streamed, nf4": lambda model: Streamed(model, landing="cuda", pin=pin, form="nf4"),
-    "streamed, offloaded": lambda model: Streamed(model, landing="cuda", pin=pin, offload=True),
-    "streamed, projected": lambda model: Streamed(model, landing="cuda", pin=pin, rank=8, in_products=True),
+    "streamed": lambda model: Streamed(model, landing="real", pin=pin),
+    "streamed, nf4": lambda model: Streamed(model, landing="real", pin=pin, form="nf4"),
+    "streamed, offloaded": lambda model: Streamed(model, landing="real", pin=pin, offload=True),
+    "streamed, projected": lambda model: Streamed(model, landing="real", pin=pin, rank=8, in_products=True),
     "resident, projected": lambda model: Resident(model, rank=8, in_products=True),
 }
 
@@ -158,7 +158,7 @@ def test_the_host_never_waits_for_the_device_inside_a_step_that_finds_no_basis(n
     parts = batches(2)
     for _ in range(2):
         side.take_step(parts)
-    with nobody_waits():
+    with waiting_is_an_error():
         side.take_step(parts)
 
 
@@ -169,7 +169,7 @@ SAMPLED = {"every": 4, "active": 2, "rank": 4, "table": "uniform"}
 METHODS = {"owlore": SAMPLED, "full": {}, "lora": {}, "smt": {}, "dota": {}}
 
 
-def master_policy(run):
+def weights_of(run):
     (file,) = run.directory.glob("*/*model.safetensors")
     return load_file(file)
 
@@ -185,7 +185,7 @@ def test_a_run_with_blocks_in_host_memory_is_the_resident_one_bit_for_bit(tmp_pa
     host = owlore.train(model, ROWS, out=tmp_path / "host", residency="host", **extra, **RUN, **SAMPLED)
     assert plain.record["device"].startswith("cuda") and plain.record["peak_bytes"] > 0
     assert plain.history["loss"].tolist() == host.history["loss"].tolist()
-    assert same(master_policy(plain), master_policy(host))
+    assert same(weights_of(plain), weights_of(host))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -195,7 +195,7 @@ def test_a_run_goes_on_bit_for_bit_where_attention_adds_in_one_order(tmp_path, m
     whole = owlore.train(model, ROWS, out=tmp_path / "whole", **settings)
     owlore.train(model, ROWS, out=tmp_path / "run", **{**settings, "steps": 6})
     longer = owlore.train(model, ROWS, out=tmp_path / "run", resume=True, **settings)
-    assert same(master_policy(whole), master_policy(longer))
+    assert same(weights_of(whole), weights_of(longer))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,4 +1,4 @@
-"""Layouts, stores and their files, masters and overlay, pinning and the staging ring."""
+"""Layouts, stores, exact weights and their overlay, pinned memory and the staging buffers."""
 
 import gc
 import threading
@@ -9,12 +9,11 @@ from makers import generator, save_tiny
 from streaming import Resident, Streamed, batches, deep_llama, same_bits
 from torch import nn
 
-from htsr.errors import BadInput
 from owlore.kernels import int8, nf4
 from owlore.residency.binding import layout_of
 from owlore.residency.exact_weights import FileExactWeights, Overlay
 from owlore.residency.formats import FORMATS
-from owlore.residency.pinned import HostBlob, host_memory, locked_bytes, pin, rounded_bytes, unlocked
+from owlore.residency.pinned import locked_bytes, pageable, pin
 from owlore.residency.placement import Placement
 from owlore.residency.staging import Staging
 from owlore.residency.store import Store
@@ -58,7 +57,7 @@ def test_bytes_a_parameter_are_the_references():
     assert sizes == pytest.approx({"bf16": 436, "int8": 218.5, "nf4": 112.6}, rel=5e-3)
 
 
-def filled(form="nf4", pin=unlocked, seeds=(0, 1)):
+def filled(form="nf4", pin=pageable, seeds=(0, 1)):
     modules = [block(seed) for seed in seeds]
     store = Store([layout_of(m, FORMATS[form]) for m in modules], device=CPU, resident=(), pin=pin)
     for index, module in enumerate(modules):
@@ -66,35 +65,16 @@ def filled(form="nf4", pin=unlocked, seeds=(0, 1)):
     return store
 
 
-def test_a_store_file_comes_back_bit_for_bit_and_is_refused_for_anything_else(tmp_path):
-    path, store = tmp_path / "blocks.store", filled()
-    store.save(path, "abc")
-    again = filled(seeds=(2, 3))
-    again.read(path, "abc")
-    assert all(torch.equal(store.blobs[b].tensor, again.blobs[b].tensor) for b in (0, 1))
-    with pytest.raises(BadInput, match="another model's weights: got 'abc', expected 'xyz'"):
-        filled().read(path, "xyz")
-    with pytest.raises(BadInput, match="another model or format"):
-        filled("int8").read(path, "abc")
-    data = path.read_bytes()
-    path.write_bytes(data[:-5])
-    with pytest.raises(BadInput, match="ends inside block 1"):
-        filled().read(path, "abc")
-    path.write_bytes(b"\x05\0\0\0\0\0\0\0{{{{{")
-    with pytest.raises(BadInput, match="not a store"):
-        filled().read(path, "abc")
-
-
-def test_where_locking_is_refused_blocks_are_mapped_and_that_is_said():
+def test_where_locking_is_refused_blocks_are_pageable_and_counted():
     asked = []
 
     def refuse(num_bytes):
         asked.append(num_bytes)
-        return HostBlob(host_memory(num_bytes), False)
+        return pageable(num_bytes)
 
     store = filled("bf16", refuse)
     assert asked == [layout.num_bytes for layout in store.layouts]
-    assert store.refused() == 2 and store.locked() == 0
+    assert store.num_pageable() == 2 and store.pinned_bytes() == 0
     resident, streamed = Resident(deep_llama(4)), Streamed(deep_llama(4), pin=refuse)
     for side in (resident, streamed):
         side.draw((1,))
@@ -113,17 +93,16 @@ def test_a_run_whose_memory_cannot_be_locked_says_so(tmp_path):
     said = []
     open_streamed_backend(Placement(residency="host"), find_parts(loaded.model), loaded, always_on=(), device=CPU,
                           directory=tmp_path, notify=said.append, patches=PatchStack(),
-                          lock=lambda size: HostBlob(host_memory(size), False))  # fmt: skip
-    assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "mapped" in said[0]
+                          pin_memory=lambda size: pageable(size))  # fmt: skip
+    assert len(said) == 1 and "3 blocks could not be page-locked" in said[0] and "pageable" in said[0]
 
 
-def test_locked_memory_is_whole_pages_where_torch_would_round_to_a_power_of_two():
+def test_locked_memory_is_whole_pages():
     assert locked_bytes(436_224_000) == 436_224_000 // 4096 * 4096 + 4096 * (436_224_000 % 4096 > 0)
-    assert rounded_bytes(436_224_000) == 2**29 and rounded_bytes(1_711_300_000) == 2**31 and rounded_bytes(1) == 1
 
 
 def test_host_memory_begins_on_a_page_of_its_own():
-    parts = [host_memory(size) for size in (1, 4096, 5000)]
+    parts = [pageable(size).tensor for size in (1, 4096, 5000)]
     assert [p.numel() for p in parts] == [1, 4096, 5000] and all(p.data_ptr() % 4096 == 0 for p in parts)
     parts[2].fill_(7)
     assert parts[1].sum() == 0 and int(parts[2].sum()) == 35000
@@ -165,7 +144,7 @@ def test_pages_that_could_not_be_locked_are_not_unlocked(monkeypatch):
     driver = Driver(refuses=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr("owlore.residency.pinned._forget_error", lambda: None)
+    monkeypatch.setattr("owlore.residency.pinned._clear_cuda_error", lambda: None)
     blob = pin(10)
     assert not blob.pinned
     del blob
@@ -174,7 +153,7 @@ def test_pages_that_could_not_be_locked_are_not_unlocked(monkeypatch):
 
 
 class Late:
-    """Reads its ring buffer only when somebody waits for it."""
+    """Reads the staged copy only in `synchronize`."""
 
     def __init__(self, staged, into):
         self.staged, self.into, self.lock, self.done = staged, into, threading.Lock(), False
@@ -186,11 +165,11 @@ class Late:
                 self.done = True
 
 
-def test_the_staging_ring_never_overwrites_what_was_not_read():
-    ring = Staging(2, pin=unlocked)
+def test_a_staging_buffer_is_never_overwritten_before_it_was_read():
+    staging = Staging(2, pin=pageable)
     sources = [torch.randint(0, 255, (100 + 7 * i,), dtype=torch.uint8, generator=generator(i)) for i in range(9)]
     into = [torch.zeros_like(source) for source in sources]
-    futures = [ring.submit(s, lambda staged, i=i: Late(staged, into[i])) for i, s in enumerate(sources)]
+    futures = [staging.submit(s, lambda staged, i=i: Late(staged, into[i])) for i, s in enumerate(sources)]
     for future in futures:
         future.result().synchronize()
     assert all(torch.equal(a, b) for a, b in zip(sources, into, strict=True))
@@ -202,7 +181,7 @@ def test_the_share_that_stays_is_the_top_blocks(share):
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_masters_come_from_the_file_until_a_block_was_trained_and_from_the_overlay_ever_after(kind, tmp_path):
+def test_exact_weights_come_from_the_file_until_a_block_was_trained_and_then_from_the_overlay(kind, tmp_path):
     file = {f"b{b}.w": torch.randn(3, 4, generator=generator(b)).to(torch.bfloat16) for b in range(3)}
     reads = []
 
@@ -211,32 +190,32 @@ def test_masters_come_from_the_file_until_a_block_was_trained_and_from_the_overl
         return file[name]
 
     overlay = Overlay(tmp_path / "overlay" if kind == "file" else None)
-    masters = FileExactWeights(read, [{"w": (f"b{b}.w", torch.float32)} for b in range(3)], overlay)
-    masters.expect([1, 2])
-    assert torch.equal(masters.read(1)["w"], file["b1.w"].float())
+    weights = FileExactWeights(read, [{"w": (f"b{b}.w", torch.float32)} for b in range(3)], overlay)
+    weights.prefetch([1, 2])
+    assert torch.equal(weights.read(1)["w"], file["b1.w"].float())
     trained = torch.randn(3, 4, generator=generator(9))
-    masters.keep(1, {"w": trained})
+    weights.write(1, {"w": trained})
     expected = trained.clone()
     trained.zero_()  # the caller's tensor is not the overlay's
     reads.clear()
-    assert torch.equal(masters.read(1)["w"], expected) and "b1.w" not in reads
-    masters.expect([1])
-    assert torch.equal(masters.read(0)["w"], file["b0.w"].float()) and "b0.w" in reads
+    assert torch.equal(weights.read(1)["w"], expected) and "b1.w" not in reads
+    weights.prefetch([1])
+    assert torch.equal(weights.read(0)["w"], file["b0.w"].float()) and "b0.w" in reads
     assert (overlay.num_bytes() == 48) == (kind == "memory")
     assert (tmp_path / "overlay").is_dir() == (kind == "file")
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
-    """A resident model whose frozen blocks are quantised by hand from exact masters at every switch."""
+    """A resident model whose frozen blocks are quantised by hand from exact weights at every switch."""
     resident, streamed = Resident(deep_llama(5), rank=4), Streamed(deep_llama(5), rank=4, form=form)
     exact = {name: p.detach().clone() for name, p in resident.model.named_parameters()}
-    home = resident.parts.block_of()
+    block_of = resident.parts.block_of()
 
     def by_hand():
         for name, parameter in resident.model.named_parameters():
             W = exact[name]
-            if parameter.ndim == 2 and name in home and home[name] not in resident.active:
+            if parameter.ndim == 2 and name in block_of and block_of[name] not in resident.active:
                 W = nf4.dequantise(nf4.quantise(W), W.dtype) if form == "nf4" else int8.dequantise(
                     *int8.quantise(W), W.dtype)  # fmt: skip
             parameter.data.copy_(W)
@@ -244,7 +223,7 @@ def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
     resident.backend.set_active = lambda rules: by_hand()
     for draw in ((1, 3), (0, 1), (2,), (1, 3), (4,)):
         for name, parameter in resident.model.named_parameters():
-            if home.get(name) in resident.active:
+            if block_of.get(name) in resident.active:
                 exact[name] = parameter.detach().clone()
         for side in (resident, streamed):
             side.draw(draw)
@@ -253,12 +232,12 @@ def test_a_drawn_block_trains_on_its_true_weights_and_nothing_drifts(form):
             assert torch.equal(*(side.take_step(given) for side in (resident, streamed)))
             assert same_bits(resident, streamed)
     for name in exact:
-        if name in home and home[name] != 4:
-            assert torch.equal(streamed.residency.exact(name), exact[name]), name
+        if name in block_of and block_of[name] != 4:
+            assert torch.equal(streamed.residency.values([name])[name], exact[name]), name
 
 
-def test_masters_that_the_checkpoint_holds_are_not_held_twice():
+def test_exact_weights_that_the_checkpoint_holds_are_not_held_twice():
     source = {name: p.detach().clone() for name, p in deep_llama(4).named_parameters()}
     source["model.layers.2.mlp.up_proj.weight"] = source["model.layers.2.mlp.up_proj.weight"] + 1  # other bits
     streamed = Streamed(deep_llama(4), form="nf4", read=source.__getitem__)
-    assert streamed.kept == 1 and 2 in streamed.overlay and 1 not in streamed.overlay
+    assert streamed.num_kept == 1 and 2 in streamed.overlay and 1 not in streamed.overlay

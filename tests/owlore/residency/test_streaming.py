@@ -14,7 +14,6 @@ from streaming import SHAPES, Streamed, batches, deep_llama, maker, pair, quanti
 from torch import nn
 
 from htsr.errors import NotFinite
-from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.formats import FORMATS
 from owlore.residency.residency import Residency
 from owlore.residency.visits import loads_of_step, step_visits
@@ -34,7 +33,7 @@ def steps_agree(resident, streamed, draws, *, parts=1, **options):
             if not (torch.equal(*losses) and same_bits(resident, streamed)):
                 return False
     return all(
-        torch.equal(streamed.residency.exact(name), resident.optimizer.parameters[name])
+        torch.equal(streamed.residency.values([name])[name], resident.optimizer.parameters[name])
         for block in streamed.parts.blocks
         for name, _ in block
     )
@@ -46,7 +45,7 @@ def test_logits_are_those_of_the_resident_model(family, landing):
     ids = batches()[0].input_ids
     with torch.no_grad():
         assert torch.equal(resident.model(ids).logits, streamed.model(ids).logits)
-    assert streamed.copies.loads >= 3
+    assert streamed.copy_queue.loads >= 3
 
 
 @pytest.mark.parametrize(
@@ -65,12 +64,12 @@ def test_so_are_those_of_embeddings_norm_and_head(family):
     assert {name for name, _, _ in streamed.gradients} >= set(streamed.parts.parameters((), groups))
 
 
-def test_with_nothing_but_the_head_trained_no_block_is_walked_backwards():
+def test_with_nothing_but_the_head_trained_backward_visits_no_block():
     resident, streamed = pair(lambda: deep_llama(4), groups=("norm", "head"))
     assert steps_agree(resident, streamed, [()])
-    before = streamed.copies.leases_seen
+    before = streamed.copy_queue.leases_seen
     streamed.take_step(batches())
-    assert streamed.copies.leases_seen - before == 4
+    assert streamed.copy_queue.leases_seen - before == 4
 
 
 def early(residency):
@@ -81,7 +80,7 @@ def early(residency):
         bindings = residency.bindings[block]
         with Residency.visit(residency, block):
             held = {name: p.data for name, p in bindings.parameters.items()}
-        if block not in residency.live:
+        if block not in residency.active:
             for name, parameter in bindings.parameters.items():
                 parameter.data = held[name]
         yield
@@ -100,11 +99,11 @@ def test_a_lease_given_back_too_early_does_not_go_unnoticed(landing):
     assert not agree
 
 
-@pytest.mark.parametrize(("slots", "landing"), [(2, "late"), (2, "random"), (3, "random"), (6, "late")])
-def test_the_number_of_slots_changes_no_bit(slots, landing):
-    resident, streamed = pair(lambda: deep_llama(6), slots=slots, landing=landing)
+@pytest.mark.parametrize(("num_buffers", "landing"), [(2, "late"), (2, "random"), (3, "random"), (6, "late")])
+def test_the_number_of_buffers_changes_no_bit(num_buffers, landing):
+    resident, streamed = pair(lambda: deep_llama(6), num_buffers=num_buffers, landing=landing)
     assert steps_agree(resident, streamed, [(2, 3), (0, 5)], parts=2)
-    assert len(streamed.residency.device_buffers.buffers) == slots
+    assert len(streamed.residency.device_buffers.buffers) == num_buffers
 
 
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(range(4), n)]
@@ -115,10 +114,10 @@ def test_every_drawn_set_of_four_blocks_agrees_and_follows_any_other():
     assert steps_agree(resident, streamed, SUBSETS)
 
 
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("num_buffers", [2, 3])
 @pytest.mark.parametrize("drawn", [(0, 1), (3, 9), (11,), (10, 11)])
-def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loaded(drawn, slots, monkeypatch):
-    streamed = Streamed(deep_llama(12), slots=slots)
+def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loaded(drawn, num_buffers, monkeypatch):
+    streamed = Streamed(deep_llama(12), num_buffers=num_buffers)
     streamed.draw(drawn)
     loaded = []
     load = streamed.residency.device_buffers.load
@@ -131,8 +130,8 @@ def test_loads_are_the_plans_whatever_the_accumulation_and_no_drawn_block_is_loa
         streamed.take_step(batches(parts, seed=step))
         counts.append(len(loaded))
         assert not set(loaded) & set(drawn)
-    planned = loads_of_step(12, min(drawn), set(range(12)) - set(drawn), slots)
-    assert counts[2:] == [planned.total] * 3
+    planned = loads_of_step(12, min(drawn), set(range(12)) - set(drawn), num_buffers)
+    assert counts[2:] == [sum(planned)] * 3
 
 
 def test_half_a_turn_is_saved_where_the_reference_says():
@@ -141,42 +140,39 @@ def test_half_a_turn_is_saved_where_the_reference_says():
     totals = []
     for _ in range(300):
         drawn = set(torch.randperm(32, generator=stream)[:5].tolist())
-        totals.append(loads_of_step(32, min(drawn), set(range(32)) - drawn, 2).total)
+        totals.append(sum(loads_of_step(32, min(drawn), set(range(32)) - drawn, 2)))
     assert sum(totals) / len(totals) == pytest.approx(47.5, abs=0.7)
     # Every block frozen and backward to the bottom (LoRA): 62 with one turn; the turn at the bottom saves two more.
-    assert loads_of_step(32, 0, range(32), 2).total == 60
+    assert sum(loads_of_step(32, 0, range(32), 2)) == 60
 
 
 def test_backward_visits_stop_at_the_lowest_block():
-    assert [v.block for v in step_visits(4, 2)] == [0, 1, 2, 3, 3, 2]
-    assert [v.block for v in step_visits(3, 3)] == [0, 1, 2]
+    assert step_visits(4, 2) == [0, 1, 2, 3, 3, 2]
+    assert step_visits(3, 3) == [0, 1, 2]
 
 
-def test_a_timed_port_keeps_every_visit_copy_and_boundary_of_a_step():
-    streamed = Streamed(deep_llama(6), offload=True)
-    copies = CpuCopyQueue(torch.device("cpu"), timed=True)
-    streamed.copies = streamed.residency.copies = streamed.residency.device_buffers.copies = (
-        streamed.boundaries.copies
-    ) = copies
+def test_a_timed_queue_records_every_visit_copy_and_boundary_of_a_step():
+    streamed = Streamed(deep_llama(6), offload=True, landing="real")
+    queue = streamed.copy_queue
     streamed.draw((2,))
     streamed.take_step(batches(2))
-    copies.timeline()
+    queue.timeline()
     began = time.perf_counter()
     streamed.take_step(batches(2))
     seconds = time.perf_counter() - began
-    spans = copies.timeline()
-    assert copies.timeline() == [] and min(span.start for span in spans) == 0
+    spans = queue.timeline()
+    assert queue.timeline() == [] and min(span.start for span in spans) == 0
     assert all(0 <= span.start <= span.end <= seconds for span in spans)
     visits = sorted((span for span in spans if span.kind == "visit"), key=lambda span: span.start)
-    assert [span.block for span in visits] == [visit.block for visit in step_visits(6, 2)]
+    assert [span.block for span in visits] == step_visits(6, 2)
     kinds = Counter(span.kind for span in spans)
-    assert kinds["copy"] == loads_of_step(6, 2, {0, 1, 3, 4, 5}, 2).total and kinds["loss"] == 1
+    assert kinds["copy"] == sum(loads_of_step(6, 2, {0, 1, 3, 4, 5}, 2)) and kinds["loss"] == 1
     # Of two micro-batches four boundaries each leave; the last two and those never fetched stay.
     assert kinds["unload"] == 8 and kinds["fetch"] == 6
     steps = sorted((span for span in spans if span.kind in ("visit", "copy")), key=lambda span: span.start)
     assert all(a.end <= b.start for a, b in itertools.pairwise(steps))  # on a CPU nothing overlaps
     streamed.take_step(batches(2))
-    assert 0 < copies.seconds()["copy"] < 60 and copies.seconds() == {"copy": 0, "stall": 0}
+    assert 0 < queue.seconds()["copy"] < 60 and queue.seconds() == {"copy": 0, "stall": 0}
 
 
 class Box:
@@ -185,11 +181,11 @@ class Box:
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
-def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, monkeypatch):
+def test_nothing_that_autograd_saved_shares_a_buffer_when_its_lease_ends(form, monkeypatch):
     streamed = Streamed(deep_llama(5), form=form)
     streamed.draw((1,))
-    slots = streamed.residency.device_buffers
-    addresses = [b.untyped_storage().data_ptr() for b in slots.buffers]
+    device_buffers = streamed.residency.device_buffers
+    addresses = [b.untyped_storage().data_ptr() for b in device_buffers.buffers]
     saved, seen = [], []
 
     def pack(tensor):
@@ -199,19 +195,19 @@ def test_nothing_that_autograd_saved_shares_a_slot_when_its_lease_ends(form, mon
             seen.append(tuple(tensor.shape))
         return box
 
-    release = slots.release
+    release = device_buffers.release
 
-    def checked(slot):
+    def checked(index):
         assert not [ref for ref in saved if ref() is not None]
-        release(slot)
+        release(index)
 
-    monkeypatch.setattr(slots, "release", checked)
+    monkeypatch.setattr(device_buffers, "release", checked)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         streamed.take_step(batches(2))
-    assert seen if form == "bf16" else True  # norms and plain linear maps do save views of a slot, inside the lease
-    views = [t for v in streamed.residency._slot_views.values() for fields in v.values() for t in fields.values()]
-    held = {id(t) for t in (*slots.buffers, *views, *(view._base for view in views))}
-    for queue in streamed.copies.queues.values():  # a copy under way knows where it goes
+    assert seen if form == "bf16" else True  # norms and plain linear maps do save views of a buffer, inside the lease
+    views = [t for v in streamed.residency._buffer_views.values() for fields in v.values() for t in fields.values()]
+    held = {id(t) for t in (*device_buffers.buffers, *views, *(view._base for view in views))}
+    for queue in streamed.copy_queue.queues.values():  # a copy under way knows where it goes
         queue.clear()
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.numel() and not t.is_meta]
@@ -245,7 +241,7 @@ def test_no_lease_is_left_after_a_step_an_error_or_an_interrupt(error, at):
     assert all(torch.isnan(p).all() for p in streamed.parts.modules[3].parameters())
 
 
-def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
+def test_a_buffer_under_a_forgotten_lease_is_not_refilled():
     streamed = Streamed(deep_llama(5))
     streamed.draw((1,))
     forgotten = streamed.residency.visit(2)
@@ -254,14 +250,14 @@ def test_a_slot_under_a_lease_that_somebody_forgot_is_not_refilled():
         streamed.take_step(batches())
 
 
-def test_slot_bytes_never_change():
+def test_buffer_bytes_never_change():
     streamed = Streamed(deep_llama(6))
     size = streamed.residency.device_buffers.num_bytes
     addresses = [b.data_ptr() for b in streamed.residency.device_buffers.buffers]
     for draw in ((0, 1), (5,), (2, 3, 4)):
         streamed.draw(draw)
         streamed.take_step(batches(2))
-        assert streamed.residency.device_buffers.num_bytes == size == streamed.copies.buffer_bytes
+        assert streamed.residency.device_buffers.num_bytes == size
         assert [b.data_ptr() for b in streamed.residency.device_buffers.buffers] == addresses
 
 
@@ -279,7 +275,7 @@ def test_row_chunks_give_the_gradient_of_the_whole_batch():
         side.draw((1, 3))
         side.take_step(parts)
         sides.append({name: sum(given) for name, given in side.by_name().items()})
-        loads.append(side.copies.loads)
+        loads.append(side.copy_queue.loads)
     assert loads[0] == loads[1]
     for name, gradient in sides[0].items():
         assert torch.allclose(gradient, sides[1][name], rtol=1e-4, atol=1e-6), name
@@ -325,27 +321,27 @@ def test_blocks_that_stay_on_the_device_give_the_same_bits(form):
             for step in range(2):
                 assert torch.equal(*(side.take_step(batches(2, seed=step)) for side in (some, none)))
                 assert same_bits(some, none)
-        assert some.copies.loads < none.copies.loads
+        assert some.copy_queue.loads < none.copy_queue.loads
 
 
 @pytest.mark.parametrize("landing", LANDINGS)
 def test_boundaries_that_travel_to_the_host_and_back_give_the_same_bits(landing):
     resident, streamed = pair(lambda: deep_llama(6), offload=True, landing=landing)
     assert steps_agree(resident, streamed, [(0,), (2, 4)], parts=3)
-    assert streamed.copies.unloaded_bytes > 0 and streamed.boundaries.host_bytes() > 0
+    assert streamed.copy_queue.unloaded_bytes > 0 and streamed.boundaries.host_bytes() > 0
 
 
 def test_few_boundaries_are_on_the_device_when_they_are_offloaded():
     streamed = Streamed(deep_llama(12), offload=True, landing="late")
     streamed.draw((0,))
     most = []
-    keep = streamed.boundaries.keep
+    save = streamed.boundaries.save
 
     def counted(key, hidden):
-        keep(key, hidden)
+        save(key, hidden)
         most.append(streamed.boundaries.device_bytes())
 
-    streamed.boundaries.keep = counted
+    streamed.boundaries.save = counted
     given = batches(1)
     streamed.take_step(given)
     one = given[0].input_ids.numel() * 16 * 4
@@ -386,7 +382,7 @@ def test_autocast_holds_in_the_recomputation_too(form):
         assert torch.equal(*losses) and same_bits(resident, streamed)
 
 
-def test_blocks_of_different_kinds_sizes_and_arguments_share_the_slots():
+def test_blocks_of_different_kinds_sizes_and_arguments_share_the_buffers():
     def make():
         model = tiny_models()["gemma2"]().train()
         wide = tiny_models()["gemma2"](1).model.layers[0].mlp
@@ -402,7 +398,7 @@ def test_blocks_of_different_kinds_sizes_and_arguments_share_the_slots():
 
     kinds = {layer.self_attn.sliding_window for layer in make().model.layers}
     assert len(kinds) == 2
-    resident, streamed = pair(make, slots=2)
+    resident, streamed = pair(make, num_buffers=2)
     assert steps_agree(resident, streamed, [(0,), (1,), (2,)], parts=2)
 
 

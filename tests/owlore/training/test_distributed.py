@@ -114,7 +114,7 @@ def assert_the_same_run(one, directory, start):
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_that_accumulates_twice_as_much(tmp_path, two, name):
-    """Dropout too: a micro-batch has the same random numbers whoever computes it."""
+    """Dropout too: a micro-batch has the same random numbers in whichever process."""
     settings = settings_of(name)
     settings["accum"] = 2 * settings.get("accum", 1)
     one = owlore.train(two / "model", ROWS, out=tmp_path / "one", **settings)

@@ -36,7 +36,7 @@ def judged(monkeypatch):
     return seen
 
 
-def master_policy(run):
+def weights_of(run):
     return load_file(run.directory / "model/model.safetensors")
 
 
@@ -52,7 +52,7 @@ def same(a, b):
 def test_the_model_of_the_best_evaluation_is_exported_bit_for_bit(tmp_path, judged, dtype):
     model = save_tiny(tmp_path / "model", blocks=6, dtype=getattr(torch, dtype))
     run = owlore.train(model, ROWS, out=tmp_path / "run", **SETTINGS)
-    assert same(master_policy(run), judged[4])
+    assert same(weights_of(run), judged[4])
     assert same(dict(run.model.state_dict()), judged[4])
     assert not same(judged[12], judged[4])
     assert run.record["eval_best"] == {"step": 4, "loss": 1.0}
@@ -65,7 +65,7 @@ def test_the_model_of_the_best_evaluation_is_exported_bit_for_bit(tmp_path, judg
 def test_without_the_option_the_last_model_is_exported_and_the_best_is_said(tmp_path, judged):
     model = save_tiny(tmp_path / "model", blocks=6)
     run = owlore.train(model, ROWS, out=tmp_path / "run", **SETTINGS | {"keep_best": False})
-    assert same(master_policy(run), judged[12])
+    assert same(weights_of(run), judged[12])
     assert run.record["eval_best"] == {"step": 4, "loss": 1.0} and run.record["exported_step"] == 12
     names = [path.name for path in checkpoint.complete(run.directory / "checkpoints")]
     assert names == ["step-000009", "step-000012"]
@@ -80,7 +80,7 @@ def test_a_resume_before_at_and_after_the_best_changes_nothing(tmp_path, judged,
         patch.setattr(Trainer, "train_step", lambda self: power_cut() if self.step == stop else advance(self))
         owlore.train(model, ROWS, out=tmp_path / "cut", **SETTINGS)
     resumed = owlore.train(model, ROWS, out=tmp_path / "cut", resume=True, **SETTINGS)
-    assert same(master_policy(whole), master_policy(resumed))
+    assert same(weights_of(whole), weights_of(resumed))
     assert whole.record["draws"] == resumed.record["draws"]
     states = [
         json.loads((run.directory / "checkpoints/step-000012/state.json").read_text()) for run in (whole, resumed)

@@ -73,3 +73,10 @@ def test_rows_without_positions_are_not_searched_for_several_sequences_and_packe
     asked.clear()
     loss(ids, ids, torch.arange(6).repeat(2)[None])
     assert asked
+
+
+def test_a_model_with_dropout_is_probed_without_it_and_stays_in_its_mode():
+    model = tiny_llama(attention_dropout=0.5).train()
+    loss = CausalLoss(model)
+    assert loss.chunked and loss.isolates_packed_rows() and model.training
+    assert CausalLoss(model.eval()).isolates_packed_rows() and not model.training

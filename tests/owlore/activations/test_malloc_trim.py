@@ -18,7 +18,7 @@ def test_holes_between_living_tensors_are_given_back():
     tensors = [torch.ones(100_000 // 4) for _ in range(1500)]  # small enough to lie in the heap in any case
     full = malloc_trim._resident()
     tensors = tensors[::2]
-    with trimmed_heap((), CPU):  # looks once when it begins
+    with trimmed_heap((), CPU):  # trims once when it begins
         assert malloc_trim._resident() < full - 40e6
     assert all(bool((tensor == 1).all()) for tensor in tensors)
 

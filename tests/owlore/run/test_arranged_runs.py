@@ -20,7 +20,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def master_policy(run):
+def weights_of(run):
     return load_file(run.directory / "model/model.safetensors")
 
 
@@ -34,7 +34,7 @@ def test_an_arranged_run_goes_on_bit_for_bit_and_shows_every_token(tmp_path, opt
     assert whole.history["tokens"].tolist() != plain.history["tokens"].tolist()
     owlore.train(model, ROWS, out=tmp_path / "cut", **{**settings, "epochs": None, "steps": 2})
     resumed = owlore.train(model, ROWS, out=tmp_path / "cut", resume=True, **settings)
-    assert all(torch.equal(tensor, master_policy(resumed)[name]) for name, tensor in master_policy(whole).items())
+    assert all(torch.equal(tensor, weights_of(resumed)[name]) for name, tensor in weights_of(whole).items())
     exact = ["step", "epoch", "loss", "tokens", "active_blocks"]
     assert whole.history[exact].to_json() == resumed.history[exact].to_json()
     assert resumed.history["epoch"].iloc[-1] == 2.0
@@ -58,7 +58,7 @@ def encoded_rows(lengths, seed=0):
 def test_packed_rows_have_the_loss_and_the_gradients_that_they_have_alone(family):
     model = tiny_models()[family]()
     loss = CausalLoss(model)
-    assert loss.keeps_rows_apart()
+    assert loss.isolates_packed_rows()
     data = encoded_rows([5, 1, 12, 9, 3, 20, 7])
     packed = collate_packed(data, [(0, 1, 2), (3, 4), (5, 6)])
     rows = [collate(data, [row]) for row in range(len(data))]
@@ -99,8 +99,8 @@ def leaky(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["mask", "positions"])
 def test_a_model_whose_packed_rows_are_not_what_they_are_alone_is_found_out(kind, dtype):
-    assert CausalLoss(tiny_llama(dtype=dtype)).keeps_rows_apart()
-    assert not CausalLoss(leaky(kind).to(dtype)).keeps_rows_apart()
+    assert CausalLoss(tiny_llama(dtype=dtype)).isolates_packed_rows()
+    assert not CausalLoss(leaky(kind).to(dtype)).isolates_packed_rows()
 
 
 def test_packing_is_refused_where_rows_would_see_each_other(tmp_path):

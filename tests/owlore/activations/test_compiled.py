@@ -8,8 +8,9 @@ from makers import tiny_llama
 from streaming import Resident, Streamed, batches, deep_llama, same_bits
 
 from owlore.activations.checkpointing import ActivationCheckpointing
-from owlore.activations.compiled import Compiled, cpp_compiler
+from owlore.activations.compiled import compile_blocks, cpp_compiler
 from owlore.blocks import find_parts, freeze
+from owlore.patches import PatchStack
 from owlore.training.loss import CausalLoss
 
 # The lowest, a middle and the last block among the drawn ones; rows of several lengths.
@@ -22,15 +23,16 @@ def gradients(model, parts, active, shape, *, backend=None, recomputed=False):
     for parameter in parts.parameters(active, ()).values():
         parameter.requires_grad_(True)
     loss = CausalLoss(model)
-    compiled = Compiled(parts.modules, enabled=backend is not None, device=CPU, backend=backend or "inductor")
-    recompute = ActivationCheckpointing(parts.modules, enabled=recomputed)
+    patches = PatchStack()
+    if backend is not None:
+        compile_blocks(parts.modules, device=CPU, backend=backend, patches=patches)
+    recompute = ActivationCheckpointing(parts.modules, enabled=recomputed, patches=patches)
     recompute.lowest = min(active)
     ids = torch.randint(4, 60, shape, generator=torch.Generator().manual_seed(0))
     try:
         loss(ids, ids).backward()
     finally:
-        recompute.patches.close()
-        compiled.patches.close()
+        patches.close()
     assert all("forward" not in vars(block) for block in parts.modules)
     return {name: parameter.grad for name, parameter in parts.parameters(active, ()).items()}
 
@@ -69,7 +71,8 @@ def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
 
     model = deep_llama(6)
     resident = Resident(copy.deepcopy(model))
-    compiled = Compiled(find_parts(model).modules, enabled=True, device=CPU, backend=counting, always=True)
+    patches = PatchStack()
+    compile_blocks(find_parts(model).modules, device=CPU, backend=counting, always=True, patches=patches)
     streamed = Streamed(model)
     for draw in ((2, 4), (1, 3), (0, 1), (5,)):
         for side in (resident, streamed):
@@ -78,7 +81,7 @@ def test_streamed_blocks_share_six_graphs_and_give_the_resident_gradients():
             losses = [side.take_step(batches(2, seed=step)) for side in (resident, streamed)]
             assert torch.equal(*losses) and same_bits(resident, streamed)
         assert len(seen) == 6
-    compiled.patches.close()
+    patches.close()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -90,7 +93,8 @@ def test_streamed_blocks_with_dropout_are_not_compiled(monkeypatch, tmp_path):
     import owlore
     from htsr.errors import UsageError
 
-    monkeypatch.setattr("owlore.run.build.Compiled", partial(Compiled, backend=lambda graph, inputs: graph.forward))
+    compile_plainly = partial(compile_blocks, backend=lambda graph, inputs: graph.forward)
+    monkeypatch.setattr("owlore.run.build.compile_blocks", compile_plainly)
     settings = {"table": "uniform", "steps": 2, "compile": True, "residency": "host", "rank": 4}
     rows = [{"prompt": "a: ", "completion": "b"}]
     model = save_tiny(tmp_path / "dropout", attention_dropout=0.1)

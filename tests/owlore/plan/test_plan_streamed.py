@@ -20,7 +20,6 @@ from owlore.plan.plan import make_plan
 from owlore.plan.planner import plan_from_config
 from owlore.plan.streamed import StreamedModel
 from owlore.plan.traffic import Rates
-from owlore.residency.copy_queue import CpuCopyQueue
 from owlore.residency.placement import Placement
 from owlore.strategies import STRATEGIES, StrategyConfig
 
@@ -47,7 +46,7 @@ def storages(tensors):
 
 
 @pytest.mark.parametrize(("case", "drawn"), [*((case, (5, 6, 11)) for case in PLACEMENTS), ("host nf4", (0, 12))])
-def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_slots_and_drawn(case, drawn):
+def test_device_bytes_of_twelve_and_more_blocks_are_planned_and_never_more_than_buffers_and_drawn(case, drawn):
     placement = PLACEMENTS[case]
     streamed = streamed_of(deep_llama(13, dtype=torch.bfloat16), placement)
     residency = streamed.residency
@@ -184,10 +183,7 @@ def test_so_is_it_with_trained_embeddings_and_head_that_outweigh_the_blocks(tied
 
 def counted_peak(model, placement, drawn, accum, *, rank=8, groups=(), reads=()):
     """Most bytes that live in two steps, as a plan counts them, and the streamed side."""
-    streamed = streamed_of(model, placement, rank=rank, groups=groups)
-    streamed.copies = streamed.residency.copies = streamed.residency.device_buffers.copies = (
-        streamed.boundaries.copies
-    ) = CpuCopyQueue(torch.device("cpu"))
+    streamed = streamed_of(model, placement, rank=rank, groups=groups, landing="real")
     outside = sum(p.numel() * 2 for p in streamed.parts.parameters((), streamed.parts.groups).values())
     left = StreamedModel(streamed.parts, placement).outside_bytes(reads)[
         1

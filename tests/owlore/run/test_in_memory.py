@@ -11,7 +11,7 @@ import owlore
 from htsr.errors import BadInput, UsageError
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
-HOMES = [{}, {"checkpointing": "on"}, {"residency": "host"}, {"frozen": "int8"}]
+PLACEMENTS = [{}, {"checkpointing": "on"}, {"residency": "host"}, {"frozen": "int8"}]
 
 
 def train(model, out, **settings):
@@ -30,8 +30,8 @@ def tripled(module):
     return module.forward
 
 
-@pytest.mark.parametrize("home", HOMES, ids=str)
-def test_a_forward_that_was_set_on_a_linear_map_or_a_block_is_what_is_trained_and_stays(tmp_path, home):
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_a_forward_that_was_set_on_a_linear_map_or_a_block_is_what_is_trained_and_stays(tmp_path, placement):
     def changed():
         model = tiny_llama(blocks=3)
         kept = [(block.mlp.up_proj, tripled(block.mlp.up_proj)) for block in model.model.layers]
@@ -41,17 +41,17 @@ def test_a_forward_that_was_set_on_a_linear_map_or_a_block_is_what_is_trained_an
         return model, kept
 
     (model, kept), (expected, _) = changed(), changed()
-    # At rank `full` and without a home of its own no linear map's forward is replaced.
-    run = train(model, tmp_path / "run", lr=1e-9, **home)
+    # At rank `full` and with the default placement no linear map's forward is replaced.
+    run = train(model, tmp_path / "run", lr=1e-9, **placement)
     plain = train(expected, tmp_path / "plain", lr=1e-9, rank="full")
-    assert losses(run) == pytest.approx(losses(plain), rel=2e-2 if "frozen" in home else 1e-6)
+    assert losses(run) == pytest.approx(losses(plain), rel=2e-2 if "frozen" in placement else 1e-6)
     unchanged = train(tiny_llama(blocks=3), tmp_path / "unchanged", lr=1e-9)
     assert abs(losses(unchanged)[0] - losses(plain)[0]) > 0.1  # it is seen
     assert all(vars(module)["forward"] is forward for module, forward in kept)
 
 
-@pytest.mark.parametrize("home", [{}, {"frozen": "int8"}], ids=str)
-def test_a_linear_map_may_be_called_by_the_name_of_its_argument(tmp_path, home):
+@pytest.mark.parametrize("placement", [{}, {"frozen": "int8"}], ids=str)
+def test_a_linear_map_may_be_called_by_the_name_of_its_argument(tmp_path, placement):
     def naming():
         model = tiny_llama(blocks=3)
         for block in model.model.layers:
@@ -59,7 +59,7 @@ def test_a_linear_map_may_be_called_by_the_name_of_its_argument(tmp_path, home):
             mlp.forward = lambda x, m=mlp: m.down_proj(input=m.act_fn(m.gate_proj(input=x)) * m.up_proj(input=x))
         return model
 
-    named, plain = (train(m, tmp_path / str(i), **home) for i, m in enumerate((naming(), tiny_llama(blocks=3))))
+    named, plain = (train(m, tmp_path / str(i), **placement) for i, m in enumerate((naming(), tiny_llama(blocks=3))))
     assert losses(named) == losses(plain)
 
 
@@ -77,23 +77,23 @@ def test_a_hook_on_a_weight_gets_the_gradient_and_what_it_gives_is_trained(tmp_p
         assert moved[:3].all() and not moved[3:].any()
 
 
-@pytest.mark.parametrize("home", HOMES, ids=str)
-def test_a_run_that_is_refused_at_its_last_check_leaves_the_model_as_it_was(tmp_path, home):
-    train(tiny_llama(blocks=3), tmp_path / "run", **home)
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_a_run_that_is_refused_at_its_last_check_leaves_the_model_as_it_was(tmp_path, placement):
+    train(tiny_llama(blocks=3), tmp_path / "run", **placement)
     model, expected = tiny_llama(blocks=3), tiny_llama(blocks=3)
     with pytest.raises(UsageError, match="lr is"):
-        train(model, tmp_path / "run", lr=1e-2, resume=True, **home)
+        train(model, tmp_path / "run", lr=1e-2, resume=True, **placement)
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     again, fresh = (train(m, tmp_path / str(i), method="full") for i, m in enumerate((model, expected)))
     assert losses(again) == losses(fresh)
 
 
-@pytest.mark.parametrize("home", HOMES, ids=str)
-def test_a_failure_after_everything_was_put_on_the_model_takes_it_off_again(tmp_path, monkeypatch, home):
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
+def test_a_failure_after_everything_was_put_on_the_model_takes_it_off_again(tmp_path, monkeypatch, placement):
     from owlore.training.trainer import Trainer
 
-    train(tiny_llama(blocks=3), tmp_path / "run", **home)
+    train(tiny_llama(blocks=3), tmp_path / "run", **placement)
     model, expected = tiny_llama(blocks=3), tiny_llama(blocks=3)
 
     def fail(self, saved):
@@ -101,7 +101,7 @@ def test_a_failure_after_everything_was_put_on_the_model_takes_it_off_again(tmp_
 
     monkeypatch.setattr(Trainer, "restore", fail)
     with pytest.raises(BadInput, match="damaged"):
-        train(model, tmp_path / "run", resume=True, **home)
+        train(model, tmp_path / "run", resume=True, **placement)
     assert all("forward" not in vars(module) for module in model.modules())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
