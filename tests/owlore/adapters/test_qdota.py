@@ -7,13 +7,14 @@ import weakref
 
 import pytest
 import torch
+from adapter_bytes import nf4_bytes
 from makers import generator, tiny_llama, tiny_models
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from owlore.adapters import DotaConfig
 from owlore.adapters.dota_layer import DotaLayer, first_cores
-from owlore.adapters.nf4_linear import Nf4Linear, dequantise_by_bitsandbytes
+from owlore.adapters.nf4_linear import Nf4Linear
 from owlore.kernels import nf4
 from owlore.kernels.mpo import make_shape, random_cores, rebuild
 
@@ -62,7 +63,7 @@ def test_the_base_is_the_quantised_residual_and_takes_the_planned_bytes(dtype):
         expected = nf4.dequantise(nf4.quantise(residual), dtype)
         assert isinstance(base, Nf4Linear) and torch.equal(base.dense(), expected)
         held = sum(t.numel() * t.element_size() for t in base.buffers())
-        assert held == nf4.planned_bytes(weight.numel()) and not list(base.parameters())
+        assert held == nf4_bytes(weight.numel()) and not list(base.parameters())
         approximate = (expected.float() + rebuild(mpo.start, mpo.shape)).to(dtype)
         assert torch.equal(layer.effective(["default"]), approximate)
 
@@ -145,7 +146,7 @@ def test_codes_read_by_bitsandbytes_are_the_same_weights():
     quantised = nf4.quantise(nn.Linear(96, 40, bias=False).weight)  # blocks of 64 that go on in the next row
     with torch.compiler.set_stance("force_eager"):
         for dtype in (torch.float32, torch.bfloat16):
-            theirs = dequantise_by_bitsandbytes(quantised, dtype)
+            theirs = nf4.dequantise_by_bitsandbytes(quantised, dtype)
             assert torch.equal(theirs, nf4.dequantise(quantised, dtype))
 
 
