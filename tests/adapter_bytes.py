@@ -11,7 +11,7 @@ from owlore.adapters.dota_model import bond_of
 from owlore.adapters.selection import budget, make_map
 from owlore.adapters.smt_config import SmtConfig
 from owlore.adapters.targets import find_targets, is_plain, is_shared
-from owlore.kernels import quantised_state
+from owlore.kernels import nf4
 from owlore.kernels.block_sparse import make_layout
 from owlore.kernels.mpo import make_shape
 
@@ -39,13 +39,6 @@ def planned(model: nn.Module, config: SmtConfig | DotaConfig) -> Planned:
     For SMT with a selection that needs data or weights it is an upper bound, as if every chosen block had full size.
     """
     return _smt(model, config) if isinstance(config, SmtConfig) else _dota(model, config)
-
-
-def nf4_bytes(count: int, block: int = 64, double: bool = True) -> int:
-    """Bytes of `count` values in NF4: half of one each, and a magnitude per block, in 8 bits with `double`."""
-    blocks = -(-count // block)
-    magnitudes = blocks + 4 * -(-blocks // quantised_state.BLOCK) + 4 if double and blocks else 4 * blocks
-    return -(-count // 2) + magnitudes
 
 
 def _smt(model: nn.Module, config: SmtConfig) -> Planned:
@@ -80,7 +73,7 @@ def _dota(model: nn.Module, config: DotaConfig) -> Planned:
     if config.quantise is None:
         base = sum(_weight_bytes(target.module) for target in targets)
     else:
-        base = sum(nf4_bytes(target.shape[0] * target.shape[1]) for target in targets)
+        base = sum(nf4.planned_bytes(target.shape[0] * target.shape[1]) for target in targets)
     return Planned(trainable=count, frozen_bytes=4 * count, file_bytes=8 * count, base_bytes=base)
 
 

@@ -140,6 +140,13 @@ def magnitudes(quantised: Nf4) -> Tensor:
     return quantised_state.dequantise(centred) + quantised.offset
 
 
+def planned_bytes(count: int, block: int = 64, double: bool = True) -> int:
+    """Bytes of `count` values in NF4, with the arguments of `quantise`."""
+    blocks = -(-count // block)
+    magnitude = blocks + 4 * -(-blocks // quantised_state.BLOCK) + 4 if double and blocks else 4 * blocks
+    return -(-count // 2) + magnitude
+
+
 def _quantise_flat(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Packed codes and magnitudes of consecutive blocks; only the last may be shorter."""
     short = -flat.numel() % block

@@ -25,7 +25,7 @@ from owlore.adapters import DotaConfig
 from owlore.adapters.dota_layer import first_cores
 from owlore.adapters.targets import find_targets
 from owlore.kernels.mpo import make_shape, rebuild
-from owlore.kernels.nf4 import dequantise, quantise
+from owlore.kernels.nf4 import dequantise, planned_bytes, quantise
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES = [(3, 16), (2, 32), (3, 8), (3, 64), (4, 16)]
@@ -51,7 +51,7 @@ def main() -> None:
     entries = sum(w.numel() for w in weights.values())
     nothing = {name: torch.zeros(()) for name in weights}
     result: dict[str, Any] = {"matrices": len(weights), "entries": entries, "windows": args.windows, "rows": [],
-                              "nf4_bytes": nf4_bytes(weights),
+                              "nf4_bytes": sum(planned_bytes(w.numel()) for w in weights.values()),
                               "loss_fp32": loss(model, windows)}  # fmt: skip
     approximate, lost = quantised(weights, nothing)
     direct = lost / total
@@ -60,7 +60,7 @@ def main() -> None:
     print(f"loss: fp32 {result['loss_fp32']:.4f}, direct NF4 {result['loss_direct']:.4f}")
     for block in (32, 16):
         smaller = quantised(weights, nothing, block)[1] / total
-        bits = 8 * nf4_bytes(weights, block) / entries
+        bits = 8 * sum(planned_bytes(w.numel(), block) for w in weights.values()) / entries
         result[f"direct_block_{block}"] = smaller
         print(f"direct in blocks of {block}, {bits:.3f} bits: {smaller:.5f}, {smaller / direct:.4f} of blocks of 64")
     print("cores bond rounds  cores/W   left  residual  / direct     loss")
@@ -96,10 +96,6 @@ def measure(
     approximate, lost = quantised(weights, products)
     row = {"num_cores": num_cores, "bond": bond, "rounds": rounds, "left": left / total, "residual": lost / total}
     return row | {"share": count / sum(w.numel() for w in weights.values())}, approximate
-
-
-def nf4_bytes(weights: dict[str, torch.Tensor], block: int = 64) -> int:
-    return sum(t.nbytes for w in weights.values() for t in quantise(w, block).tensors().values())
 
 
 def quantised(

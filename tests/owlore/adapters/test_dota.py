@@ -12,7 +12,7 @@ from torch import nn
 from owlore.adapters import DotaConfig
 from owlore.adapters.dota_layer import DotaLayer
 from owlore.kernels.mpo import make_shape, rebuild
-from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_bytes
+from owlore.optim.parameter_state import MasterPolicy, UpdateSpec, planned_state_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -143,7 +143,8 @@ def test_bytes_of_the_file_and_of_the_optimizer_are_the_formulas(tmp_path):
     moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * count
     states = [
-        planned_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=2), MasterPolicy.MASTER) for p in trained(model).values()
+        planned_state_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=2), MasterPolicy.MASTER)
+        for p in trained(model).values()
     ]
     assert sum(s.total for s in states) == 8 * count  # a core is never projected, and needs no master
     model.save_pretrained(tmp_path)
@@ -260,5 +261,5 @@ def test_bad_configurations_are_refused_by_name():
         DotaConfig(alternations=2)
     with pytest.raises(ValueError, match="density"):
         DotaConfig(density=2.0)
-    with pytest.raises(TypeError, match="expected a linear map"):
+    with pytest.raises(TypeError, match="expected a linear layer"):
         adapted(target_modules=["embed_tokens"])

@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-from adapter_bytes import nf4_bytes
 from makers import generator, tiny_llama, tiny_models
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -63,7 +62,7 @@ def test_the_base_is_the_quantised_residual_and_takes_the_planned_bytes(dtype):
         expected = nf4.dequantise(nf4.quantise(residual), dtype)
         assert isinstance(base, Nf4Linear) and torch.equal(base.dense(), expected)
         held = sum(t.numel() * t.element_size() for t in base.buffers())
-        assert held == nf4_bytes(weight.numel()) and not list(base.parameters())
+        assert held == nf4.planned_bytes(weight.numel()) and not list(base.parameters())
         approximate = (expected.float() + rebuild(mpo.start, mpo.shape)).to(dtype)
         assert torch.equal(layer.effective(["default"]), approximate)
 

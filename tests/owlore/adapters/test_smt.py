@@ -14,7 +14,7 @@ from owlore.adapters.nf4_linear import Nf4Linear
 from owlore.adapters.smt_layer import SmtLayer
 from owlore.kernels.adamw import AdamW
 from owlore.kernels.block_sparse import make_layout, read_blocks
-from owlore.optim.parameter_state import MasterPolicy, ParameterState, UpdateSpec, planned_bytes
+from owlore.optim.parameter_state import MasterPolicy, ParameterState, UpdateSpec, planned_state_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -154,7 +154,8 @@ def test_bytes_of_the_file_and_of_the_optimizer_are_the_formulas(tmp_path):
     moments = [t for s in optimizer.state.values() for key, t in s.items() if key != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * entries
     states = [
-        planned_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=4), MasterPolicy.MASTER) for p in trained(model).values()
+        planned_state_bytes(tuple(p.shape), p.dtype, UpdateSpec(rank=4), MasterPolicy.MASTER)
+        for p in trained(model).values()
     ]
     assert sum(s.total for s in states) == 8 * entries  # a delta is never projected, and needs no master
     model.save_pretrained(tmp_path)
@@ -406,7 +407,7 @@ def test_bad_maps_and_modes_are_refused_by_name():
         SmtConfig(selection="diagnal")
     with pytest.raises(ValueError, match="density"):
         SmtConfig(density=0.0)
-    with pytest.raises(TypeError, match="expected a linear map"):
+    with pytest.raises(TypeError, match="expected a linear layer"):
         adapted(target_modules=["embed_tokens"])
 
 
