@@ -1,9 +1,9 @@
-"""A linear map with trained matrix product operators beside its weight.
+"""A linear layer with trained matrix product operators (MPOs) beside its weight.
 
-What the layer computes with is W = base + sum of terms, each term a signed MPO; it is rebuilt in every forward and
-backward and never kept. An active adapter adds MPO(c) - MPO(c0), with c0 a frozen copy of its first cores: zero at the
-start to the last bit. If the base is an adapter's explicit residual W0 - MPO(c0), then MPO(c0) is added first, which
-leaves MPO(c) of that adapter while it is active.
+The layer's effective weight is W = base + a sum of terms, each a signed MPO; it is rebuilt in every forward and
+backward and is not kept. An active adapter adds MPO(c) - MPO(c0), where c0 is a frozen copy of its first cores; that
+is exactly zero at the start. If the base is an adapter's explicit residual W0 - MPO(c0), then MPO(c0) is added first,
+so that MPO(c) of that adapter remains while it is active.
 """
 
 from __future__ import annotations
@@ -13,62 +13,75 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from owlore.adapters.base import AdaptedLinear
 from owlore.adapters.dota_config import DotaConfig
 from owlore.adapters.nf4_linear import Nf4Linear
-from owlore.adapters.targets import dense_weight, is_plain, matrix_of, place_of, shape_of
+from owlore.adapters.targets import dense_weight, device_and_dtype, is_plain, matrix_of
 from owlore.kernels.mpo import MpoShape, Term, add_terms, decompose, make_shape, mpo_linear, random_cores, rebuild
 from owlore.kernels.nf4 import dequantise, quantise
 from owlore.kernels.seeds import generator_for
 
 
 class MpoCores(nn.Module):
-    """Trained cores `core_k` and their frozen first values `start_k`, at least fp32, of one adapter in one matrix."""
+    """The MPO of one adapter in one matrix: trained cores `core_k` and their frozen first values `start_k`.
+
+    Args:
+        shape: Shape of the MPO.
+        cores: First values of the cores; they are converted to fp32, or fp64 for a base in fp64.
+        base: The layer that is adapted, for device and dtype.
+    """
 
     def __init__(self, shape: MpoShape, cores: list[Tensor], base: nn.Module) -> None:
         super().__init__()
         self.shape = shape
         for k, core in enumerate(cores):
-            first = core.to(*place_of(base)).contiguous()
+            first = core.to(*device_and_dtype(base)).contiguous()
             self.register_parameter(f"core_{k}", nn.Parameter(first))
             self.register_buffer(f"start_{k}", first.clone())
 
     @property
     def cores(self) -> list[Tensor]:
+        """The trained cores c."""
         return [getattr(self, f"core_{k}") for k in range(len(self.shape.out))]
 
     @property
     def start(self) -> list[Tensor]:
+        """The first cores c0."""
         return [getattr(self, f"start_{k}") for k in range(len(self.shape.out))]
 
 
-class DotaLayer(nn.Module, BaseTunerLayer):
-    """Any linear map (nn.Linear, Conv1D, quantised) with one or several adapters' MPOs."""
+class DotaLayer(AdaptedLinear):
+    """A linear layer with the MPOs of one or several adapters.
+
+    Args:
+        base_layer: The layer (nn.Linear, Conv1D or quantised), or another adapter's layer around it.
+        name: Name of the layer in the model; random cores depend on it.
+    """
 
     adapter_layer_names = ("dota_mpo",)
-    other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, name)
         self.name = name
-        self.out_features, self.in_features = shape_of(self.get_base_layer(), name)
         self.dota_mpo = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
         self.explicit: str | None = None  # the adapter whose residual the base is
-        self._pending: Callable[[], None] | None = None  # the base's change, waiting for the cores of a file
-        self._unmerged: Tensor | None = None
+        self._pending: Callable[[], None] | None = None  # changes the base once the cores of a file are loaded
+        self._unmerged: Tensor | None = None  # the base weight before a merge
         self.register_load_state_dict_post_hook(_apply_base_change)
 
     def update_layer(self, adapter_name: str, config: DotaConfig) -> None:
-        """Add an adapter: decompose the weight (or take cores of the right shapes, to be loaded) and set the base.
+        """Add an adapter: decompose the weight, or make cores of the right shapes to be loaded, and change the base.
 
-        Raises: ValueError when a base that is already quantised or a residual would have to change.
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+
+        Raises:
+            ValueError: The base has to change and is already quantised or a residual.
         """
         base = self.get_base_layer()
         changes = config.residual == "explicit" or config.quantise is not None
@@ -79,7 +92,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
             )
         shape = make_shape(self.out_features, self.in_features, config.num_cores, config.bond, config.cuts)
         if config.fresh:
-            cores = first_cores(self.dense_base(), shape, config, self.name)
+            cores = first_cores(dense_weight(base), shape, config, self.name)
         else:
             cores = [torch.zeros(core) for core in shape.cores]
         self.dota_mpo[adapter_name] = MpoCores(shape, cores, base)
@@ -90,8 +103,9 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _change_base(self, adapter_name: str, config: DotaConfig) -> None:
-        """Make the base W0 - MPO(c0), or keep W0, and in four bits if asked for."""
-        base, weight = self.get_base_layer(), self.dense_base()
+        """Make the base W0 - MPO(c0), or keep W0, and quantise it if the configuration says so."""
+        base = self.get_base_layer()
+        weight = dense_weight(base)
         if config.residual == "explicit":
             start = self._mpo(adapter_name)
             product = rebuild([core.double() for core in start.start], start.shape)
@@ -101,7 +115,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
             matrix_of(base).copy_(weight)
             return
         self.base_layer = Nf4Linear(weight, base)
-        # PEFT holds on to the old module until every target is replaced; its weight must not wait for that.
+        # PEFT refers to the old module until every target is replaced; its weight is freed now.
         base.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False)
 
     def _mpo(self, name: str) -> MpoCores:
@@ -112,7 +126,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
     # -- the effective weight ----------------------------------------------------------------------------------------
 
     def _terms(self, names: list[str]) -> tuple[list[Term], list[Tensor]]:
-        """The MPOs that these adapters add to the base, and their cores one after another."""
+        """The MPOs that these adapters add to the base, and the cores of all of them in order."""
         signed: list[tuple[int, MpoShape, list[Tensor]]] = []
         if self.explicit is not None and self.explicit not in names:
             anchor = self._mpo(self.explicit)
@@ -125,19 +139,11 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         terms = [Term(shape=shape, sign=sign) for sign, shape, _ in signed]
         return terms, [core for _, _, cores in signed for core in cores]
 
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.dota_mpo]
-
-    def dense_base(self) -> Tensor:
-        """The base weight (outputs x inputs), dequantised where it is not plain."""
-        base = self.get_base_layer()
-        return base.dense() if isinstance(base, Nf4Linear) else dense_weight(base)
-
     @torch.no_grad()
     def effective(self, names: list[str]) -> Tensor:
-        """The weight that the layer computes with when these adapters are active, in the base's dtype."""
+        """The effective weight when these adapters are active, (outputs x inputs) in the base's dtype."""
         terms, cores = self._terms(self._present(names))
-        base = self.dense_base()
+        base = dense_weight(self.get_base_layer())
         return add_terms(base, terms, cores) if terms else base.clone()
 
     # -- mpo_linear's DenseLayer -------------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if not is_plain(base) and not isinstance(base, Nf4Linear):
             return nn.functional.linear(x, weight.to(x.dtype))
-        if isinstance(base, Conv1D):  # as it does it itself, in the same layout, for the same bits
+        if isinstance(base, Conv1D):  # the same call with the same memory layout gives the same bits
             flat = torch.addmm(base.bias, x.reshape(-1, x.shape[-1]), weight.T.contiguous())
             return flat.view(*x.shape[:-1], base.nf)
         return nn.functional.linear(x, weight, base.bias)  # type: ignore[arg-type]
@@ -175,9 +181,14 @@ class DotaLayer(nn.Module, BaseTunerLayer):
         return y + mpo_linear(x, self, terms, cores).to(y.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Make the effective weight the base's own (until `unmerge`, which brings every bit back).
+        """Write the effective weight into the base until `unmerge`.
 
-        Raises: ValueError for a quantised base, or with `safe_merge` when the result is not finite.
+        Args:
+            safe_merge: Whether to refuse a result that is not finite.
+            adapter_names: The adapters to merge; None takes the active ones.
+
+        Raises:
+            ValueError: The base is quantised, or the result is not finite.
         """
         names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
@@ -190,10 +201,10 @@ class DotaLayer(nn.Module, BaseTunerLayer):
             )
         wanted = [*self.merged_adapters, *names]
         self.unmerge()
-        whole = self.effective(wanted)
-        self._check(whole, safe_merge)
+        merged = self.effective(wanted)
+        self._check(merged, safe_merge)
         self._unmerged = matrix_of(base).clone()
-        matrix_of(base).copy_(whole)
+        matrix_of(base).copy_(merged)
         self.merged_adapters.extend(wanted)
 
     def _check(self, weight: Tensor, safe: bool) -> None:
@@ -201,18 +212,23 @@ class DotaLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"NaN or infinity in the merged weight of {self.name}")
 
     def unmerge(self) -> None:
+        """Restore the base weight, bit for bit."""
         if self._unmerged is not None:
             matrix_of(self.get_base_layer()).copy_(self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """MPO(c) - MPO(c0), (outputs x inputs) in fp32."""
+        """MPO(c) - MPO(c0), (outputs x inputs) in the cores' dtype."""
         mpo = self._mpo(adapter)
         return (rebuild(mpo.cores, mpo.shape) - rebuild(mpo.start, mpo.shape)).detach()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Raises: ValueError for the adapter whose residual the base is: without its c0 the base is nothing."""
+        """Delete an adapter.
+
+        Raises:
+            ValueError: The base is the residual of this adapter, so that its first cores are needed.
+        """
         if adapter_name == self.explicit:
             raise ValueError(
                 f"the base of {self.name} is the residual of adapter {adapter_name}: unload the model instead"
@@ -222,20 +238,20 @@ class DotaLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """A plain layer with the effective weight of the adapters, or of none."""
+        """A plain layer with the effective weight of the adapters if `merge`, else that of no adapter."""
         base = self.get_base_layer()
         names = [] if not merge else self.active_adapters if adapter_names is None else adapter_names
         if not is_plain(base) and not isinstance(base, Nf4Linear):
             if merge:
-                self.merge(safe_merge, adapter_names)  # says why not
+                self.merge(safe_merge, adapter_names)  # raises an error that says why not
             return base
         self.unmerge()
-        whole = self.effective(names)
-        self._check(whole, safe_merge)
+        merged = self.effective(names)
+        self._check(merged, safe_merge)
         if isinstance(base, Nf4Linear):
-            self.base_layer = base.as_plain(whole)  # PEFT copies weight and bias from here
+            self.base_layer = base.as_plain(merged)  # PEFT copies weight and bias from here
             return self.base_layer
-        matrix_of(base).copy_(whole)
+        matrix_of(base).copy_(merged)
         return base
 
     def __repr__(self) -> str:
@@ -243,7 +259,7 @@ class DotaLayer(nn.Module, BaseTunerLayer):
 
 
 def _apply_base_change(layer: nn.Module, *unused: Any) -> None:
-    """Change the base now that the first cores are there; also called after a state dict was loaded."""
+    """Change the base once the first cores are there; also called after a state dict was loaded."""
     assert isinstance(layer, DotaLayer)
     if layer._pending is None or any(core.is_meta for mpo in layer.dota_mpo.values() for core in mpo.buffers()):
         return
@@ -256,8 +272,17 @@ def _apply_base_change(layer: nn.Module, *unused: Any) -> None:
 def first_cores(weight: Tensor, shape: MpoShape, config: DotaConfig, name: str) -> list[Tensor]:
     """The cores that an adapter starts from.
 
-    Alternation (LoftQ, arXiv 2310.08659, algorithm 1): quantise what the cores leave, refit the cores to what the
-    quantised residual leaves; the best round is kept, so the error never grows.
+    Alternations (LoftQ, arXiv 2310.08659, algorithm 1) quantise W0 - MPO(c) and refit the cores to W0 minus the
+    quantised residual. The best round is kept, so that the error never grows.
+
+    Args:
+        weight: W0 (outputs x inputs), of any float dtype.
+        shape: Shape of the MPO.
+        config: The configuration: init, gauge, seed and alternations are read.
+        name: Name of the layer, on which random cores depend.
+
+    Returns:
+        The cores, fp64.
     """
     cores = decompose(weight, shape, config.gauge)
     if config.init == "random":  # of the operator's own norm, so that only its directions differ
@@ -265,13 +290,13 @@ def first_cores(weight: Tensor, shape: MpoShape, config: DotaConfig, name: str) 
         return random_cores(shape, norm, generator_for(config.seed, "dota-random", name))
     if not config.alternations:
         return cores
-    whole = weight.double()
+    wide = weight.double()
     best, least = cores, math.inf
-    for turn in range(config.alternations + 1):
+    for alternation in range(config.alternations + 1):
         product = rebuild([core.float().double() for core in cores], shape)
-        residual = dequantise(quantise((whole - product).to(weight.dtype)), torch.float64)
-        error = float(torch.linalg.vector_norm(whole - product - residual))
+        residual = dequantise(quantise((wide - product).to(weight.dtype)), torch.float64)
+        error = float(torch.linalg.vector_norm(wide - product - residual))
         best, least = (cores, error) if error < least else (best, least)
-        if turn < config.alternations:
-            cores = decompose(whole - residual, shape, config.gauge)
+        if alternation < config.alternations:
+            cores = decompose(wide - residual, shape, config.gauge)
     return best

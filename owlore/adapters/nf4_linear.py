@@ -1,65 +1,55 @@
-"""A linear map whose weight rests in NF4: the frozen base under a QDoTA adapter.
-
-The weight is dequantised for each product and dropped again. On a CUDA device bitsandbytes, where installed, reads the
-same codes; elsewhere plain torch does.
-"""
+"""A linear layer whose weight is stored in NF4: the frozen base layer of a QDoTA adapter."""
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from owlore.kernels.nf4 import Nf4, dequantise, magnitudes, quantise
+from owlore.kernels.nf4 import Nf4, dequantise_fastest, quantise
 
 
 class Nf4Linear(nn.Module):
-    """y = x W^T + b with W (outputs x inputs) in NF4; buffers hold it, so it moves and saves with the model."""
+    """y = x W^T + b with W (outputs x inputs) in NF4.
+
+    The tensors of the quantised weight are buffers, so that they are moved and saved with the model. The weight is
+    dequantised for each product and is not kept.
+
+    Args:
+        weight: The weight (outputs x inputs) to quantise, of any float dtype.
+        like: The nn.Linear or Conv1D that this layer replaces; its bias is kept.
+    """
 
     packed: Tensor
     absmax: Tensor
     scale: Tensor
     offset: Tensor
 
-    def __init__(self, weight: Tensor, like: nn.Module, *, block: int = 64) -> None:
-        """`weight` (outputs x inputs) takes the place of that of `like` (nn.Linear or Conv1D), whose bias is kept."""
+    def __init__(self, weight: Tensor, like: nn.Module) -> None:
         super().__init__()
         self.transposed = isinstance(like, Conv1D)
         self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
-        self.block, self.dtype = block, weight.dtype
-        for name, tensor in quantise(weight, block).tensors().items():
+        self.dtype = weight.dtype
+        quantised = quantise(weight)
+        self.block = quantised.block
+        for name, tensor in quantised.tensors().items():
             self.register_buffer(name, tensor)
         self.bias: nn.Parameter | None = getattr(like, "bias", None)
 
     @property
-    def quantised(self) -> Nf4:
-        return Nf4(
-            packed=self.packed,
-            absmax=self.absmax,
-            shape=(self.out_features, self.in_features),
-            block=self.block,
-            scale=self.scale,
-            offset=self.offset,
-        )
-
-    @property
     def weight(self) -> Tensor:
-        """The codes, so that those who ask a layer's weight for its device find it."""
+        """The codes, for code that reads the device of a layer's weight."""
         return self.packed
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight that the codes stand for, (outputs x inputs)."""
-        dtype = dtype or self.dtype
-        if self.packed.is_cuda and has_bitsandbytes():
-            return dequantise_by_bitsandbytes(self.quantised, dtype)
-        return dequantise(self.quantised, dtype)
+        """The dequantised weight (outputs x inputs), in `dtype` or the dtype of the original."""
+        shape, tensors = (self.out_features, self.in_features), dict(self.named_buffers(recurse=False))
+        return dequantise_fastest(Nf4(shape=shape, block=self.block, **tensors), dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer without any adapter's terms; its backward keeps a dense weight, the adapters' own does not."""
+        """The layer without adapters; its backward keeps a dense weight, which that of an adapted layer does not."""
         return nn.functional.linear(x, self.dense(x.dtype), self.bias)
 
     def as_plain(self, weight: Tensor) -> nn.Module:
@@ -75,7 +65,7 @@ class Nf4Linear(nn.Module):
         return plain
 
     def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
-        """Moves everything; a change of dtype is one of the computation, scale and offset stay fp32."""
+        """Move all tensors; a new dtype is that of the dequantised weight, while scale and offset stay fp32."""
         kept = {name: getattr(self, name) for name in ("scale", "offset")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -84,25 +74,3 @@ class Nf4Linear(nn.Module):
                 self.dtype = after.dtype
                 setattr(self, name, before.to(after.device))
         return self
-
-
-@lru_cache(maxsize=1)
-def has_bitsandbytes() -> bool:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def dequantise_by_bitsandbytes(quantised: Nf4, dtype: torch.dtype) -> Tensor:
-    """The same values through bitsandbytes' kernel of the tensors' device.
-
-    The kernel is given a flat shape: blocks run on over the rows, and the one for AVX-512 begins a block anew in each.
-    """
-    import bitsandbytes  # noqa: F401
-
-    flat: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        quantised.packed, magnitudes(quantised), quantised.block, "nf4", (math.prod(quantised.shape),), dtype
-    )
-    return flat.view(quantised.shape)

@@ -1,9 +1,9 @@
-"""Which blocks SMT trains: the budget, the scores, and the map that comes of them.
+"""The blocks that SMT trains: the budget, the scores, and the block map.
 
-Scores by gradient are streamed: every parameter is frozen, a probe on the output of each target sees the incoming
-gradient g and the layer's input x in backward, forms that one matrix's gradient g^T x, averages its blocks into an
-fp64 table and drops it. So no optimizer exists, no weight changes, quantised bases work, and the peak is the weights,
-the activations and one matrix's gradient.
+For scores by gradient every parameter is frozen. In backward, a probe on the output of each target has the incoming
+gradient g and the layer's input x; it computes the gradient g^T x of that matrix and adds the means of its blocks to an
+fp64 table. So there is no optimizer, no weight changes, a base may be quantised, and the peak memory is that of the
+weights, the activations and one matrix's gradient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How many blocks are trained, and their side."""
+    """How many blocks are trained.
+
+    Attributes:
+        block_size: Side of a block.
+        blocks: Number of blocks in all matrices together.
+    """
 
     block_size: int
     blocks: int
@@ -37,8 +42,12 @@ class Budget:
 def budget(model: nn.Module, config: SmtConfig) -> Budget:
     """int(density * entries of all 2-D parameters / block_size^2) blocks, at least one (arXiv 2405.15525, section 4).
 
-    The side is halved while the budget would not hold a block per target matrix, or a block would cover every one of
-    them. Only shapes are read.
+    Note: the side is halved while the budget has less than one block per target matrix, or a block is larger than every
+    one of them.
+
+    Args:
+        model: The model; only its shapes are read.
+        config: The configuration, with its density and block_size.
     """
     targets = find_targets(model, config)
     share, side = config.density * count_2d(model), config.block_size
@@ -52,7 +61,8 @@ def budget(model: nn.Module, config: SmtConfig) -> Budget:
 def make_map(model: nn.Module, config: SmtConfig) -> BlockMap:
     """The block map of a selection that needs no data.
 
-    Raises: ValueError for selection "gradient".
+    Raises:
+        ValueError: The selection is "gradient".
     """
     if config.selection not in _BY_SHAPE_OR_WEIGHT:
         raise ValueError(
@@ -64,12 +74,22 @@ def make_map(model: nn.Module, config: SmtConfig) -> BlockMap:
 
 
 def select_blocks(model: nn.Module, batches: Iterable[Any], config: SmtConfig, *, loss: Loss | None = None) -> BlockMap:
-    """The block map by gradient: a frozen warm-up over `batches`, then the best blocks within the budget.
+    """The block map of selection "gradient": a frozen warm-up over the batches, then the blocks with the best scores.
 
-    A batch is what `loss(model, batch)` takes; without `loss` it is a mapping of the model's arguments with labels.
-    Weights, `requires_grad` flags and gradients are left as they were.
+    Weights, `requires_grad` flags and gradients of the model do not change.
 
-    Raises: ValueError without batches, FloatingPointError when a score is NaN or infinite.
+    Args:
+        model: The model without the adapter.
+        batches: What `loss` takes; without `loss`, mappings of the model's arguments with labels.
+        config: The configuration: targets, block_size, density, criterion and allotment are read.
+        loss: Computes the loss of a batch, as `loss(model, batch)`; None takes the model's loss.
+
+    Returns:
+        {"block_size": l, "blocks": {module name: [[i, j], ...]}}, for `SmtConfig.block_map`.
+
+    Raises:
+        ValueError: There are no batches, or nothing matches target_modules.
+        FloatingPointError: A score is NaN or infinite.
     """
     targets, chosen = find_targets(model, config), budget(model, config)
     scores = score_blocks(model, batches, config, chosen.block_size, loss=loss)
@@ -79,8 +99,8 @@ def select_blocks(model: nn.Module, batches: Iterable[Any], config: SmtConfig, *
 def score_blocks(
     model: nn.Module, batches: Iterable[Any], config: SmtConfig, block_size: int, *, loss: Loss | None = None
 ) -> dict[str, Tensor]:
-    """Score of every block of every target, (blocks high, blocks wide) in fp64, averaged over the batches."""
-    loss = loss or _own_loss
+    """Scores of the blocks of every target by its name, averaged over the batches: fp64, of the shape of `grid_of`."""
+    loss = loss or _model_loss
     criterion, targets = CRITERIA[config.criterion], find_targets(model, config)
     totals = {t.name: torch.zeros(grid_of(t.shape, block_size), dtype=torch.float64) for t in targets}
 
@@ -105,7 +125,13 @@ def score_blocks(
 
 
 def best_cells(scores: dict[str, Tensor], blocks: int, allotment: str) -> dict[str, list[Cell]]:
-    """Exactly `blocks` cells with the highest scores; ties go to the earlier matrix, then row, then column."""
+    """The cells with the highest scores; ties go to the earlier matrix, then row, then column.
+
+    Args:
+        scores: Scores of the blocks of each matrix.
+        blocks: Number of cells to choose.
+        allotment: "global" or "per_matrix".
+    """
     if allotment == "per_matrix":
         counts = allot(blocks, [score.numel() for score in scores.values()])
         pairs = zip(scores.items(), counts, strict=True)
@@ -125,7 +151,7 @@ def _top(scores: dict[str, Tensor], count: int) -> dict[str, list[Cell]]:
 
 
 def allot(blocks: int, capacities: list[int]) -> list[int]:
-    """Split `blocks` evenly over matrices that can take so many each; the remainder is spread over the list."""
+    """Split a number of blocks evenly over the matrices, none above its capacity; a remainder is spread evenly."""
     counts = [0] * len(capacities)
     left = min(blocks, sum(capacities))
     while left:
@@ -138,7 +164,7 @@ def allot(blocks: int, capacities: list[int]) -> list[int]:
 
 
 def diagonal_cells(grid: Cell, count: int) -> list[Cell]:
-    """`count` cells on the diagonal, evenly spread; beyond it on the diagonals shifted by 1, 2, ... columns."""
+    """`count` cells spread evenly on the diagonal; once it is full, on the diagonals shifted by 1, 2, ... columns."""
     high, wide = grid
     length = max(high, wide)
     found: dict[Cell, None] = {}
@@ -183,7 +209,7 @@ def _as_map(targets: list[Target], block_size: int, cells: dict[str, list[Cell]]
 
 
 class _Probe(torch.autograd.Function):
-    """The identity on a layer's output; in backward it gives away the gradient of the layer's weight."""
+    """The identity on a layer's output; in backward it passes the gradient of the layer's weight to a callback."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
@@ -201,14 +227,13 @@ class _Probe(torch.autograd.Function):
 
 @contextmanager
 def _probes(targets: list[Target], receive: Callable[[str, Tensor], None]) -> Any:
-    """Probes on the targets' outputs; the graph begins at the first of them, so nothing below is walked."""
+    """Probes on the targets' outputs; the graph begins at the first of them, so that backward ends there."""
     anchor = torch.zeros((), requires_grad=True)
 
     def hook(name: str) -> Any:
         def forward(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             x = (*inputs, *named.values())[0]
-            found: Tensor = _Probe.apply(output, x, anchor, lambda gradient: receive(name, gradient))
-            return found
+            return _Probe.apply(output, x, anchor, lambda gradient: receive(name, gradient))
 
         return forward
 
@@ -232,7 +257,6 @@ def _frozen(model: nn.Module) -> Any:
             parameter.requires_grad_(flag)
 
 
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     device = next(model.parameters()).device
-    loss: Tensor = model(**{name: value.to(device) for name, value in batch.items()}).loss
-    return loss
+    return model(**{name: value.to(device) for name, value in batch.items()}).loss

@@ -1,10 +1,10 @@
-"""A linear map some of whose blocks are trained: fp32 deltas, written into the weight or beside it.
+"""A linear layer with trained deltas (fp32) on chosen blocks, which are written into the weight or added to the output.
 
-In place, the weight holds cast(W0 + D) on the chosen blocks, so forward and input gradient are the dense layer's own
-and cost nothing extra. W0's blocks are kept, so that disabling or unmerging brings every bit back. The blocks are
-rewritten when a delta changed: its version counter tells. Optimizers and checkpoints may write through `.data` or raw
-pointers, which no counter sees; so a forward that records a graph always rewrites (k * l^2 values), and so does the
-first one after it. `refresh` does it at once.
+In place, the weight holds cast(W0 + D) on the chosen blocks, so that forward and input gradient are those of a dense
+layer, without extra work. W0's blocks are kept, so that disabling or unmerging restores every bit. The blocks are
+rewritten when the version counter of a delta changes. Optimizers and checkpoints may write through `.data` or raw
+pointers, which the counter does not see; so a forward that records a graph always rewrites the blocks (k * l^2
+values), and so does the first forward after it. `refresh` does it at once.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from owlore.adapters.targets import is_plain, matrix_of, place_of, shape_of
+from owlore.adapters.base import AdaptedLinear
+from owlore.adapters.targets import device_and_dtype, is_plain, matrix_of, shape_of
 from owlore.kernels.block_sparse import (
     BlockIndex,
     Cell,
@@ -28,7 +29,18 @@ from owlore.kernels.block_sparse import (
 
 
 class BlockDeltas(nn.Module):
-    """The values of one adapter in one matrix (flat, at least fp32) and where they lie (int32, an (i, j) a block)."""
+    """The deltas of one adapter in one matrix.
+
+    Args:
+        base: The layer that is adapted.
+        block: Side of a full block.
+        cells: (i, j) of each block.
+
+    Attributes:
+        delta: The values, flat, at least fp32.
+        index: (i, j) of each block in the order of the values, (k, 2) int32.
+        original: The blocks of W0 while the adapter's are in the weight, else None.
+    """
 
     index: Tensor
     original: Tensor | None
@@ -37,16 +49,17 @@ class BlockDeltas(nn.Module):
         super().__init__()
         self.shape, self.block = shape_of(base), block
         layout = make_layout(self.shape, block, cells)
-        device, dtype = place_of(base)
+        device, dtype = device_and_dtype(base)
         self.delta = nn.Parameter(torch.zeros(layout.size, dtype=dtype, device=device))
         self.register_buffer("index", torch.tensor(layout.cells, dtype=torch.int32, device=device))
-        self.register_buffer("original", None, persistent=False)  # W0's blocks while ours are in the weight
+        self.register_buffer("original", None, persistent=False)
         self._layout: BlockIndex | None = None
 
     def layout(self) -> BlockIndex:
-        """Where the blocks lie, on the delta's device.
+        """The index of the blocks, on the delta's device.
 
-        Raises: ValueError when an adapter file brought an index that does not fit the deltas.
+        Raises:
+            ValueError: The index of an adapter file does not fit the deltas.
         """
         if self._layout is None:
             self._layout = make_layout(self.shape, self.block, self.index.tolist(), self.delta.device)
@@ -66,30 +79,31 @@ class BlockDeltas(nn.Module):
         self._layout = None
 
 
-class SmtLayer(nn.Module, BaseTunerLayer):
-    """Any linear map (nn.Linear, Conv1D, quantised) with the chosen blocks of one or several adapters.
+class SmtLayer(AdaptedLinear):
+    """A linear layer with the chosen blocks of one or several adapters.
 
-    Where active adapters share entries, their deltas add up; with a 16-bit weight each addition is rounded.
+    Note: where active adapters share entries, their deltas add up; with a 16-bit weight each addition is rounded.
+
+    Args:
+        base_layer: The layer (nn.Linear, Conv1D or quantised), or another adapter's layer around it.
+        mode: One of `owlore.adapters.smt_config.MODES`.
+
+    Raises:
+        ValueError: The mode is "inplace" and the weight is not a plain float tensor.
     """
 
     adapter_layer_names = ("smt_blocks",)
-    other_param_names = ()
 
     def __init__(self, base_layer: nn.Module, mode: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         base = self.get_base_layer()
         if mode == "inplace" and not is_plain(base):
             raise ValueError(f'mode="inplace" and a {type(base).__name__}: only plain float weights can be written')
-        self.out_features, self.in_features = shape_of(base)
         self.in_place = mode == "inplace" or (mode == "auto" and is_plain(base))
         self.smt_blocks = nn.ModuleDict()
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self._written: tuple[str, ...] = ()  # adapters whose blocks are in the weight
-        self._token: tuple[Any, ...] = ()  # what exactly is in the weight
-        self._stale = True  # a delta may have changed unseen since the last forward
+        self._written: list[str] = []  # adapters whose blocks are in the weight
+        self._token: tuple[Any, ...] = ()  # identifies the values in the weight
+        self._stale = True  # a delta may have changed without a trace since the last forward
 
     def update_layer(self, adapter_name: str, block: int, cells: list[Cell], inference_mode: bool = False) -> None:
         """Add an adapter with zero deltas on these blocks."""
@@ -100,7 +114,7 @@ class SmtLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable
     def refresh(self, *, force: bool = False) -> None:
-        """Bring the weight's blocks up to date; `force` when a delta may have changed without a trace."""
+        """Write the deltas into the weight if they changed, with `force` also if no version counter changed."""
         wanted = self._wanted()
         token = self._describe(wanted)
         if token == self._token and not (force or self._stale):
@@ -110,54 +124,49 @@ class SmtLayer(nn.Module, BaseTunerLayer):
         self._write(wanted)
         self._token = token
 
-    def _wanted(self) -> tuple[str, ...]:
-        """Adapters that belong into the weight now."""
+    def _wanted(self) -> list[str]:
+        """The adapters whose blocks should be in the weight now."""
         if self.merged:
-            names: list[str] = self.merged_adapters
-        elif self.disable_adapters or not self.in_place:
-            names = []
-        else:
-            names = self.active_adapters
-        return tuple(name for name in names if name in self.smt_blocks)
+            return self._present(self.merged_adapters)
+        return [] if self.disable_adapters or not self.in_place else self._present(self.active_adapters)
 
-    def _describe(self, names: tuple[str, ...]) -> tuple[Any, ...]:
-        """Equal exactly when the same values of the same deltas are meant, in the same memory."""
+    def _describe(self, names: list[str]) -> tuple[Any, ...]:
+        """A token that is equal exactly for the same values of the same deltas in the same memory."""
         deltas = [(name, self._deltas(name).delta) for name in names]
         where = matrix_of(self.get_base_layer()).data_ptr() if names else 0
         return (where, *((name, id(delta), delta._version) for name, delta in deltas))
 
     @torch.no_grad()
-    def _write(self, names: tuple[str, ...]) -> None:
+    def _write(self, names: list[str]) -> None:
         if not names and not self._written:
             return
         matrix = matrix_of(self.get_base_layer())
-        if names != self._written or len(names) > 1:  # else every block of ours is overwritten anyway
+        if names != self._written or len(names) > 1:  # else the only adapter's blocks are overwritten anyway
             self._restore(matrix)
         for name in names:
             deltas = self._deltas(name)
-            layout = deltas.layout()
             if deltas.original is None:
-                deltas.original = read_blocks(matrix, layout)
-        for place, name in enumerate(names):
+                deltas.original = read_blocks(matrix, deltas.layout())
+        for number, name in enumerate(names):
             deltas = self._deltas(name)
             layout = deltas.layout()
-            start = deltas.original if place == 0 else read_blocks(matrix, layout)
+            start = deltas.original if number == 0 else read_blocks(matrix, layout)
             assert start is not None
             write_blocks(matrix, layout, start.to(deltas.delta.dtype) + deltas.delta)
         self._written = names
 
     def _restore(self, matrix: Tensor) -> None:
-        """W0 again, bit for bit."""
+        """Write W0's blocks back, bit for bit."""
         for name in self._written:
             deltas = self._deltas(name)
             if deltas.original is not None:
                 write_blocks(matrix, deltas.layout(), deltas.original)
             deltas.original = None
-        self._written, self._token = (), ()
+        self._written, self._token = [], ()
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take our blocks out of the weight; the next forward writes them again."""
+        """Take the adapters' blocks out of the weight; the next forward writes them again."""
         if self._written:
             self._restore(matrix_of(self.get_base_layer()))
 
@@ -171,7 +180,7 @@ class SmtLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = () if self.disable_adapters or self.merged else self._active()
+        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
         deltas = [self._deltas(name) for name in names]
         trained = torch.is_grad_enabled() and any(d.delta.requires_grad for d in deltas)
         self.refresh(force=trained)
@@ -194,15 +203,17 @@ class SmtLayer(nn.Module, BaseTunerLayer):
             [d.delta for d in deltas],
         )
 
-    def _active(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active_adapters if name in self.smt_blocks)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapters' blocks into the base weight for good (until `unmerge`).
+        """Leave the adapters' blocks in the base weight until `unmerge`.
 
-        Raises: ValueError for a quantised base, or with `safe_merge` when a delta is not finite.
+        Args:
+            safe_merge: Whether to refuse a delta that is not finite.
+            adapter_names: The adapters to merge; None takes the active ones.
+
+        Raises:
+            ValueError: The base is quantised, or a delta is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
+        names = self._present(check_adapters_to_merge(self, adapter_names))
         if not names:
             return
         if not is_plain(self.get_base_layer()):
@@ -214,11 +225,12 @@ class SmtLayer(nn.Module, BaseTunerLayer):
         self.refresh(force=True)
 
     def unmerge(self) -> None:
+        """Restore the base weight, bit for bit."""
         self.merged_adapters.clear()
         self.restore()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """D as a dense matrix (outputs x inputs), fp32."""
+        """D as a dense matrix (outputs x inputs), in the deltas' dtype."""
         deltas = self._deltas(adapter)
         dense = torch.zeros(deltas.shape, dtype=deltas.delta.dtype, device=deltas.delta.device)
         write_blocks(dense, deltas.layout(), deltas.delta.detach())
@@ -240,7 +252,7 @@ class SmtLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer with the blocks written, or as it was."""
+        """The base layer, with the blocks written into it if `merge`."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         else:

@@ -1,60 +1,51 @@
 """SMT as a PEFT tuner: resolves the block map and puts an `SmtLayer` around every matrix that has a block.
 
 Reference: He et al. 2025, Sparse Matrix Tuning (arXiv 2405.15525). Deviations: the warm-up that scores blocks trains
-nothing (there, 100 full fine-tuning steps stay in the weights); the default map is the diagonal of DiaBlo (arXiv
-2506.03230); matrices without a block stay as they are.
+nothing (in the paper the weights keep its 100 steps of full fine-tuning); the default map is the diagonal of DiaBlo
+(arXiv 2506.03230); matrices without a block are left as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from owlore.adapters.base import LinearTuner
 from owlore.adapters.selection import make_map
 from owlore.adapters.smt_config import SmtConfig
 from owlore.adapters.smt_layer import SmtLayer
-from owlore.adapters.targets import DEFAULT_TARGETS, find_targets, is_shared
+from owlore.adapters.targets import find_targets, is_shared
 
 
-class SmtModel(BaseTuner):
+class SmtModel(LinearTuner):
+    """PEFT's tuner of SMT; it fills in the block map of a configuration that has none."""
+
     prefix = "smt_"
     tuner_layer_cls = SmtLayer
-    target_module_mapping = DEFAULT_TARGETS
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.block_map is None:
             peft_config.block_map = make_map(model, peft_config)
         check_map(peft_config.block_map, model, peft_config)
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        cells = peft_config.block_map["blocks"].get(current_key)
+    def adapt(self, target: nn.Module, name: str, adapter_name: str, config: Any) -> nn.Module:
+        cells = config.block_map["blocks"].get(name)
         if not cells:
-            return
-        # In place, blocks of a head tied to the embeddings would change what the embeddings look up.
-        mode = "bypass" if peft_config.mode == "auto" and is_shared(self.model, target) else peft_config.mode
+            return target
+        # Blocks written into a head that is tied to the embeddings would change the embeddings too.
+        mode = "bypass" if config.mode == "auto" and is_shared(self.model, target) else config.mode
         layer = target if isinstance(target, SmtLayer) else SmtLayer(target, mode)
-        layer.update_layer(
-            adapter_name, peft_config.block_map["block_size"], cells, inference_mode=peft_config.inference_mode
-        )
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, config.block_map["block_size"], cells, inference_mode=config.inference_mode)
+        return layer
 
 
 def check_map(block_map: Any, model: nn.Module, config: SmtConfig) -> None:
-    """Raises: ValueError for a map of another form, without blocks, or with a module that is no target."""
+    """Check a block map against the model.
+
+    Raises:
+        ValueError: The map has another form, no blocks, or a module that is not a target.
+    """
     form = '{"block_size": int, "blocks": {module name: [[i, j], ...]}}'
     if not (isinstance(block_map, dict) and set(block_map) == {"block_size", "blocks"} and block_map["blocks"]):
         raise ValueError(f"got block_map={block_map!r}, expected {form} with at least one block")

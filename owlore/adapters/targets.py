@@ -1,4 +1,4 @@
-"""Which linear maps of a model a configuration names, and their shapes as (outputs, inputs)."""
+"""The linear layers of a model that a configuration targets, and their weights as (outputs x inputs)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ DEFAULT_TARGETS: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAP
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A linear map: its name in the model, the module (adapters taken off), its shape (outputs, inputs)."""
+    """A linear layer that a configuration targets.
+
+    Attributes:
+        name: Its name in the model.
+        module: The layer, without the layers of adapters around it.
+        shape: (outputs, inputs).
+    """
 
     name: str
     module: nn.Module
@@ -27,9 +33,15 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: Any) -> list[Target]:
-    """The maps that `config.target_modules` (and its companions) match, in the model's order.
+    """The layers that a configuration targets, in the model's order.
 
-    Raises: ValueError when nothing matches, TypeError when a match is no linear map.
+    Args:
+        model: The model, with or without adapters.
+        config: A PEFT configuration: target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
+
+    Raises:
+        ValueError: Nothing matches, or there are no target_modules and no default for the model type.
+        TypeError: A match is not a linear layer.
     """
     config = copy.copy(config)
     if config.target_modules is None:
@@ -49,16 +61,17 @@ def find_targets(model: nn.Module, config: Any) -> list[Target]:
 
 
 def shape_of(module: nn.Module, name: str = "") -> tuple[int, int]:
-    """(outputs, inputs) of a linear map, quantised or not.
+    """(outputs, inputs) of a linear layer, quantised or not.
 
-    Raises: TypeError for a module that is none.
+    Raises:
+        TypeError: The module is not a linear layer.
     """
     if isinstance(module, Conv1D):
         inputs, outputs = module.weight.shape
         return int(outputs), int(inputs)
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if not all(isinstance(size, int) for size in sizes):
-        raise TypeError(f"{name or 'the module'} is a {type(module).__name__}, expected a linear map")
+        raise TypeError(f"{name or 'the module'} is a {type(module).__name__}, expected a linear layer")
     return sizes  # type: ignore[return-value]
 
 
@@ -72,26 +85,26 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight (outputs x inputs) as a view that shares its memory; the module must be plain."""
+    """The weight (outputs x inputs) of a plain layer, as a view that shares its memory."""
     weight: Tensor = module.weight.data  # type: ignore[assignment]
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """The device of a linear map, and the dtype that adapters beside it train in: fp32, or fp64 beside fp64."""
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """The device of a linear layer, and the dtype of adapters for it: fp64 for a layer in fp64, else fp32."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
     raise TypeError(f"a {type(module).__name__} without parameters or buffers cannot be adapted")
 
 
 def is_shared(model: nn.Module, module: nn.Module) -> bool:
-    """Whether the module's weight is another module's too (a head tied to the embeddings)."""
-    own = getattr(module, "weight", None)
-    return any(m is not module and getattr(m, "_parameters", {}).get("weight") is own for m in model.modules())
+    """Whether another module has the same weight (a head tied to the embeddings)."""
+    weight = getattr(module, "weight", None)
+    return any(m is not module and getattr(m, "_parameters", {}).get("weight") is weight for m in model.modules())
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The values of the weight (outputs x inputs), dequantised where it is quantised."""
+    """The weight (outputs x inputs), dequantised if it is quantised."""
     if is_plain(module):
         return matrix_of(module)
     if isinstance(module, Nf4Linear):
@@ -102,7 +115,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 
 def count_2d(model: nn.Module) -> int:
-    """Entries of all 2-D parameters, tied ones once, quantised ones by what they stand for; adapters left out."""
+    """Number of entries of all 2-D parameters without adapters; tied ones count once, quantised ones as unquantised."""
     sizes: dict[int, int] = {}
     for _, module in _outer_modules(model):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -115,7 +128,7 @@ def count_2d(model: nn.Module) -> int:
 
 
 def _outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Named modules without the insides of adapter layers."""
+    """Named modules without those inside adapter layers."""
     inside: list[str] = []
     found = []
     for name, module in model.named_modules():

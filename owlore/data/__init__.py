@@ -1,1 +1,1 @@
-"""Rows in, micro-batches out: formats -> templates -> tokenise -> batches, with a report in between."""
+"""From data files to micro-batches: formats -> templates -> tokenise -> batches, with a report in between."""

@@ -1,7 +1,7 @@
-"""Which rows make the sequences of a step: shuffled, or grouped by length; `packing` puts several into a sequence.
+"""The rows of each step: shuffled, or grouped by length; `packing` puts several rows into a sequence.
 
-A sequence is a tuple of row indexes. Nothing here has a state that a checkpoint would have to hold: what step t sees
-is a pure function of the seed, the lengths of the rows and t.
+A sequence is a tuple of row indexes. There is no state that a checkpoint would have to hold: the sequences of step t
+are a pure function of the seed, the lengths of the rows and t.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from owlore.data.batches import epoch_at, num_steps, order, permutation, step_ro
 
 Sequences = list[tuple[int, ...]]
 
-WINDOW_STEPS = 64  # steps whose rows are sorted together: long enough to save padding, short enough to stay shuffled
+WINDOW_STEPS = 64  # steps whose rows are sorted together: enough to save padding, and few enough to stay shuffled
 GROUP_PURPOSE = 0x67726F7570
 
 
 class Arrangement:
-    """Rows in the shuffled order of `batches.step_rows`, one row a sequence.
+    """Rows in the shuffled order of `batches.step_rows`, one row per sequence.
 
-    lengths: tokens of each row. epochs: passes after which the run ends; None where it ends at a given step.
+    Args:
+        lengths: Number of tokens of each row.
+        seed: Seed of the order.
+        batch: Sequences of a micro-batch.
+        accum: Micro-batches of a step.
+        epochs: Passes over the data after which the run ends; None if it ends at a given step.
     """
 
     def __init__(self, lengths: np.ndarray, *, seed: int, batch: int, accum: int, epochs: float | None) -> None:
@@ -29,10 +34,11 @@ class Arrangement:
         self.rows = len(lengths)
         self.epochs = epochs
         self.total = None if epochs is None else total_rows(self.rows, epochs)
+        self._cached_order = lru_cache(maxsize=2)(self._order)
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of all epochs, or None where there is no end."""
+        """Optimizer steps of all epochs; None without a number of epochs."""
         if self.epochs is None:
             return None
         return num_steps(self.rows, epochs=self.epochs, batch=self.batch, accum=self.accum)
@@ -41,37 +47,31 @@ class Arrangement:
         """Sequences of the micro-batches of step `step`, counted from 1."""
         rows = step_rows(
             step, batch=self.batch, accum=self.accum, n=self.rows, seed=self.seed, total_rows=self.total,
-            visits=self._visits,
+            order_of=self._cached_order,
         )  # fmt: skip
         return [[(row,) for row in micro] for micro in rows]
 
     def epoch(self, step: int) -> float:
-        """Passes over the data when step `step` is done."""
+        """Passes over the data after step `step`."""
         return epoch_at(step, batch=self.batch, accum=self.accum, n=self.rows, total_rows=self.total)
 
-    def _visits(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
+        """The rows in the order of an epoch."""
         return order(self.seed, epoch, self.rows)
 
 
 class Grouped(Arrangement):
-    """The same, with rows of similar length in a batch.
+    """An `Arrangement` with rows of similar length in a step.
 
-    Within windows of 64 steps the rows are sorted by length and cut into steps, whose order is then shuffled. The
-    rows at the seams, in steps that two epochs share, stay as they were drawn. Each epoch shows every row once, and
-    (batch, accum) shows the rows of (batch * accum, 1).
+    Within windows of 64 steps the rows are sorted by length and cut into steps, whose order is then shuffled. A step
+    that two epochs share keeps its rows. Each epoch has every row once, and (batch, accum) gives the rows of
+    (batch * accum, 1).
     """
 
-    def __init__(self, lengths: np.ndarray, *, seed: int, batch: int, accum: int, epochs: float | None) -> None:
-        super().__init__(lengths, seed=seed, batch=batch, accum=accum, epochs=epochs)
-        self._grouped = lru_cache(maxsize=2)(self._group)
-
-    def _visits(self, epoch: int) -> np.ndarray:
-        return self._grouped(epoch)
-
-    def _group(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
         size = self.batch * self.accum
         rows = order(self.seed, epoch, self.rows).copy()
-        first = -epoch * self.rows % size  # so many rows complete the last step of the epoch before
+        first = -epoch * self.rows % size  # the rows that complete the last step of the epoch before
         steps = max(0, (self.rows - first) // size)
         shuffled = permutation(self.seed, GROUP_PURPOSE, epoch, steps)
         for start in range(0, steps, WINDOW_STEPS):

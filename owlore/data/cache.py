@@ -1,7 +1,7 @@
-"""Tokenised rows kept between runs: the same examples, tokenizer and length are encoded once.
+"""A cache of tokenised rows: the same examples, tokenizer and length are encoded once.
 
-An entry is a safetensors file named by everything that the encoding depends on. It is written beside its place and
-renamed; one that is damaged or does not fit together is made again.
+An entry is a safetensors file whose name is a digest of everything that the encoding depends on. It is written under
+another name and renamed; a damaged or inconsistent entry is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from owlore.data import examples, templates, tokenise
 from owlore.data.examples import Example, fingerprint
 from owlore.data.tokenise import Encoded, encode
 
-MIN_ROWS = 2000  # fewer are encoded as quickly as they are looked up
+MIN_ROWS = 2000  # fewer rows are encoded as fast as they are looked up
 MAX_ENTRIES = 16
 ARRAYS = {"ids": np.int32, "offsets": np.int64, "trained": np.uint8, "cut": np.bool_, "groups": np.int64}
 
@@ -31,9 +31,16 @@ ARRAYS = {"ids": np.int32, "offsets": np.int64, "trained": np.uint8, "cut": np.b
 def encode_cached(
     rows: Sequence[Example], tokenizer: Any, seq_len: int, directory: Path | None
 ) -> tuple[Encoded, dict[str, Any]]:
-    """`encode`, and how it came about: the `key` of the entry (None: not kept) and whether it was there (`cached`).
+    """`encode` with a cache.
 
-    directory: where entries live; None keeps nothing. A directory that cannot be written to is done without.
+    Args:
+        rows: The examples.
+        tokenizer: The tokenizer.
+        seq_len: Largest number of tokens of a row.
+        directory: Directory of the entries; None caches nothing. One that cannot be written to is ignored.
+
+    Returns:
+        The encoded rows, and {"cached": whether they were read from the cache, "key": the entry's key or None}.
     """
     key = None if directory is None or len(rows) < MIN_ROWS else _key(rows, tokenizer, seq_len)
     if directory is None or key is None:
@@ -48,9 +55,10 @@ def encode_cached(
 
 
 def _key(rows: Sequence[Example], tokenizer: Any, seq_len: int) -> str | None:
-    """A digest of all that decides the encoding, or None where that cannot be known.
+    """A digest of everything that the encoding depends on.
 
-    Such are tokenizers whose content cannot be written out, and chat templates that read the clock.
+    Returns:
+        The digest, or None for a tokenizer that cannot be serialised and a chat template that reads the clock.
     """
     import tokenizers
     import transformers
@@ -59,7 +67,7 @@ def _key(rows: Sequence[Example], tokenizer: Any, seq_len: int) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
     if backend is None or "strftime_now" in str(template):
         return None
-    told = {
+    content = {
         "rows": fingerprint(rows),
         "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "class": type(tokenizer).__name__,
@@ -69,27 +77,27 @@ def _key(rows: Sequence[Example], tokenizer: Any, seq_len: int) -> str | None:
         "seq_len": seq_len,
         "code": [_code(), tokenizers.__version__, transformers.__version__],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:40]
 
 
 @cache
 def _code() -> str:
-    """A digest of the modules that encode: an entry of other code is never taken."""
+    """A digest of the modules that encode, so that an entry of other code is never used."""
     sources = (Path(str(module.__file__)).read_bytes() for module in (examples, templates, tokenise))
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def _read(path: Path) -> Encoded | None:
-    """The entry, or None where there is none that is whole."""
+    """The entry, or None if there is none or it is damaged."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            told = file.metadata() or {}
-        if told.get("sha256") != _digest(arrays) or any(arrays[n].dtype != dtype for n, dtype in ARRAYS.items()):
+            metadata = file.metadata() or {}
+        if metadata.get("sha256") != _digest(arrays) or any(arrays[n].dtype != dtype for n, dtype in ARRAYS.items()):
             return None
-        return Encoded(**arrays, pad_id=int(told["pad_id"]))
+        return Encoded(**arrays, pad_id=int(metadata["pad_id"]))
     except (SafetensorError, OSError, KeyError, ValueError):
         return None
 
@@ -103,7 +111,7 @@ def _write(encoded: Encoded, path: Path) -> None:
         partial.replace(path)
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime)[:-MAX_ENTRIES]:
             old.unlink(missing_ok=True)
-    except (OSError, SafetensorError):  # a full or read-only disk: the run does not need the entry
+    except (OSError, SafetensorError):  # the disk is full or read-only; the run does not need the entry
         with suppress(OSError):
             partial.unlink()
 

@@ -1,11 +1,11 @@
-"""Which columns make which format of a data set: told by their names, never by the name of the file."""
+"""The format of a data set, found from the names of its columns and not from the name of its file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# In this order: the first whose columns are all there wins. `question, answer` alone is GSM8K's form; with more
-# columns (choices, passages) it would drop what the question is about, so it must be exactly these.
+# The first format whose columns are all there is taken. `question, answer` is GSM8K's format; further columns (choices,
+# passages) would be dropped although the question needs them, so no others are allowed.
 FORMATS: tuple[tuple[str, frozenset[str]], ...] = (
     ("messages", frozenset({"messages"})),
     ("sharegpt", frozenset({"conversations"})),
@@ -21,7 +21,7 @@ EXPECTED = (
 
 
 def format_of(columns: Iterable[str]) -> str | None:
-    """The name of the format that these (lower-case) columns make, or None."""
+    """The name of the format with these lower-case columns, or None."""
     got = set(columns)
     for name, needed in FORMATS:
         if needed <= got and (name != "question/answer" or got - needed <= {"id", "idx"}):

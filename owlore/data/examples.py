@@ -1,4 +1,4 @@
-"""The one record that every data format becomes, and the Alpaca prompt text."""
+"""The record that every data format is converted to, and the text of the Alpaca prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ RESPONSE = "\n\n### Response:\n"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One row of data: a dialogue (`messages`), a `prompt` with its `answer`, or a plain `text`."""
+    """One row of data: a dialogue, a prompt with its answer, or a plain text; the other fields are None.
+
+    Attributes:
+        messages: The turns of a dialogue as (role, text).
+        prompt: A prompt.
+        answer: The answer to the prompt, which is trained.
+        text: A plain text, which is trained.
+    """
 
     messages: tuple[tuple[str, str], ...] | None = None
     prompt: str | None = None
@@ -31,7 +38,12 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """All examples of a data set and where they came from: `source`, `sha256`, `rows`, `format`."""
+    """All examples of a data set.
+
+    Attributes:
+        examples: The rows.
+        provenance: Where they come from: `source`, `sha256`, `rows`, `format`.
+    """
 
     examples: list[Example]
     provenance: dict[str, Any]
@@ -41,10 +53,10 @@ class Rows:
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
-    """The prompt of Stanford Alpaca, with or without an input.
+    """The prompt of Stanford Alpaca for an instruction, with the input `extra` unless that is empty.
 
-    Note: the line break after `### Response:` is the one that Alpaca-LoRA and LLM-Adapters added; without it the
-    first token of an answer depends on the colon before it.
+    Note: Alpaca-LoRA and LLM-Adapters added the line break after `### Response:`; without it the first token of an
+    answer depends on the colon before it.
     """
     if extra:
         return ALPACA_INTRODUCTION_WITH_INPUT + INSTRUCTION + instruction + INPUT + extra + RESPONSE
@@ -52,7 +64,7 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """sha256 over the content of examples that have no file of their own."""
+    """sha256 of the content of examples, for data without a file."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(repr((example.messages, example.prompt, example.answer, example.text)).encode())

@@ -1,4 +1,7 @@
-"""Bytes to records: JSON, JSON lines, csv, parquet, plain text and Hugging Face data sets, told apart by content."""
+"""Reading records from JSON, JSON lines, csv, parquet, plain text and Hugging Face data sets.
+
+The format of a file is found from its content where that is clear, else from its suffix.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 from htsr.errors import BadInput, NotFound, first_line
 from owlore.data.columns import format_of
 
-PeriodLog = dict[str, Any]
+Record = dict[str, Any]
 
 PARQUET_MAGIC = b"PAR1"
 LOOKS_LIKE_JSON = re.compile(r'\s*(\[\s*[\[{\]]|\{\s*["}])')
@@ -23,9 +26,13 @@ ROW_LISTS = ("data", "rows", "train", "instances", "examples")
 
 
 def locate_data(data: str | Path) -> Path | None:
-    """The file or directory that `data` names, or None when it can only be a Hugging Face data set name.
+    """The file or directory that `data` names.
 
-    Raises: NotFound when it looks like a path and nothing is there.
+    Returns:
+        The path, or None if `data` can only be the name of a Hugging Face data set.
+
+    Raises:
+        NotFound: `data` looks like a path and does not exist.
     """
     if str(data) == "demo-data":
         return Path(str(files("owlore") / "assets" / "demo-data.jsonl"))
@@ -38,10 +45,14 @@ def locate_data(data: str | Path) -> Path | None:
     return None
 
 
-def read_file(path: Path) -> tuple[list[PeriodLog], str]:
-    """The records of a data file and the sha256 of its bytes. A plain text is one record `{"text": ...}`.
+def read_file(path: Path) -> tuple[list[Record], str]:
+    """Read a data file.
 
-    Raises: BadInput for anything that cannot be parsed, with the line where there is one.
+    Returns:
+        The records, and the sha256 of the file. A plain text is one record `{"text": ...}`.
+
+    Raises:
+        BadInput: The file cannot be parsed; the message has the line, if there is one.
     """
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -59,8 +70,8 @@ def read_file(path: Path) -> tuple[list[PeriodLog], str]:
     return [{"text": text}], digest
 
 
-def _json(text: str, path: Path) -> list[PeriodLog]:
-    """Records of a JSON array, of JSON lines, or of one object that holds the list of rows under a usual name."""
+def _json(text: str, path: Path) -> list[Record]:
+    """Records of a JSON array, of JSON lines, or of one object with the list of rows under a usual name."""
     if text.lstrip()[:1] == "[":
         rows = _parse(text, path, 1)
     else:
@@ -73,21 +84,21 @@ def _json(text: str, path: Path) -> list[PeriodLog]:
     return rows
 
 
-def _json_object(text: str, path: Path) -> list[PeriodLog] | None:
-    """The rows of a file that is one JSON object, or None when it is JSON lines."""
+def _json_object(text: str, path: Path) -> list[Record] | None:
+    """The rows of a file that is one JSON object, or None for JSON lines."""
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        spread = text.lstrip().split("\n", 1)[0].strip() == "{"  # one object over several lines, and broken
-        if error.msg == "Extra data" or not spread:
+        several_lines = text.lstrip().split("\n", 1)[0].strip() == "{"  # one invalid object over several lines
+        if error.msg == "Extra data" or not several_lines:
             return None
     except RecursionError:
         pass
-    whole = _parse(text, path, 1)
-    if not isinstance(whole, dict):
+    value = _parse(text, path, 1)
+    if not isinstance(value, dict):
         return None
-    lists = [whole[key] for key in ROW_LISTS if isinstance(whole.get(key), list)]
-    return lists[0] if lists else [whole]
+    lists = [value[key] for key in ROW_LISTS if isinstance(value.get(key), list)]
+    return lists[0] if lists else [value]
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
@@ -111,7 +122,7 @@ def _has_known_header(text: str) -> bool:
     return len(columns) > 1 and format_of(columns) is not None
 
 
-def _csv(text: str, path: Path) -> list[PeriodLog]:
+def _csv(text: str, path: Path) -> list[Record]:
     import pandas as pd
 
     header = text.split("\n", 1)[0]
@@ -123,7 +134,7 @@ def _csv(text: str, path: Path) -> list[PeriodLog]:
     return frame.to_dict("records")
 
 
-def _parquet(content: bytes, path: Path) -> list[PeriodLog]:
+def _parquet(content: bytes, path: Path) -> list[Record]:
     import pandas as pd
 
     try:
@@ -134,12 +145,15 @@ def _parquet(content: bytes, path: Path) -> list[PeriodLog]:
         raise BadInput(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def read_data_set(name: str) -> list[PeriodLog]:
-    """The records of a Hugging Face data set NAME[:CONFIG][:SPLIT], or of a data set directory on disk.
+def read_data_set(name: str) -> list[Record]:
+    """The records of a Hugging Face data set; a cached one needs no network.
 
-    The split is `train` unless named; what is cached is used without the network.
+    Args:
+        name: NAME[:CONFIG][:SPLIT] on the Hub, or a directory with a data set. The split is `train` by default.
 
-    Raises: NotFound when it does not exist, or is not cached while offline; BadInput when it cannot be read.
+    Raises:
+        NotFound: It does not exist, or it is not cached and the Hub cannot be reached.
+        BadInput: It cannot be read.
     """
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""Records to examples, each by the format that its columns make."""
+"""Converting records to examples by the format of their columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from htsr.errors import BadInput
 from owlore.data.columns import EXPECTED, format_of
 from owlore.data.examples import Example, Rows, alpaca_prompt, fingerprint
-from owlore.data.files import PeriodLog, locate_data, read_data_set, read_file
+from owlore.data.files import Record, locate_data, read_data_set, read_file
 
 ROLES = {
     "human": "user", "user": "user", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
@@ -20,10 +20,13 @@ ROLES = {
 def load_rows(data: Any) -> Rows:
     """Every row of a data set as an `Example`.
 
-    `data`: a path (json, jsonl, csv, parquet, text; by content), `demo-data`, a Hugging Face data set name
-    NAME[:CONFIG][:SPLIT], a list of dicts, a pandas DataFrame or a `datasets.Dataset`.
+    Args:
+        data: A path (json, jsonl, csv, parquet, text), `demo-data`, the name NAME[:CONFIG][:SPLIT] of a Hugging Face
+            data set, a list of dicts, a pandas DataFrame or a `datasets.Dataset`.
 
-    Raises: NotFound when it does not exist; BadInput when its content is in no known format.
+    Raises:
+        NotFound: The data do not exist.
+        BadInput: Their content is in no known format.
     """
     if isinstance(data, str | Path):
         path = locate_data(data)
@@ -34,8 +37,17 @@ def load_rows(data: Any) -> Rows:
     return rows_from(_records_of(data), source=f"({type(data).__name__} in memory)")
 
 
-def rows_from(records: Sequence[PeriodLog], *, source: str, sha256: str | None = None) -> Rows:
-    """Examples of `records`, all in the format that the first one's columns show."""
+def rows_from(records: Sequence[Record], *, source: str, sha256: str | None = None) -> Rows:
+    """Convert records to examples, all by the format of the first one's columns.
+
+    Args:
+        records: At least one record.
+        source: Where they come from, for messages and provenance.
+        sha256: Digest of their file; None computes one from the examples.
+
+    Raises:
+        BadInput: There are no records, the columns are of no known format, or a record does not fit it.
+    """
     if not records:
         raise BadInput(f"{source}: holds no rows; expected at least one")
     columns = [str(name).strip().lower() for name in records[0]]
@@ -57,7 +69,7 @@ def rows_from(records: Sequence[PeriodLog], *, source: str, sha256: str | None =
     return Rows(examples=examples, provenance=provenance)
 
 
-def _records_of(data: Any) -> list[PeriodLog]:
+def _records_of(data: Any) -> list[Record]:
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         return data.to_dict("records")
     if isinstance(data, dict) and "train" in data:  # a DatasetDict
@@ -71,8 +83,12 @@ def _records_of(data: Any) -> list[PeriodLog]:
     raise BadInput(f"data: got {type(data).__name__}; expected a path, a list of dicts, a DataFrame or a Dataset")
 
 
-def _example(name: str, record: PeriodLog) -> Example:
-    """One example; ValueError (without the place, which the caller knows) when the record does not fit."""
+def _example(name: str, record: Record) -> Example:
+    """The example of a record in a format.
+
+    Raises:
+        ValueError: The record does not fit the format; the caller adds the source and the row to the message.
+    """
     match name:
         case "messages" | "sharegpt":
             turns = _turns(_cell(record, "messages" if name == "messages" else "conversations"))
@@ -94,14 +110,14 @@ def _example(name: str, record: PeriodLog) -> Example:
             return Example(text=_text(record, "text"))
 
 
-def _cell(record: PeriodLog, column: str) -> Any:
+def _cell(record: Record, column: str) -> Any:
     if column not in record:
         raise ValueError(f"has no column {column!r}; got {', '.join(record) or 'none'}")
     return record[column]
 
 
-def _text(record: PeriodLog, column: str, *, optional: bool = False) -> str:
-    """A cell as text; missing values (None, NaN) are empty, numbers are written out."""
+def _text(record: Record, column: str, *, optional: bool = False) -> str:
+    """A cell as text; a missing value (None, NaN) is an empty text, and a number is converted."""
     value = record.get(column) if optional else _cell(record, column)
     if isinstance(value, str):
         return _unicode(value, f"column {column!r}")
@@ -113,7 +129,11 @@ def _text(record: PeriodLog, column: str, *, optional: bool = False) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
-    """The text, if it can be written as UTF-8: JSON may hold half of a surrogate pair, no tokenizer can read it."""
+    """Check that a text is valid Unicode: JSON may contain half of a surrogate pair, which no tokenizer can read.
+
+    Raises:
+        ValueError: It is not valid; `where` names its cell in the message.
+    """
     if text.isascii():
         return text
     try:

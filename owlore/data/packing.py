@@ -1,7 +1,8 @@
-"""Several rows in one sequence, without one seeing another: first-fit packing, and the tensors of packed sequences.
+"""Several rows in one sequence without attention between them: first-fit packing, and tensors of packed sequences.
 
-Positions restart at 0 with each row. transformers' masks (no attention mask given) keep tokens apart where positions
-do not follow each other, and the first token of a row is no target, so a packed row has the loss it has alone.
+Positions restart at 0 with each row. Without an attention mask, transformers masks attention between tokens whose
+positions are not consecutive, and the first token of a row is not a target, so that a packed row has the loss that it
+has alone.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from owlore.data.batches import MicroBatch, order
 from owlore.data.tokenise import Encoded
 from owlore.kernels.cross_entropy import IGNORED
 
-OPEN_SEQUENCES = 256  # a row goes into one of the last so many: what is packed together was drawn close together
+OPEN_SEQUENCES = 256  # a row is put into one of the last 256 sequences, so that rows of a sequence were drawn close
 
 
 def first_fit(lengths: np.ndarray, rows: np.ndarray, capacity: int) -> Sequences:
-    """The rows, in this order, each in the first open sequence that has room; none is longer than `capacity` tokens.
+    """Put each row into the first open sequence with enough space; the oldest is closed when there are too many.
 
-    lengths: tokens of each row, at most `capacity`. The oldest open sequence is closed when there are too many.
+    Args:
+        lengths: Number of tokens of each row, at most `capacity`.
+        rows: The rows in the order in which they are packed.
+        capacity: Largest number of tokens of a sequence.
     """
     packed: list[list[int]] = []
-    free = np.zeros(0, dtype=np.int64)  # room in the open sequences, which are the last of `packed`
+    free = np.zeros(0, dtype=np.int64)  # free tokens of the open sequences, which are the last of `packed`
     for row in rows:
         fits = free >= lengths[row]
         at = int(fits.argmax()) if fits.any() else len(free)
@@ -40,10 +44,17 @@ def first_fit(lengths: np.ndarray, rows: np.ndarray, capacity: int) -> Sequences
 
 
 class Packed(Arrangement):
-    """Sequences of several rows, each at most `capacity` tokens; the rows of each epoch are packed anew.
+    """An `Arrangement` with several rows per sequence; every epoch packs each row once, in an order of its own.
 
-    An epoch has as many sequences as its packing gives, so steps of `batch * accum` sequences and epochs are counted
-    in them. Each epoch holds every row once.
+    Steps have `batch * accum` sequences, and an epoch has as many sequences as its packing gives.
+
+    Args:
+        lengths: Number of tokens of each row, at most `capacity`.
+        seed: Seed of the order.
+        batch: Sequences of a micro-batch.
+        accum: Micro-batches of a step.
+        epochs: Passes over the data after which the run ends; None if it ends at a given step.
+        capacity: Largest number of tokens of a sequence.
     """
 
     def __init__(
@@ -60,27 +71,28 @@ class Packed(Arrangement):
 
     def step(self, step: int) -> list[Sequences]:
         size = self.batch * self.accum
-        found = [self._at(position) for position in range((step - 1) * size, self._last(step))]
+        found = []
+        for position in range((step - 1) * size, self._last(step)):
+            epoch, index = self._locate(position)
+            found.append(self._pack(epoch)[index])
         return [found[i : i + self.batch] for i in range(0, len(found), self.batch)]
 
     def epoch(self, step: int) -> float:
-        last, epoch = self._last(step), 0
-        while last > len(self._pack(epoch)):
-            last -= len(self._pack(epoch))
-            epoch += 1
-        return epoch + sum(map(len, self._pack(epoch)[:last])) / self.rows
+        epoch, index = self._locate(self._last(step) - 1)
+        return epoch + sum(map(len, self._pack(epoch)[: index + 1])) / self.rows
 
     def _last(self, step: int) -> int:
-        """Sequences shown when step `step` is done."""
+        """Number of sequences up to and with step `step`."""
         last = step * self.batch * self.accum
         return last if self.total is None else min(last, self.total)
 
-    def _at(self, position: int) -> tuple[int, ...]:
+    def _locate(self, position: int) -> tuple[int, int]:
+        """The epoch of a sequence of the run, and its index in that epoch's packing."""
         epoch = 0
         while position >= len(self._pack(epoch)):
             position -= len(self._pack(epoch))
             epoch += 1
-        return self._pack(epoch)[position]
+        return epoch, position
 
     def _pack(self, epoch: int) -> Sequences:
         while len(self._packed) <= epoch:
@@ -89,20 +101,20 @@ class Packed(Arrangement):
         return self._packed[epoch]
 
     def _sequences_in(self, epochs: float) -> int:
-        """Sequences of so many passes; of a part of a pass, as many as hold that share of the rows."""
-        whole = int(epochs + 1e-9)
-        count = sum(len(self._pack(epoch)) for epoch in range(whole))
-        rest = (epochs - whole) * self.rows - 1e-9
+        """Number of sequences in these passes; for a part of a pass, as many as have that share of the rows."""
+        full = int(epochs + 1e-9)
+        count = sum(len(self._pack(epoch)) for epoch in range(full))
+        rest = (epochs - full) * self.rows - 1e-9
         if rest > 0:
-            shown = accumulate(map(len, self._pack(whole)))
-            count += 1 + next(i for i, rows in enumerate(shown) if rows >= rest)
+            packed = accumulate(map(len, self._pack(full)))
+            count += 1 + next(i for i, rows in enumerate(packed) if rows >= rest)
         return count
 
 
 def collate_packed(encoded: Encoded, sequences: Sequence[Sequence[int]]) -> MicroBatch:
     """The sequences as tensors with positions, padded on the right to the longest of them.
 
-    The first token of a row carries no label: the shifted loss would ask the end of the row before for it.
+    The first token of a row has no label: the shifted loss would predict it from the end of the row before.
     """
     lengths = [sum(len(encoded.row(row)[0]) for row in rows) for rows in sequences]
     shape = (len(sequences), max(lengths))
@@ -117,7 +129,7 @@ def collate_packed(encoded: Encoded, sequences: Sequence[Sequence[int]]) -> Micr
             ids[i, start:stop] = tokens
             labels[i, start:stop] = np.where(trained, tokens, IGNORED)
             labels[i, start] = IGNORED
-            positions[i, start:] = np.arange(shape[1] - start)  # padding goes on counting from the last row
+            positions[i, start:] = np.arange(shape[1] - start)  # positions of padding continue those of the last row
             start = stop
     return MicroBatch(
         input_ids=torch.from_numpy(ids),

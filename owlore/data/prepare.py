@@ -1,4 +1,4 @@
-"""From what the user named to what the loop reads: training rows, held-out rows, and where they came from."""
+"""Preparing the data of a run: training rows, held-out rows, and where they come from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from owlore.data.tokenise import Encoded
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Encoded data of a run. `provenance` has `train` and, with held-out data, `eval`."""
+    """The encoded data of a run.
+
+    Attributes:
+        train: The training rows.
+        heldout: The held-out rows, or None.
+        report: Counts of the training rows.
+        seq_len: Largest number of tokens of a row.
+        provenance: Where the data come from: `train`, and `eval` with held-out rows.
+    """
 
     train: Encoded
     heldout: Encoded | None
@@ -38,17 +46,24 @@ def prepare(
 ) -> Prepared:
     """Load, tokenise, hold out and report.
 
-    `eval_data`: a share in (0, 1) to hold out of `data`, drawn by the seed, or data of its own as for `data`.
-    `cache`: directory in which the tokens of large data are kept for the next run.
+    Args:
+        data: The data, as `load_rows` takes them.
+        tokenizer: The tokenizer.
+        seq_len: Largest number of tokens of a row.
+        eval_data: A share in (0, 1) of `data` to hold out, or other data as for `data`; None holds out nothing.
+        seed: Seed of the rows that are held out.
+        cache: Directory in which the tokens of large data are kept for the next run; None keeps nothing.
 
-    Raises: BadInput, NotFound as `load_rows`, `encode` and `data_report`.
+    Raises:
+        NotFound: As `load_rows`.
+        BadInput: As `load_rows`, `encode` and `data_report`.
     """
     rows = load_rows(data)
     train, encoding = encode_cached(rows.examples, tokenizer, seq_len, cache)
     provenance = {"train": {**rows.provenance, "encoding": encoding}}
     heldout = None
     if isinstance(eval_data, float):
-        data_report(train, tokenizer, rows.provenance["source"])  # says what is wrong before the split hides it
+        data_report(train, tokenizer, rows.provenance["source"])  # checks the data before the split
         train, heldout = split(train, eval_data, seed)
         provenance["eval"] = {**rows.provenance, "share": eval_data, "seed": seed, "rows": len(heldout)}
     elif eval_data is not None:
@@ -62,9 +77,18 @@ def prepare(
 
 
 def split(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded]:
-    """(train, held out): disjoint, together everything, drawn by the seed; rows that belong together stay so.
+    """Divide the rows into training and held-out rows; rows of one group stay together.
 
-    Raises: BadInput when there are fewer than two rows to divide.
+    Args:
+        encoded: The rows.
+        share: Share of the groups to hold out, in (0, 1); at least one is held out and at least one is not.
+        seed: Seed of the groups that are held out.
+
+    Returns:
+        The training rows and the held-out rows.
+
+    Raises:
+        BadInput: There are fewer than two groups.
     """
     _, group = np.unique(encoded.groups, return_inverse=True)
     n = int(group.max(initial=-1)) + 1

@@ -1,4 +1,4 @@
-"""What the data hold, said before the first step: counts, and one row with its mask in words."""
+"""A report on the data before the first step: counts, and a row with its trained parts marked."""
 
 from __future__ import annotations
 
@@ -17,22 +17,34 @@ WARNED_FROM = 0.05  # share of rows that train nothing
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Counts over an encoded data set. `trained_share` is in [0, 1]."""
+    """Counts of an encoded data set.
+
+    Attributes:
+        rows: Number of rows.
+        tokens: Number of tokens.
+        trained_tokens: Number of trained tokens.
+        trained_share: Share of trained tokens, in [0, 1].
+        truncated: Rows that were longer than seq_len and were cut.
+        empty: Rows without a trained token.
+        longest: Tokens of the longest row.
+        sample: Text of the first row with a trained token; trained parts are between « and ».
+    """
 
     rows: int
     tokens: int
     trained_tokens: int
     trained_share: float
-    truncated: int  # rows that were longer than seq_len and lost their end
-    empty: int  # rows without any trained token
-    longest: int  # tokens of the longest row
-    sample: str  # the first row that trains something; what is trained stands between « and »
+    truncated: int
+    empty: int
+    longest: int
+    sample: str
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
     def shown(self) -> list[str]:
-        """The report as lines for a terminal, the sample set in below the counts."""
+        """The report as lines for a terminal: the counts and, indented, the sample."""
         useless = self.empty / self.rows
         warned = [
             f"note: {self.empty:,} of {self.rows:,} rows ({useless:.0%}) train nothing: their answer is empty or "
@@ -49,9 +61,15 @@ class DataReport:
 
 
 def data_report(encoded: Encoded, tokenizer: Any, source: str = "data") -> DataReport:
-    """Count, and decode the first row that trains something.
+    """Count rows and tokens, and decode the first row with a trained token.
 
-    Raises: BadInput when no row has a trained token: every answer is empty, or seq_len cuts all of them off.
+    Args:
+        encoded: The rows.
+        tokenizer: The tokenizer that encoded them.
+        source: Name of the data in error messages.
+
+    Raises:
+        BadInput: No row has a trained token: every answer is empty, or seq_len cuts all of them off.
     """
     if not len(encoded):
         raise BadInput(f"{source}: holds no rows; expected at least one")
@@ -77,12 +95,12 @@ def data_report(encoded: Encoded, tokenizer: Any, source: str = "data") -> DataR
 
 
 def masked_text(encoded: Encoded, row: int, tokenizer: Any) -> str:
-    """One row as text, special tokens included, with the trained stretches between « and »."""
+    """One row as text with its special tokens, the trained parts between « and »."""
     ids, trained = encoded.row(row)
     edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
     parts, before = [], ""
     for start, stop in pairwise(edges):
-        # a stretch is what it adds to the text so far: on its own a decoder may drop the space that it begins with
+        # A part is the difference to the text before it: decoded alone it might lose the space that it begins with.
         so_far = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=False)
         text, before = printable(so_far[len(before) :]), so_far
         if len(text) > SAMPLE_CHARACTERS:
@@ -92,5 +110,5 @@ def masked_text(encoded: Encoded, row: int, tokenizer: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
+    """The text without control characters, which a terminal would execute."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")

@@ -1,8 +1,8 @@
-"""Examples to token ids: flat int32 ids, row offsets, and a mask that says which tokens are trained.
+"""Converting examples to token ids: flat int32 ids, row offsets, and a mask of the trained tokens.
 
-Each piece of a row (what is read, what is answered) is tokenised on its own. The reason: when the model is used, the
-prompt is tokenised before an answer exists, so a token that straddles the boundary could never be seen there. The
-boundary is exact by construction, and the ids still decode to the whole text.
+Each piece of a row (prompt, answer) is tokenised separately. When the model is used, the prompt is tokenised before
+there is an answer, so that no token crosses the boundary between them; neither does one here. The ids still decode to
+the full text.
 """
 
 from __future__ import annotations
@@ -17,45 +17,54 @@ import numpy as np
 
 from htsr.errors import BadInput
 from owlore.data.examples import Example
-from owlore.data.templates import Piece, Row, rows_of
+from owlore.data.templates import Row, rows_of
 
-CHUNK = 2048  # rows per tokenizer call: large enough to be quick, small enough to keep little text twice
+CHUNK = 2048  # rows per tokenizer call: enough to be fast, and few enough to need little memory for their texts
 ANCHOR = "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Token ids of all rows in one array; row i is `ids[offsets[i]:offsets[i + 1]]`."""
+    """Token ids of all rows in one array; row i is `ids[offsets[i]:offsets[i + 1]]`.
 
-    ids: np.ndarray  # [N] int32
-    offsets: np.ndarray  # [rows + 1] int64
-    trained: np.ndarray  # [N] uint8: 1 where the token is a target
-    cut: np.ndarray  # [rows] bool: longer than seq_len, the end is gone
-    groups: np.ndarray  # [rows] int64: rows with the same number belong together when data are split
+    Attributes:
+        ids: Token ids, [N] int32.
+        offsets: Start of each row, and N, [rows + 1] int64.
+        trained: 1 where the token is a target, [N] uint8.
+        cut: Whether the row was longer than seq_len and was cut, [rows] bool.
+        groups: Rows with the same number stay together when data are split, [rows] int64.
+        pad_id: Token id of padding.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    trained: np.ndarray
+    cut: np.ndarray
+    groups: np.ndarray
     pad_id: int
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of one row (views)."""
+        """Ids and mask of one row, as views."""
         span = slice(self.offsets[index], self.offsets[index + 1])
         return self.ids[span], self.trained[span]
 
     @property
     def truncated(self) -> int:
-        """Rows that were longer than seq_len and lost their end."""
+        """Number of rows that were cut."""
         return int(self.cut.sum())
 
     @property
     def trained_per_row(self) -> np.ndarray:
-        """Targets of each row [rows]; a row's first token is none, since nothing precedes it."""
+        """Number of targets of each row, [rows]; its first token is not a target, since nothing precedes it."""
         targets = self.trained.astype(np.int64)
         targets[self.offsets[:-1]] = 0
         return np.add.reduceat(targets, self.offsets[:-1])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
-        """The named rows, in that order, as a data set of their own."""
+        """A data set of these rows in this order."""
         parts = [self.row(int(i)) for i in rows]
         return Encoded(
             ids=np.concatenate([ids for ids, _ in parts]),
@@ -69,7 +78,7 @@ class Encoded:
 
 @dataclass
 class _Table:
-    """What `encode` fills, row after row."""
+    """The rows that `encode` has made so far."""
 
     ids: array = field(default_factory=lambda: array("i"))
     trained: array = field(default_factory=lambda: array("B"))
@@ -88,13 +97,19 @@ class _Table:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, seq_len: int) -> Encoded:
-    """Token ids and masks of all examples, none of them longer than `seq_len`.
+    """Token ids and masks of all examples, in rows of at most `seq_len` tokens.
 
-    An end-of-sequence token is appended to each answer and trained (a chat template's own end-of-turn token counts as
-    one). Rows with a prompt are cut on the right; plain texts become consecutive windows, so nothing of them is lost.
-    A row that gives no token at all (an empty text) is one end-of-sequence token, untrained, so that it still counts.
+    An end-of-sequence token is appended to each answer and trained, unless a chat template has an end-of-turn token.
+    Rows with a prompt are cut on the right; plain texts become consecutive windows, so that no token is lost. A row
+    without tokens (an empty text) becomes one untrained end-of-sequence token, so that it is counted.
 
-    Raises: BadInput when the tokenizer has no end-of-sequence token or its chat template refuses a row.
+    Args:
+        examples: The examples.
+        tokenizer: The tokenizer.
+        seq_len: Largest number of tokens of a row.
+
+    Raises:
+        BadInput: The tokenizer has no end-of-sequence token, or its chat template refuses a row.
     """
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -114,7 +129,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, seq_len: int) -> Encoded
                     table.add(ids[start:stop], trained[start:stop], cut=False, group=group)
                     group += 1
             else:
-                # rows of one dialogue share its number, which is negative so that it meets no window's
+                # Rows of one dialogue have the same number, negative so that it differs from those of windows.
                 table.add(ids[:seq_len], trained[:seq_len], cut=len(ids) > seq_len, group=-1 - number)
     pad = tokenizer.pad_token_id
     return Encoded(
@@ -128,23 +143,23 @@ def encode(examples: Sequence[Example], tokenizer: Any, seq_len: int) -> Encoded
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before any text by itself (<s>, or nothing)."""
+    """The tokens that the tokenizer puts before every text (<s>, or none)."""
     plain = _ids(tokenizer, ["x"])[0]
-    whole = tokenizer("x", add_special_tokens=True)["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start]
+    with_special = tokenizer("x", add_special_tokens=True)["input_ids"]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
     return []
 
 
 def _assemble(row: Row, tokens: Iterator[list[int]], leading: list[int], eos: int) -> tuple[list[int], bytes]:
-    """Ids and mask of one row from the tokens of its pieces, taken from the iterator."""
+    """Ids and mask of one row; the tokens of its pieces are taken from the iterator."""
     ids = list(leading) if row.special else []
     mask = bytearray(row.windows and row.pieces[0].trained for _ in ids)
     for piece in row.pieces:
-        got = next(tokens)
-        ids += got
-        mask += bytes([piece.trained]) * len(got)
+        piece_ids = next(tokens)
+        ids += piece_ids
+        mask += bytes([piece.trained]) * len(piece_ids)
         if piece.ends:
             ids.append(eos)
             mask.append(piece.trained)
@@ -158,7 +173,8 @@ def _tokens(rows: list[Row], tokenizer: Any, anchor: list[int] | None) -> list[l
     texts, follows = [], []
     for row in rows:
         for i, piece in enumerate(row.pieces):
-            follow = anchor is not None and i > 0 and bool(piece.text) and _any_text(row.pieces[:i])
+            after_text = any(earlier.text for earlier in row.pieces[:i])
+            follow = anchor is not None and bool(piece.text) and after_text
             texts.append(ANCHOR + piece.text if follow else piece.text)
             follows.append(follow)
     found = _ids(tokenizer, texts)
@@ -170,15 +186,11 @@ def _tokens(rows: list[Row], tokenizer: Any, anchor: list[int] | None) -> list[l
     return [ids[len(anchor) :] if follow else ids for ids, follow in zip(found, follows, strict=True)]
 
 
-def _any_text(pieces: Sequence[Piece]) -> bool:
-    return any(piece.text for piece in pieces)
-
-
 def _anchor_ids(tokenizer: Any) -> list[int] | None:
-    """Ids of a line break to put before a piece that continues a text and to take away again, or None.
+    """Ids of a line break that is put before a piece that continues a text and is removed again, or None.
 
-    Sentencepiece-like tokenizers write a space before any text they are given, so an answer on its own would not
-    decode to what follows the prompt. Others need no such help, and a line break might merge with what follows.
+    SentencePiece tokenizers put a space before every text, so that an answer tokenised alone would not decode to the
+    text that follows the prompt. Other tokenizers do not, and a line break might merge with the text after it.
     """
     first, second = _ids(tokenizer, ["a", "b"])
     joined = tokenizer.decode(first + second, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""What a model can do after training: the field's tasks on lm-evaluation-harness, in two protocols.
+"""Evaluation of a model on common tasks with lm-evaluation-harness, in two protocols.
 
 `owlore.evaluation.evaluate(model, tokenizer, tasks, ...)` is the Python form of `owlore eval`. Importing this package
 imports neither torch nor lm_eval.
@@ -15,7 +15,7 @@ __all__ = ["evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load what is asked for when it is asked for (PEP 562)."""
+    """Import `evaluate` on first use (PEP 562)."""
     if name == "evaluate":
         from owlore.evaluation.run import evaluate
 

@@ -1,4 +1,4 @@
-"""`owlore eval`: parse, load the model, measure, render. Nothing heavy is imported before the command runs."""
+"""`owlore eval`: parse, load the model, evaluate, print. No heavy package is imported before the command runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from htsr import console
+from htsr import console, files
 from htsr.errors import UsageError
 
 MT_BENCH = "mt_bench"
@@ -36,9 +36,9 @@ MT_BENCH = "mt_bench"
 @click.option("--budget", type=click.IntRange(1), default=1024, show_default=True, metavar="N",
               help="Tokens of a forward pass.")  # fmt: skip
 @click.option(
-    "-o", "--out", metavar="DIR", help="Write results.json (each row's outcome in it) and MT-Bench's files there."
+    "-o", "--out", metavar="DIR", help="Write results.json (with each row's outcome) and MT-Bench's files there."
 )
-@click.option("--fresh", is_flag=True, help="Measure finished tasks again.")
+@click.option("--fresh", is_flag=True, help="Evaluate finished tasks again.")
 @click.option("--judge-url", metavar="URL", help="MT-Bench: an OpenAI-compatible endpoint, https://.../v1.")
 @click.option("--judge-model", metavar="NAME", help="MT-Bench: the model to ask there.")
 @click.option("--judge-key-env", metavar="VAR", help="MT-Bench: the environment variable that holds the key.")
@@ -59,7 +59,7 @@ def command(model: str, tasks: str, as_json: bool, **options: Any) -> None:
     if others or not names:
         if unknown := [n for n in others if n in ("mtbench", "mt-bench")]:
             raise UsageError(f"--tasks: no task {unknown[0]!r}; did you mean {MT_BENCH}?")
-        find_tasks(others, options["protocol"])  # a wrong name is said now, not after a large model has been loaded
+        find_tasks(others, options["protocol"])  # an unknown name is an error now, not after loading a large model
     judge = judge_from(options.pop("judge_url"), options.pop("judge_model"), options.pop("judge_key_env"))
     result = _measure(model, others, MT_BENCH in names, judge, options)
     click.echo(jsonlib.dumps(result) if as_json else render(result))
@@ -67,8 +67,7 @@ def command(model: str, tasks: str, as_json: bool, **options: Any) -> None:
 
 def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dict[str, Any]) -> dict[str, Any]:
     from owlore.evaluation.mt_bench import read_bench
-    from owlore.evaluation.run import check_data, evaluate
-    from owlore.layer_table import cache_directory
+    from owlore.evaluation.run import evaluate, read_tasks
     from owlore.models.loading import pick_device
     from owlore.models.trained import load_trained
 
@@ -76,7 +75,7 @@ def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dic
     chosen = {key: options[key] for key in keys}
     questions = read_bench(options["data_dir"]) if bench else None
     if names:
-        check_data(names, **chosen)
+        read_tasks(names, **chosen)  # missing or wrong data are an error now, not after loading a large model
     out = Path(options["out"]) if options["out"] else None
     device, quiet = pick_device(options["device"]), options["quiet"]
     finished = load_trained(model, device=device, dtype=options["dtype"])
@@ -85,27 +84,28 @@ def _measure(model: str, names: list[str], bench: bool, judge: Any, options: dic
         result |= evaluate(
             finished.model, finished.tokenizer, names, **chosen, template=options["template"],
             budget=options["budget"], identity=finished.sha256, rows=True, quiet=quiet,
-            store=None if options["fresh"] else cache_directory() / "eval",
+            store=None if options["fresh"] else files.cache_directory("owlore") / "eval",
             notify=lambda message: console.notice(message, quiet=quiet),
         )  # fmt: skip
     if questions is not None:
-        place = out or Path("runs") / f"{Path(model).name}-eval"
-        result["tasks"][MT_BENCH] = _bench(finished, questions, judge, place, model, options)
+        directory = out or Path("runs") / f"{Path(model).name}-eval"
+        result["tasks"][MT_BENCH] = _bench(finished, questions, judge, directory, model, options)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(jsonlib.dumps(result, allow_nan=False) + "\n")
+        files.write_text(out / "results.json", jsonlib.dumps(result, allow_nan=False) + "\n")
     for measured in result["tasks"].values():
         measured.pop("rows", None)
     return result
 
 
-def _bench(finished: Any, bench: Any, judge: Any, place: Path, model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Answer, and judge where there is a judge."""
+def _bench(
+    finished: Any, bench: Any, judge: Any, directory: Path, model: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Answer MT-Bench's questions, and have the answers judged if there is a judge."""
     from owlore.evaluation.mt_bench import answer_all, judge_all, scores
 
     quiet = options["quiet"]
     model_id = f"{Path(model).name}-{finished.sha256[:8]}"
-    answers_file = place / MT_BENCH / "model_answer" / f"{model_id}.jsonl"
+    answers_file = directory / MT_BENCH / "model_answer" / f"{model_id}.jsonl"
     questions = bench.questions[: options["limit"]]
     with console.progress(len(questions), "answering", "question", quiet=quiet) as bar:
         answers = answer_all(
@@ -117,14 +117,14 @@ def _bench(finished: Any, bench: Any, judge: Any, place: Path, model: str, optio
         missing = "--judge-url and --judge-model (an OpenAI-compatible endpoint), --judge-key-env for its key"
         console.notice(f"mt_bench: answers are in {answers_file}; to have them judged, give {missing}", quiet=quiet)
         return result | {"missing": missing}
-    file = place / MT_BENCH / "model_judgment" / f"{judge.model.replace('/', '-')}_single.jsonl"
+    file = directory / MT_BENCH / "model_judgment" / f"{judge.model.replace('/', '-')}_single.jsonl"
     with console.progress(2 * len(questions), "judging", "turn", quiet=quiet) as bar:
         judgments = judge_all(bench, questions, answers, judge, path=file, done=lambda: bar.update(1))
     return result | {"judgments": str(file), "judge": judge.model, **scores(questions, judgments)}
 
 
 def render(result: dict[str, Any]) -> str:
-    """A table of the tasks, and what has to be known to read it."""
+    """The result as text: a table of the tasks, with notes on what they are comparable with."""
     lines = []
     measured = {name: one for name, one in result["tasks"].items() if name != MT_BENCH}
     if measured:
@@ -148,7 +148,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def render_bench(one: dict[str, Any]) -> list[str]:
-    """MT-Bench's scores by turn and category, or where the answers lie."""
+    """MT-Bench's scores by turn and category, or the path of the answers if they are not judged."""
     if one["score"] is None:
         return [f"mt_bench: {one['n']} dialogues answered, not judged; {one['answers']}"]
     rows = {

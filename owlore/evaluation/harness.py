@@ -1,4 +1,4 @@
-"""Tasks as lm-evaluation-harness's own: its prompts, its few-shot contexts, its metrics."""
+"""Our tasks as tasks of lm-evaluation-harness, with its prompts, few-shot contexts and metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,17 @@ NUMBER_STOPS = ("Question:", "</s>", "<|im_end|>")
 
 
 def run_tasks(scorer: Any, asked: dict[str, tuple[Task, Asked]], protocol: str, template: str) -> dict[str, Any]:
-    """What the harness found: `results` by task, and `samples` with each row's scores."""
+    """Evaluate tasks with the harness.
+
+    Args:
+        scorer: The model, as a `Scorer`.
+        asked: Tasks and their items by name.
+        protocol: "likelihood" or "generate".
+        template: Prompt of the generate protocol, "compat" or "clean".
+
+    Returns:
+        The harness's `results` by task, and `samples` with the scores of each row.
+    """
     tasks = {name: harness_task(task, what, protocol, template) for name, (task, what) in asked.items()}
     with quiet_libraries(prints=True):
         found: dict[str, Any] = evaluate(lm=scorer, task_dict=tasks, bootstrap_iters=0, log_samples=True)
@@ -31,7 +41,7 @@ def run_tasks(scorer: Any, asked: dict[str, tuple[Task, Asked]], protocol: str, 
 
 
 def harness_task(task: Task, asked: Asked, protocol: str, template: str = "compat") -> ConfigurableTask:
-    """The task over these items."""
+    """The harness's task with these items; the arguments are those of `run_tasks`."""
     settings = _generated(task, template) if protocol == "generate" else LIKELIHOOD[task.kind](task)
     shots = [item.to_doc() for item in asked.shots]
     config = {
@@ -66,7 +76,7 @@ def _letter(task: Task) -> dict[str, Any]:
 
 
 def _partial(task: Task) -> dict[str, Any]:
-    """The blank filled in with each option is the context, the rest of the sentence is what is scored."""
+    """The context is the sentence up to the blank with each option in it; the rest of the sentence is scored."""
     del task
     return {
         "output_type": "multiple_choice",
@@ -78,8 +88,10 @@ def _partial(task: Task) -> dict[str, Any]:
 
 
 def _number(task: Task) -> dict[str, Any]:
-    """Greedy generation as in the harness's gsm8k; `acc` takes its flexible extraction (the last number), `acc_strict`
-    the number behind ####."""
+    """Greedy generation as in the harness's gsm8k.
+
+    `acc` uses its flexible extraction (the last number), `acc_strict` the number after ####.
+    """
 
     def results(doc: Doc, texts: Sequence[str]) -> dict[str, float]:
         numbers = [a or b for a, b in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", texts[0])]
@@ -100,7 +112,7 @@ def _number(task: Task) -> dict[str, Any]:
 
 
 def same_number(text: str, answer: str) -> bool:
-    """Whether a piece of text is the number `answer`, by value; currency, separators and a full stop do not count."""
+    """Whether a text is the number `answer` by value, ignoring a dollar sign, thousands separators and a full stop."""
     try:
         return abs(float(text.replace(",", "").replace("$", "").rstrip(".")) - float(answer)) <= llm_adapters.TOLERANCE
     except ValueError:
@@ -136,13 +148,13 @@ LIKELIHOOD: dict[str, Callable[[Task], dict[str, Any]]] = {
 
 
 def _generated(task: Task, template: str) -> dict[str, Any]:
-    """LLM-Adapters' protocol: four beams, then the first label or the last number of the response."""
+    """LLM-Adapters' protocol: four beams; the first label or the last number of the response is the answer."""
     numbers = task.kind == "number"
     arithmetic = numbers or task.answers == "A|B|C|D|E"
 
     def results(doc: Doc, texts: Sequence[str]) -> dict[str, float]:
-        said = llm_adapters.response(llm_adapters.prompt(doc["instruction"], template) + texts[0])
-        return {"acc": float(llm_adapters.right(said, doc["answer"], None if numbers else task.answers))}
+        response = llm_adapters.response(llm_adapters.prompt(doc["instruction"], template) + texts[0])
+        return {"acc": float(llm_adapters.right(response, doc["answer"], None if numbers else task.answers))}
 
     length = llm_adapters.NUMBER_TOKENS if arithmetic else llm_adapters.LABEL_TOKENS
     return {
@@ -165,7 +177,12 @@ def _on_item(prompt: Callable[[Item], str]) -> Callable[[Doc], str]:
 
 
 def figures(samples: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[str, Any]:
-    """Means over rows with their standard errors; weighted figures (perplexities) as the harness made them."""
+    """Means over the rows with standard errors, and weighted figures (perplexities) as the harness computed them.
+
+    Args:
+        samples: The harness's samples, one for each row.
+        results: The harness's results of the task.
+    """
     made: dict[str, Any] = {}
     for metric in samples[0]["metrics"] if samples else ():
         values = [sample[metric] for sample in samples]
@@ -178,7 +195,7 @@ def figures(samples: Sequence[dict[str, Any]], results: dict[str, Any]) -> dict[
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean: s / sqrt(n) with the n - 1 in s; None for one value."""
+    """Standard error of the mean, s / sqrt(n) with n - 1 degrees of freedom in s; None for one value."""
     n = len(values)
     if n < 2:
         return None

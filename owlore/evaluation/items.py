@@ -1,7 +1,7 @@
-"""One question of a task, from a row in LLM-Adapters' instruction format or from the data set's own columns.
+"""The questions of tasks, from rows in LLM-Adapters' instruction format or from the columns of a data set.
 
-An instruction holds question, choices and labels in one text. `parse` takes it apart and `instruction` puts it together
-again; on every row of the published test files the second gives back what the first was given.
+An instruction is a text with question, choices and labels. `parse` splits it and `instruction` joins the parts; on
+every row of the published test files the joined text is the original one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question with its choices (none where a number is asked for).
+    """A question of a task.
 
-    gold: index of the right choice, -1 without choices. answer: the label or number that a generated text is held
-    against. instruction: what the model reads in the generate protocol. target: a worked answer, for few-shot prompts.
+    Attributes:
+        question: The question.
+        choices: The choices; none if the answer is a number.
+        gold: Index of the right choice, -1 without choices.
+        answer: The label or number with which a generated text is compared.
+        instruction: The prompt of the generate protocol.
+        target: An answer with its solution, for few-shot prompts.
+        subject: Subject of the question.
     """
 
     question: str
@@ -33,16 +39,19 @@ class Item:
     subject: str = ""
 
     def to_doc(self) -> dict[str, Any]:
-        """As a row of a data set."""
+        """The item as a row of a `datasets.Dataset`."""
         return {**asdict(self), "choices": list(self.choices)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How LLM-Adapters words a task.
+    """The format of a task's instructions in LLM-Adapters.
 
-    opening: the text before the question. label: what a choice is called (`Answer` gives Answer1:, and answer1 as its
-    label). between: what separates choices; before_format: what separates the last one from the format line.
+    Attributes:
+        opening: Text before the question.
+        label: Name of a choice: `Answer` gives the choice "Answer1: ..." and the label "answer1".
+        between: Text between two choices.
+        before_format: Text between the last choice and the line with the labels.
     """
 
     opening: str
@@ -61,9 +70,10 @@ class Format:
         return [f"{self.label.lower()}{i}" for i in range(1, count + 1)]
 
     def parse(self, row: Row) -> Item:
-        """Question and choices of an instruction.
+        """The item of a row with an instruction and an answer.
 
-        Raises: BadInput for a text of another form, or an answer that is none of the labels.
+        Raises:
+            BadInput: The instruction has another form, or the answer is not one of the labels.
         """
         text = str(row.get("instruction", ""))
         labels = text.rpartition("Answer format: ")[2].split("/")
@@ -81,7 +91,7 @@ class Format:
         )
 
     def item(self, question: str, choices: Sequence[str], gold: int) -> Item:
-        """The item of a data set's own columns."""
+        """The item of a question, its choices and the index of the right one."""
         return Item(
             question=question,
             choices=tuple(choices),
@@ -102,14 +112,15 @@ OPTIONS = Format(
     before_format=" ",
 )
 
-BOOLQ_OPENING, BOOLQ_END = "Please answer the following question with true or false, question: ", "?"
-NO_YES = ("no", "yes")  # the harness's words for a BoolQ answer
+BOOLQ_OPENING = "Please answer the following question with true or false, question: "
+NO_YES = ("no", "yes")  # the choices of BoolQ in the harness
 
 
 def parse_boolq(row: Row) -> Item:
-    """A BoolQ row; it has no passage. The question is kept without its question mark.
+    """The item of a BoolQ row, which has no passage; the question mark is removed from the question.
 
-    Raises: BadInput for a text of another form.
+    Raises:
+        BadInput: The instruction has another form, or the answer is neither true nor false.
     """
     text, answer = str(row.get("instruction", "")), str(row.get("answer", ""))
     found = re.fullmatch(re.escape(BOOLQ_OPENING) + r"(.*)\?\n\nAnswer format: true/false", text, re.DOTALL)
@@ -119,7 +130,7 @@ def parse_boolq(row: Row) -> Item:
 
 
 def boolq_item(question: str, true: bool, instruction: str | None = None) -> Item:
-    """The item of a question without its question mark."""
+    """The item of a BoolQ question without its question mark; `instruction` is made from it if it is None."""
     return Item(
         question=question,
         choices=NO_YES,
@@ -130,9 +141,10 @@ def boolq_item(question: str, true: bool, instruction: str | None = None) -> Ite
 
 
 def parse_number(row: Row) -> Item:
-    """A word problem: LLM-Adapters' columns, or GSM8K's `question` and `answer` with `#### number`.
+    """The item of a word problem in LLM-Adapters' columns, or in GSM8K's with `#### number` in the answer.
 
-    Raises: BadInput when the answer is not a number.
+    Raises:
+        BadInput: The answer is not a number.
     """
     question = row.get("instruction", row.get("question"))
     worked = str(row.get("answer", ""))
@@ -149,9 +161,10 @@ LETTERS = "ABCDE"
 
 
 def parse_aqua(row: Row) -> Item:
-    """An AQuA row: the choices stand in the question, `Answer Choices: (A) .. (B) ..`.
+    """The item of an AQuA row, whose choices follow the question: `Answer Choices: (A) .. (B) ..`.
 
-    Raises: BadInput for another form.
+    Raises:
+        BadInput: The row has another form.
     """
     text, answer = str(row.get("instruction", "")), str(row.get("answer", ""))
     question, marker, listed = text.partition(" Answer Choices: ")

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint, asked one question at a time."""
+"""A model at an OpenAI-compatible endpoint that is asked one question at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ WORTH_ANOTHER_TRY = (408, 409, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Where to ask, whom, and with which key (never shown).
+    """An endpoint and the model to ask there.
 
-    Raises: UsageError for an address that is not http(s).
+    Args:
+        url: Address of the endpoint, http(s)://.../v1.
+        model: Name of the model.
+        key: API key, which is never shown; None sends none.
+        wait: Seconds before the second try; each further wait is twice as long.
+
+    Raises:
+        UsageError: The address is not http(s).
     """
 
     url: str
@@ -34,14 +41,19 @@ class Judge:
 
     @property
     def address(self) -> str:
-        """The endpoint of chat completions below the given base."""
+        """The address of chat completions."""
         base = self.url.rstrip("/")
         return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
     def ask(self, system: str, user: str) -> str:
         """The text of the answer at temperature 0.
 
-        Raises: HtsrError when the endpoint cannot be reached, refuses, or answers in another form.
+        Args:
+            system: The system prompt.
+            user: The user's message.
+
+        Raises:
+            HtsrError: The endpoint cannot be reached, refuses, or replies in another format.
         """
         body = {
             "model": self.model,
@@ -58,15 +70,14 @@ class Judge:
             raise HtsrError(f"the judge at {self.url} answered {answer[:80]!r}, expected a chat completion") from error
 
     def _send(self, request: urllib.request.Request) -> bytes:
-        """The body of the reply, after a few tries where the failure may pass."""
+        """The body of the reply; failures that may be temporary are retried."""
         why = ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(self.wait * 2 ** (attempt - 1))
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                    content: bytes = reply.read()
-                    return content
+                    return reply.read()
             except urllib.error.HTTPError as error:
                 with error:
                     why = f"HTTP {error.code} {error.reason}"
@@ -80,9 +91,18 @@ class Judge:
 
 
 def judge_from(url: str | None, model: str | None, key_variable: str | None) -> Judge | None:
-    """The judge that the command line names, or None when it names none.
+    """The judge of the command line.
 
-    Raises: UsageError when only a part is given, or the variable of the key is not set.
+    Args:
+        url: --judge-url.
+        model: --judge-model.
+        key_variable: --judge-key-env, the environment variable with the key.
+
+    Returns:
+        The judge, or None if no option is given.
+
+    Raises:
+        UsageError: Only some of the options are given, or the variable is not set.
     """
     if url is None and model is None:
         if key_variable is not None:

@@ -1,8 +1,8 @@
-"""MT-Bench: eighty dialogues of two turns, answered in FastChat's format and graded by a model behind an endpoint.
+"""MT-Bench: eighty dialogues of two turns, answered in FastChat's format and graded by a model at an endpoint.
 
-Reference: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena", arXiv 2306.05685. Files are
-FastChat's: questions, reference answers and judge prompts are read, answers and judgments are written line by line, so
-that an interrupted run goes on and FastChat's own tools can show the result.
+Reference: Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena", arXiv 2306.05685. The files are
+in FastChat's formats: questions, reference answers and judge prompts are read, answers and judgments are written line
+by line, so that an interrupted run can be continued and FastChat's tools can show the result.
 """
 
 from __future__ import annotations
@@ -22,18 +22,25 @@ from owlore.evaluation.judge import Judge
 
 Line = dict[str, Any]
 FILES = ("question.jsonl", "reference_answer_gpt-4.jsonl", "judge_prompts.jsonl")
-TEMPERATURE = {  # of the answers, by category, as FastChat samples them
+TEMPERATURE = {  # FastChat's temperature of the answers, by category
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
 OTHER_TEMPERATURE, TOP_K, NEW_TOKENS = 0.7, 50, 1024
 WITH_REFERENCE = ("math", "reasoning", "coding")
-UNREADABLE = -1  # FastChat's mark for a judgment without a rating; it never enters a mean here
+UNREADABLE = -1  # FastChat's score of a judgment without a rating; here it is left out of every mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Questions, reference answers by question and judge prompts by name."""
+    """The data of MT-Bench.
+
+    Attributes:
+        questions: The questions.
+        references: Reference answers by the id of their question.
+        prompts: Judge prompts by name.
+        sha256: Digest of each file by its name.
+    """
 
     questions: list[Line]
     references: dict[int, Line]
@@ -42,19 +49,21 @@ class Bench:
 
 
 def read_bench(data_dir: str | Path | None) -> Bench:
-    """The three files below `data_dir`/mt_bench, or in `data_dir`.
+    """Read the three files in `data_dir`/mt_bench, or in `data_dir`.
 
-    Raises: NotFound that names them; BadInput when a line is no JSON object.
+    Raises:
+        NotFound: They are not there.
+        BadInput: A line is not JSON.
     """
-    places = [] if data_dir is None else [Path(data_dir) / "mt_bench", Path(data_dir)]
-    for place in places:
-        if (place / FILES[0]).is_file():
-            questions, references, prompts = (_lines(place / name) for name in FILES)
+    directories = [] if data_dir is None else [Path(data_dir) / "mt_bench", Path(data_dir)]
+    for directory in directories:
+        if (directory / FILES[0]).is_file():
+            questions, references, prompts = (_lines(directory / name) for name in FILES)
             return Bench(
                 questions=questions,
                 references={line["question_id"]: line for line in references},
                 prompts={line["name"]: line for line in prompts},
-                sha256={name: hashlib.sha256((place / name).read_bytes()).hexdigest() for name in FILES},
+                sha256={name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in FILES},
             )
     where = f"below {data_dir}" if data_dir is not None else "without --data-dir"
     raise NotFound(f"mt_bench: no questions {where}; looked for mt_bench/{', mt_bench/'.join(FILES)} (FastChat's)")
@@ -70,7 +79,20 @@ def answer_all(
     max_new_tokens: int = NEW_TOKENS,
     done: Callable[[], None] = lambda: None,
 ) -> list[Line]:
-    """Answers to both turns of every question; those that `path` already holds are kept, new ones are added to it."""
+    """Answer both turns of every question that has no answer in a file yet.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions.
+        model_id: Name of the model in the file.
+        path: The file of answers, to which new ones are appended.
+        max_new_tokens: Largest number of tokens of an answer.
+        done: Called after each question.
+
+    Returns:
+        The answers to the questions, in their order.
+    """
     known = {line["question_id"]: line for line in (_lines(path) if path.is_file() else [])}
     path.parent.mkdir(parents=True, exist_ok=True)
     for question in questions:
@@ -94,21 +116,21 @@ def _answers(model: Any, tokenizer: Any, question: Line, max_new_tokens: int) ->
     from owlore.generate import continue_ids
 
     temperature = TEMPERATURE.get(question["category"], OTHER_TEMPERATURE)
-    said: list[tuple[str, str]] = []
+    dialogue: list[tuple[str, str]] = []
     turns = []
     for asked in question["turns"]:
-        said.append(("user", asked))
+        dialogue.append(("user", asked))
         text = continue_ids(
-            model, tokenizer, dialogue_ids(said, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature,
+            model, tokenizer, dialogue_ids(dialogue, tokenizer), max_new_tokens=max_new_tokens, temperature=temperature,
             seed=0, top_k=TOP_K, what=f"question {question['question_id']}",
         )  # fmt: skip
         turns.append(text.strip())
-        said.append(("assistant", turns[-1]))
+        dialogue.append(("assistant", turns[-1]))
     return turns
 
 
 def dialogue_ids(messages: Sequence[tuple[str, str]], tokenizer: Any) -> list[int]:
-    """Tokens of a dialogue up to where the next answer begins: the chat template's, or the Alpaca prompt's."""
+    """Token ids of a dialogue up to the next answer, in the chat template or else in the Alpaca prompt."""
     from owlore.data.templates import plain_dialogue
     from owlore.data.tokenise import leading_tokens
 
@@ -136,7 +158,19 @@ def judge_all(
     path: Path,
     done: Callable[[], None] = lambda: None,
 ) -> list[Line]:
-    """A judgment of each turn of each answer; what `path` already holds of these answers is kept."""
+    """Have every turn judged that has no judgment in a file yet.
+
+    Args:
+        bench: Judge prompts and reference answers.
+        questions: The questions.
+        answers: Their answers, in the same order.
+        judge: The judge.
+        path: The file of judgments, to which new ones are appended.
+        done: Called after each turn.
+
+    Returns:
+        The judgments of both turns of each answer.
+    """
     known = {(line["question_id"], line["turn"], line.get("answer_id")): line
              for line in (_lines(path) if path.is_file() else [])}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +180,12 @@ def judge_all(
             key = (question["question_id"], turn, answer["answer_id"])
             if key not in known:
                 prompt = prompt_for(bench, question, turn)
-                user = fill(prompt["prompt_template"], _slots(bench, question, answer, turn))
-                said = judge.ask(prompt["system_prompt"], user)
-                score = rating(said)
+                user = fill(prompt["prompt_template"], _fields(bench, question, answer, turn))
+                judgment = judge.ask(prompt["system_prompt"], user)
+                score = rating(judgment)
                 known[key] = {
                     "question_id": question["question_id"], "model": answer["model_id"],
-                    "judge": [judge.model, prompt["name"]], "user_prompt": user, "judgment": said,
+                    "judge": [judge.model, prompt["name"]], "user_prompt": user, "judgment": judgment,
                     "score": UNREADABLE if score is None else score, "turn": turn, "tstamp": time.time(),
                     "answer_id": answer["answer_id"],
                 }  # fmt: skip
@@ -162,9 +196,10 @@ def judge_all(
 
 
 def prompt_for(bench: Bench, question: Line, turn: int) -> Line:
-    """FastChat's choice of a single-answer judge: with the reference for mathematics, reasoning and code.
+    """FastChat's judge prompt for a single answer, with the reference answer for mathematics, reasoning and code.
 
-    Raises: BadInput when the files lack the prompt or the reference.
+    Raises:
+        BadInput: The files have no such prompt, or no reference answer.
     """
     reference = question["category"] in WITH_REFERENCE
     name = ("single-math-v1" if reference else "single-v1") + ("-multi-turn" if turn == 2 else "")
@@ -175,31 +210,31 @@ def prompt_for(bench: Bench, question: Line, turn: int) -> Line:
     return bench.prompts[name]
 
 
-def _slots(bench: Bench, question: Line, answer: Line, turn: int) -> dict[str, str]:
+def _fields(bench: Bench, question: Line, answer: Line, turn: int) -> dict[str, str]:
     turns = answer["choices"][0]["turns"]
-    slots = {"question": question["turns"][0], "answer": turns[0]}
+    fields = {"question": question["turns"][0], "answer": turns[0]}
     if turn == 2:
-        slots = {"question_1": question["turns"][0], "question_2": question["turns"][1], "answer_1": turns[0],
-                 "answer_2": turns[1]}  # fmt: skip
+        fields = {"question_1": question["turns"][0], "question_2": question["turns"][1], "answer_1": turns[0],
+                  "answer_2": turns[1]}  # fmt: skip
     if question["category"] in WITH_REFERENCE:
         known = bench.references[question["question_id"]]["choices"][0]["turns"]
-        slots |= {"ref_answer_1": known[0], "ref_answer_2": known[1]}
-    return slots
+        fields |= {"ref_answer_1": known[0], "ref_answer_2": known[1]}
+    return fields
 
 
-def fill(template: str, slots: dict[str, str]) -> str:
-    """`{name}` replaced by its text in one pass; braces in the texts stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda found: slots.get(found[1], found[0]), template)
+def fill(template: str, fields: dict[str, str]) -> str:
+    """The template with each `{name}` replaced by its text; unlike `str.format`, other braces are left as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), template)
 
 
 def rating(judgment: str) -> float | None:
-    """The number in [[double brackets]], else in [single ones], else None."""
+    """The rating: the number in [[double brackets]], else in [single ones], else None."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
     return float(found[1]) if found else None
 
 
 def scores(questions: Sequence[Line], judgments: Sequence[Line]) -> dict[str, Any]:
-    """Means by turn, by category and over all; judgments without a rating are counted and left out."""
+    """Mean scores over all judgments, by turn and by category; judgments without a rating are counted and left out."""
     category = {question["question_id"]: question["category"] for question in questions}
     read = [line for line in judgments if line["score"] != UNREADABLE]
 
@@ -218,9 +253,11 @@ def scores(questions: Sequence[Line], judgments: Sequence[Line]) -> dict[str, An
 
 
 def _lines(path: Path) -> list[Line]:
-    """Objects of a JSON-lines file; a last line cut short by a kill is dropped.
+    """The objects of a JSON-lines file; an incomplete last line, from a run that was killed, is removed.
 
-    Raises: NotFound, BadInput.
+    Raises:
+        NotFound: There is no such file.
+        BadInput: Another line is not JSON.
     """
     if not path.is_file():
         raise NotFound(f"{path}: no such file; MT-Bench needs {', '.join(FILES)}")

@@ -1,15 +1,17 @@
-"""`owlore eval`: tasks one after another, each kept when it is done, so that an interrupted evaluation goes on."""
+"""Evaluation of a model on tasks; each result is kept, so that an interrupted evaluation can be continued."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from htsr import files
 from htsr.console import progress
 from htsr.errors import HtsrError, UsageError
 from owlore.evaluation.sources import Asked, read_task
@@ -36,24 +38,37 @@ def evaluate(
     notify: Callable[[str], None] = lambda message: None,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Figures of a loaded model on `tasks`, with standard errors, counts, data digests and versions.
+    """Evaluate a loaded model on tasks.
 
-    data_dir: where the tasks' files lie; None is the Hub. limit: the first rows of each task (of each subject of
-    MMLU), after a shuffle by the seed `shuffle` when there is one. shots: few-shot examples, the task's own number when
-    None. budget: tokens of a forward pass. store: where finished tasks are kept, and found again by what they depend
-    on; identity: what names the weights there. rows: each row's outcome too.
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        tasks: Names of tasks or groups of tasks, see `owlore.evaluation.tasks`.
+        data_dir: Directory with the tasks' files; None reads them from the Hugging Face Hub.
+        protocol: "likelihood" scores the choices, "generate" is LLM-Adapters' protocol.
+        limit: Number of rows of each task, and of each subject of MMLU; None takes all.
+        shots: Number of few-shot examples; None takes the task's default.
+        shuffle: Seed by which the rows are shuffled first; None does not shuffle.
+        template: Prompt of the generate protocol: "compat" is LLM-Adapters', "clean" that of `owlore train`.
+        budget: Number of tokens of a forward pass.
+        identity: A JSON value that identifies the weights, such as their digest; None stores no results.
+        store: Directory in which results are kept, by everything they depend on; None keeps none.
+        rows: Whether the result has the outcome of each row.
+        notify: Called with a message for each finished task.
+        quiet: Whether to show no progress bar.
 
-    Raises: UsageError (unknown task or protocol), NotFound (data), BadInput (rows of another form), HtsrError without
-    the harness.
+    Returns:
+        The figures of each task with standard errors and counts, the settings, data digests and versions.
+
+    Raises:
+        UsageError: A task or the protocol is unknown.
+        NotFound: Data are missing.
+        BadInput: A row has another form.
+        HtsrError: lm-evaluation-harness is not installed.
     """
     if protocol not in PROTOCOLS:
         raise UsageError(f"--protocol got {protocol!r}, expected one of {', '.join(PROTOCOLS)}")
-    groups = find_tasks(tasks, protocol)
-    asked = {
-        name: {task.name: (task, _read(task, data_dir, limit, shots, shuffle, protocol)) for task in members}
-        for name, members in groups.items()
-    }
-    _need_harness()
+    asked = read_tasks(tasks, data_dir=data_dir, protocol=protocol, limit=limit, shots=shots, shuffle=shuffle)
     from owlore.evaluation.scorer import Scorer
 
     total = sum(_requests(task, what, protocol) for parts in asked.values() for task, what in parts.values())
@@ -68,13 +83,13 @@ def evaluate(
             kept = None if store is None or identity is None else store / f"{name}-{key}.json"
             if kept is not None and kept.is_file():
                 results[name] = json.loads(kept.read_text())
-                notify(f"{name}: found from an earlier evaluation")
+                notify(f"{name}: read from an earlier evaluation")
                 bar.update(sum(_requests(task, what, protocol) for task, what in parts.values()))
                 continue
             bar.set_postfix_str(name)
             results[name] = _one(scorer, name, parts, protocol, template)
             if kept is not None:
-                _keep(kept, results[name])
+                files.write_text(kept, json.dumps(results[name], allow_nan=False))
             notify(f"{name}: {_headline(results[name])}")
     if not rows:
         results = {name: {k: v for k, v in result.items() if k != "rows"} for name, result in results.items()}
@@ -90,27 +105,36 @@ def evaluate(
     }
 
 
-def check_data(names: Sequence[str], *, protocol: str, **chosen: Any) -> None:
-    """Read the rows of the tasks once, so that missing or wrong data are said before a model is loaded.
+def read_tasks(
+    names: Sequence[str],
+    *,
+    data_dir: str | Path | None,
+    protocol: str,
+    limit: int | None,
+    shots: int | None,
+    shuffle: int | None,
+) -> dict[str, dict[str, tuple[Task, Asked]]]:
+    """The items of tasks, with the arguments and errors of `evaluate`.
 
-    Raises: as `evaluate`.
+    Returns:
+        For each name the task, or the tasks of the group, by name with their items.
     """
-    _need_harness()
-    for members in find_tasks(names, protocol).values():
-        for task in members:
-            _read(task, chosen["data_dir"], chosen["limit"], chosen["shots"], chosen["shuffle"], protocol)
-
-
-def _read(
-    task: Task, data_dir: str | Path | None, limit: int | None, shots: int | None, shuffle: int | None, protocol: str
-) -> Asked:
-    return read_task(
-        task, data_dir=data_dir, limit=limit, shots=0 if protocol == "generate" else shots, shuffle=shuffle
-    )
+    groups = find_tasks(names, protocol)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise HtsrError(
+            "evaluation needs lm-evaluation-harness: python -m pip install 'htsr-owlore[eval]' (or lm-eval datasets)"
+        ) from error
+    chosen: dict[str, Any] = {"data_dir": data_dir, "limit": limit, "shuffle": shuffle}
+    chosen["shots"] = 0 if protocol == "generate" else shots
+    return {
+        name: {task.name: (task, read_task(task, **chosen)) for task in members} for name, members in groups.items()
+    }
 
 
 def _one(scorer: Any, name: str, parts: dict[str, tuple[Task, Asked]], protocol: str, template: str) -> dict[str, Any]:
-    """The result of a task, or of a group: over all rows of its parts, with each part's figures beside."""
+    """The result of a task, or of a group: the figures over all rows of its parts, and those of each part."""
     from owlore.evaluation.harness import figures, run_tasks
 
     started, processor = time.perf_counter(), time.process_time()
@@ -138,9 +162,7 @@ def _one(scorer: Any, name: str, parts: dict[str, tuple[Task, Asked]], protocol:
 
 
 def _by_token(samples: Sequence[dict[str, Any]], scorer: Any) -> dict[str, Any]:
-    """Perplexity a token of this tokenizer, from the same likelihoods."""
-    import math
-
+    """Perplexity per token of this tokenizer, from the likelihoods of the samples."""
     tokens = sum(len(scorer.tok_encode(sample["arguments"][0][0])) for sample in samples)
     total = math.fsum(sample["word_perplexity"][0] for sample in samples)
     return {"perplexity": math.exp(-total / tokens), "tokens": tokens}
@@ -153,19 +175,11 @@ def _requests(task: Task, asked: Asked, protocol: str) -> int:
 
 
 def _key(name: str, parts: Any, settings: dict[str, Any], identity: Any, scorer: Any) -> str:
-    """Of everything that a result depends on."""
+    """A digest of everything that a result depends on."""
     data = {part: asked.provenance for part, (_, asked) in parts.items()}
     dtype = str(next(scorer.model.parameters()).dtype)
     what = [SCHEMA, name, data, settings, identity, dtype, scorer.takes_trees, scorer.max_length, _versions()]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _keep(path: Path, result: dict[str, Any]) -> None:
-    """Written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, allow_nan=False))
-    temporary.replace(path)
 
 
 def _headline(result: dict[str, Any]) -> str:
@@ -173,15 +187,6 @@ def _headline(result: dict[str, Any]) -> str:
         return f"perplexity {result['perplexity']:.2f} a token, {result['word_perplexity']:.2f} a word"
     error = result["acc_stderr"]
     return f"acc {result['acc']:.4f}" + (f" +- {error:.4f}" if error is not None else "") + f" of {result['n']}"
-
-
-def _need_harness() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise HtsrError(
-            "evaluation needs lm-evaluation-harness: python -m pip install 'htsr-owlore[eval]' (or lm-eval datasets)"
-        ) from error
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""A language model for lm-evaluation-harness that reads each shared beginning once.
+"""A language model for lm-evaluation-harness that reads each shared prefix once.
 
-Requests are token sequences, and most begin alike: the choices of a question share the question, the questions of a
-subject its examples. A pack of sequences is laid out as a tree of tokens (each node once), and one forward pass with an
-attention mask that lets a token see its ancestors alone gives every sequence's likelihood. Nothing is padded. A model
-that does not take such a mask gets padded batches; which one it gets is tried out on it, not read from a list.
+Requests are token sequences, and most share a prefix: the choices of a question share the question, the questions of a
+subject its examples. The sequences of a forward pass form a tree of tokens, and an attention mask lets each token
+attend only to its ancestors, so that one forward pass gives every sequence's likelihood, without padding. A model that
+does not support such a mask gets padded batches; a test on the model decides, not a list of models.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ from torch import Tensor
 
 Tokens = tuple[int, ...]
 Score = tuple[float, bool]
-DEFAULT_LENGTH = 2048  # positions of a model that does not say how many it has
-WINDOW = 2048  # tokens of a window of running text; the whole length of a modern model would need gigabytes of logits
-TOLERANCE = {torch.float32: 1e-4}  # of a mean log-likelihood a token; 16-bit weights 5e-2
+DEFAULT_LENGTH = 2048  # positions of a model whose configuration does not have their number
+WINDOW = 2048  # tokens of a window of running text; the full length of a modern model would need gigabytes of logits
+TOLERANCE = {torch.float32: 1e-4}  # of the mean log-likelihood per token; 5e-2 for 16-bit weights
 
 
 @dataclass
 class Tree:
-    """Sequences laid over each other: node i has a token, a parent (-1 for a root) and a depth."""
+    """Sequences of tokens as a tree in which each shared prefix appears once.
+
+    Attributes:
+        tokens: Token of each node.
+        parents: Parent of each node, -1 for a root; a parent comes before its children.
+        depths: Position of each node in its sequences.
+        paths: Nodes of each sequence.
+    """
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -37,7 +44,7 @@ class Tree:
     _children: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def new_nodes(self, sequence: Sequence[int]) -> int:
-        """How many nodes `sequence` would add."""
+        """Number of nodes that a sequence would add."""
         parent, shared = -1, 0
         for token in sequence:
             child = self._children.get((parent, token))
@@ -47,7 +54,7 @@ class Tree:
         return len(sequence) - shared
 
     def add(self, sequence: Sequence[int]) -> None:
-        """Lay a sequence over those already there."""
+        """Add a sequence."""
         parent, path = -1, []
         for depth, token in enumerate(sequence):
             child = self._children.get((parent, token))
@@ -61,10 +68,10 @@ class Tree:
             parent = child
         self.paths.append(path)
 
-    def sees(self) -> np.ndarray:
-        """[N, N] bool: row i marks node i and its ancestors."""
+    def attended(self) -> np.ndarray:
+        """[N, N] bool: row i is true at node i and its ancestors."""
         mask = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
-        for node, parent in enumerate(self.parents):  # a parent comes before its children
+        for node, parent in enumerate(self.parents):
             if parent >= 0:
                 mask[node] = mask[parent]
             mask[node, node] = True
@@ -72,10 +79,14 @@ class Tree:
 
 
 class Scorer(TemplateLM):
-    """A loaded model as the harness sees one; what to score arrives as text, what it costs is a few packs.
+    """A loaded model with the harness's interface.
 
-    budget: nodes of a tree, or padded tokens of a batch, that one forward pass takes. advance: called with the number
-    of requests that are done.
+    Args:
+        model: A causal language model of transformers; it is set to evaluation mode.
+        tokenizer: Its tokenizer.
+        budget: Nodes of a tree, or padded tokens of a batch, in one forward pass; a longer sequence is scored alone.
+        max_length: Largest number of tokens of a sequence; None takes the model's.
+        advance: Called with the number of requests that are done.
     """
 
     def __init__(
@@ -122,7 +133,11 @@ class Scorer(TemplateLM):
     # -- likelihoods --------------------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[Score]:
-        """(sum of log-probabilities, all greedy) of each continuation; contexts are cut on the left to fit."""
+        """(sum of log-probabilities, whether all tokens are greedy) of each continuation; contexts are cut on the left.
+
+        Args:
+            requests: (strings, context tokens, continuation tokens) of each request.
+        """
         pairs = []
         for _, context, continuation in requests:
             kept = (*context, *continuation)[-(self.max_length + 1) :]
@@ -135,7 +150,7 @@ class Scorer(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts in windows of `rolling` tokens, every token predicted once."""
+        """Log-likelihood of full texts in windows of `rolling` tokens; every token is predicted once."""
         del disable_tqdm
         sums = []
         for (text,) in (request.args for request in requests):
@@ -153,13 +168,15 @@ class Scorer(TemplateLM):
         return sums
 
     def _packs(self, sequences: Sequence[Tokens]) -> Iterator[list[int]]:
-        """Numbers of sequences that are scored together, within the budget where one alone does not exceed it."""
+        """Indexes of sequences that are scored together within the budget."""
         if not self.takes_trees:
             yield from self._batches(sequences)
             return
         pack: list[int] = []
         tree = Tree()
-        for number in sorted(range(len(sequences)), key=lambda i: sequences[i]):  # shared beginnings side by side
+        for number in sorted(
+            range(len(sequences)), key=lambda i: sequences[i]
+        ):  # puts shared prefixes next to each other
             if pack and len(tree.tokens) + tree.new_nodes(sequences[number]) > self.budget:
                 yield pack
                 pack, tree = [], Tree()
@@ -169,7 +186,7 @@ class Scorer(TemplateLM):
             yield pack
 
     def _batches(self, sequences: Sequence[Tokens]) -> Iterator[list[int]]:
-        """The same for padded batches: longest first, so that what does not fit is known at once."""
+        """Indexes of sequences for padded batches, the longest first, since it determines a batch's size."""
         batch: list[int] = []
         for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
             if batch and (len(batch) + 1) * len(sequences[batch[0]]) > self.budget:
@@ -180,7 +197,7 @@ class Scorer(TemplateLM):
             yield batch
 
     def _score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
-        """pairs: what the model reads (without the last token of the continuation), and the continuation."""
+        """Scores of (input tokens without the last of the continuation, continuation tokens)."""
         longest = max(len(read) for read, _ in pairs)
         if self.takes_trees and (self.sliding is None or longest <= self.sliding):
             return self._score_tree(pairs)
@@ -191,19 +208,19 @@ class Scorer(TemplateLM):
         tree = Tree()
         for read, _ in pairs:
             tree.add(read)
-        wanted = [path[len(path) - len(said) :] for path, (_, said) in zip(tree.paths, pairs, strict=True)]
+        wanted = [path[len(path) - len(target) :] for path, (_, target) in zip(tree.paths, pairs, strict=True)]
         nodes = sorted({node for path in wanted for node in path})
         row = {node: i for i, node in enumerate(nodes)}
         logits = self._tree_logits(tree, nodes)
-        scores = []
-        for path, (_, said) in zip(wanted, pairs, strict=True):
-            scores.append(_likelihood(logits[[row[node] for node in path]], said))
-        return scores
+        return [
+            _likelihood(logits[[row[node] for node in path]], target)
+            for path, (_, target) in zip(wanted, pairs, strict=True)
+        ]
 
     def _tree_logits(self, tree: Tree, nodes: list[int]) -> Tensor:
         """[len(nodes), V] fp32 logits after these nodes."""
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        blocked = torch.from_numpy(~tree.sees()).to(self.device)
+        blocked = torch.from_numpy(~tree.attended()).to(self.device)
         mask = torch.zeros(blocked.shape, dtype=dtype, device=self.device)
         mask.masked_fill_(blocked, torch.finfo(dtype).min)
         keep = torch.tensor(nodes, device=self.device)
@@ -214,8 +231,7 @@ class Scorer(TemplateLM):
             use_cache=False,
             **({"logits_to_keep": keep} if self.keeps else {}),
         )
-        logits: Tensor = output.logits[0] if self.keeps else output.logits[0, keep]
-        return logits.float()
+        return (output.logits[0] if self.keeps else output.logits[0, keep]).float()
 
     @torch.inference_mode()
     def _score_padded(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[Score]:
@@ -227,34 +243,34 @@ class Scorer(TemplateLM):
             seen[i, : len(read)] = 1
         logits = self.model(input_ids=ids, attention_mask=seen, use_cache=False).logits
         return [
-            _likelihood(logits[i, len(read) - len(said) : len(read)].float(), said)
-            for i, (read, said) in enumerate(pairs)
+            _likelihood(logits[i, len(read) - len(target) : len(read)].float(), target)
+            for i, (read, target) in enumerate(pairs)
         ]
 
     def _takes_trees(self) -> bool:
-        """Does a tree give what each sequence gives alone, whatever the other branches say?
+        """Whether the score of a sequence in a tree is its score alone, and independent of the other branches.
 
-        Tried on a trunk with two branches: the first branch has to score as it does alone, and not to change when the
-        second becomes another.
+        The test is a prefix with two branches: the first branch must have the score that it has alone, and the same
+        score with another second branch.
         """
         vocabulary = int(self.model.get_input_embeddings().num_embeddings)
-        trunk = tuple(i * 7 % 23 % vocabulary for i in range(6))
+        prefix = tuple(i * 7 % 23 % vocabulary for i in range(6))
         branch, other, third = (tuple((i * k + 3) % 29 % vocabulary for i in range(4)) for k in (5, 11, 13))
-        pairs = [((*trunk, *said[:-1]), said) for said in (branch, other, third)]
+        pairs = [((*prefix, *tokens[:-1]), tokens) for tokens in (branch, other, third)]
         dtype = next(self.model.parameters()).dtype
         tolerance = TOLERANCE.get(dtype, 5e-2) * len(branch)
         try:
             both, again = self._score_tree(pairs[:2]), self._score_tree([pairs[0], pairs[2]])
             alone = [self._score_padded([pair])[0] for pair in pairs[:2]]
         except (TypeError, ValueError, RuntimeError, IndexError):
-            return False  # a model that takes neither such a mask nor positions
+            return False  # the model does not accept such a mask, or positions
         near = all(abs(a[0] - b[0]) <= tolerance * max(1.0, abs(b[0])) for a, b in zip(both, alone, strict=True))
         return near and abs(both[0][0] - again[0][0]) <= tolerance
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each prompt, up to the first stop; prompts of like length share a batch."""
+        """The model's continuation of each prompt up to the first stop; a batch has prompts of similar length."""
         del disable_tqdm
         texts = [""] * len(requests)
         prompts = [tuple(self.tok_encode(request.args[0])) for request in requests]
@@ -276,7 +292,7 @@ class Scorer(TemplateLM):
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Tokens], beams: int, length: int, stops: Sequence[str]) -> list[str]:
-        """Left-padded, without sampling; a prompt's padding is masked."""
+        """Continuations of prompts without sampling, padded on the left with a mask."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         pad = self.eot_token_id if pad is None else int(pad)
@@ -293,14 +309,15 @@ class Scorer(TemplateLM):
         return self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
-def _likelihood(logits: Tensor, said: Tokens) -> Score:
-    """Sum of log-probabilities of the tokens `said`, row by row, and whether each is the most probable one."""
-    targets = torch.tensor(said, device=logits.device)
+def _likelihood(logits: Tensor, tokens: Tokens) -> Score:
+    """The sum of the tokens' log-probabilities, each from its row of logits, and whether each is the most probable."""
+    targets = torch.tensor(tokens, device=logits.device)
     chosen = logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, 1)
     return float(chosen.double().sum()), bool((logits.argmax(1) == targets).all())
 
 
 def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stops; an empty stop is ignored."""
     for stop in stops:
         text = text.split(stop)[0] if stop else text
     return text

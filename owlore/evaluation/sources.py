@@ -1,4 +1,4 @@
-"""Rows of a task: from files below a folder, or from the Hub; with a digest, so that a result says what it was of."""
+"""Reading the rows of a task from files or from the Hub, with a digest for the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from owlore.evaluation.tasks import Task
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a task asks: its items, its few-shot examples, and where both came from."""
+    """The data of a task.
+
+    Attributes:
+        items: The questions.
+        shots: The few-shot examples.
+        provenance: Where both come from.
+    """
 
     items: tuple[Item, ...]
     shots: tuple[Item, ...]
@@ -29,9 +35,18 @@ class Asked:
 def read_task(
     task: Task, *, data_dir: str | Path | None, limit: int | None, shots: int | None, shuffle: int | None
 ) -> Asked:
-    """The first `limit` items of a task, after a shuffle when there is a seed for one, and its few-shot examples.
+    """Read the items and the few-shot examples of a task.
 
-    Raises: NotFound with the files that were looked for; BadInput for rows of another form.
+    Args:
+        task: The task.
+        data_dir: Directory with the tasks' files; None reads from the Hugging Face Hub.
+        limit: Number of items, after the shuffle; None takes all.
+        shots: Number of few-shot examples; None takes the task's default.
+        shuffle: Seed by which the items are shuffled; None does not shuffle.
+
+    Raises:
+        NotFound: The data are missing; the message names the files.
+        BadInput: A row has another form, or there are too few examples.
     """
     items, provenance = _items(task, data_dir)
     rows = len(items)
@@ -59,7 +74,7 @@ def _items(task: Task, data_dir: str | Path | None) -> tuple[list[Item], dict[st
 
 
 def _examples(task: Task, data_dir: str | Path | None, count: int) -> tuple[tuple[Item, ...], dict[str, Any]]:
-    """The first `count` examples, as the harness's `first_n`."""
+    """The first `count` examples, as the harness's `first_n` takes them, and where they come from."""
     if data_dir is not None:
         path = _find(f"{task.name}, few-shot examples", task.shot_files, Path(data_dir))
         records, digest = _records(path)
@@ -85,7 +100,7 @@ def _find(what: str, names: Sequence[str], directory: Path) -> Path:
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """Rows of a file; a text is cut into its articles (`= Title =` lines of WikiText), each with the key `page`."""
+    """Rows of a file, and its digest; the rows of a text are its `articles`, each with the key `page`."""
     records, digest = read_file(path)
     if path.suffix == ".txt":
         records = [{"page": page} for page in articles("".join(str(row["text"]) for row in records))]
@@ -93,7 +108,7 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def articles(text: str) -> list[str]:
-    """WikiText's articles; a text without their headings is one."""
+    """A text split at WikiText's headings (`= Title =`); a text without headings is one article."""
     starts = [found.start() for found in re.finditer(r"(?m)^ ?= [^=\n]+ = *$", text)]
     pieces = [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
     return [piece for piece in pieces if piece.strip()] or [text]
@@ -113,9 +128,10 @@ def _parsed(task: Task, parse: Any, records: Sequence[dict[str, Any]], source: s
 
 
 def _from_hub(task: Task, split: str) -> list[dict[str, Any]]:
-    """Rows of a Hub data set.
+    """Rows of a data set on the Hub.
 
-    Raises: NotFound when it is neither cached nor reachable; the message names --data-dir and its files.
+    Raises:
+        NotFound: It is not cached and cannot be reached; the message names --data-dir and its files.
     """
     assert task.hub is not None
     name = ":".join(filter(None, (task.hub.path, task.hub.name, split)))

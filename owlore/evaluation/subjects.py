@@ -1,4 +1,4 @@
-"""The 57 subjects of MMLU, by their names on the Hub and in file names."""
+"""The 57 subjects of MMLU, as they are named on the Hub and in file names."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files that a run reads and writes: checkpoints, exports, metrics, trackers."""
+"""The files that a run reads and writes: checkpoints, exports, metrics, trackers."""

@@ -1,9 +1,9 @@
 """Atomic checkpoints: `checkpoints/step-NNNNNN/` with safetensors and JSON, and a file COMPLETE written last.
 
-A checkpoint holds what differs from the model it started from: the weights of every parameter that was ever trained,
-the optimizer's tensors, and counters. Everything else (draws, data order, learning rate, random numbers) is a function
-of the configuration and the step. The checkpoint of the best evaluation (--keep-best) holds the weights of every
-parameter that may be trained, so that the run can go back to it after others were trained as well.
+A checkpoint has everything that differs from the model at the start: the weights of every parameter that was ever
+trained, the optimizer's tensors, and counters. Everything else (draws, data order, learning rate, random numbers) is a
+function of the configuration and the step. The checkpoint of the best evaluation (--keep-best) has the weights of every
+parameter that may be trained, so that the run can return to it after further parameters were trained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ SCHEMA = "owlore-checkpoint/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Contents of one checkpoint directory; `state` is JSON."""
+    """Contents of a checkpoint directory.
+
+    Attributes:
+        step: Number of optimizer steps done.
+        weights: Weights by parameter name.
+        optimizer: The optimizer's tensors by name.
+        state: Counters and settings, as JSON.
+    """
 
     step: int
     weights: dict[str, Tensor]
@@ -46,18 +53,28 @@ def save(
     state: Mapping[str, Any],
     exact: Callable[[str], Tensor] | None = None,
 ) -> Path:
-    """Write `root/step-NNNNNN` so that it is either complete or not there; an older one of that step is replaced.
+    """Write a checkpoint that is either complete or not there; an older one of that step is replaced.
 
-    exact: gives a weight's value by name where those in `weights` only have its dtype and shape.
+    Args:
+        root: Directory of the checkpoints.
+        step: Number of optimizer steps done.
+        weights: Weights by parameter name.
+        optimizer: The optimizer's tensors by name.
+        state: Counters and settings, as JSON.
+        exact: Gives the value of a weight by name; with it the tensors in `weights` only need the dtype and shape.
+
+    Returns:
+        The directory `root/step-NNNNNN`.
     """
     final = path_of(root, step)
     partial = root / f".tmp-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    give = weights.__getitem__ if exact is None else exact
+    value = weights.__getitem__ if exact is None else exact
     outlines = aligned({name: outline(tensor) for name, tensor in weights.items()})
-    write_tensors(partial / "weights.safetensors", outlines, lambda name: pieces(give(name)))
-    save_file({name: _plain(t) for name, t in optimizer.items()}, partial / "optimizer.safetensors")
+    write_tensors(partial / "weights.safetensors", outlines, lambda name: pieces(value(name)))
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in optimizer.items()}
+    save_file(tensors, partial / "optimizer.safetensors")
     document = {"schema": SCHEMA, "step": step, **state}
     (partial / "state.json").write_text(json.dumps(document, indent=1, allow_nan=False))
     for file in partial.iterdir():
@@ -72,36 +89,38 @@ def save(
 
 
 def complete(root: Path) -> list[Path]:
-    """Complete checkpoints below `root`, oldest first; unfinished directories do not count."""
+    """Directories of complete checkpoints in `root`, the oldest first."""
     found = [path for path in root.glob("step-*") if (path / COMPLETE).is_file()]
     return sorted(found, key=step_of)
 
 
 def path_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
+    """The directory of the checkpoint of a step."""
     return root / f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps done at the checkpoint in this directory."""
+    """Number of optimizer steps done at the checkpoint in this directory."""
     return int(path.name.removeprefix("step-"))
 
 
 def prune(root: Path, keep: int, *, best: int | None = None) -> None:
-    """Delete complete checkpoints but the newest `keep` and that of step `best`, and what a kill left unfinished."""
+    """Delete checkpoints except the newest `keep` and that of step `best`, and what a killed process left unfinished."""
     for path in complete(root)[:-keep]:
         if best is not None and path == path_of(root, best):
             continue
-        (path / COMPLETE).unlink()  # from here on it is not a checkpoint, however far the deletion gets
+        (path / COMPLETE).unlink()  # an interrupted deletion does not leave a checkpoint
         shutil.rmtree(path)
     for path in root.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint.
+    """Read a checkpoint.
 
-    Raises: NotFound when there is none, BadInput when it is unfinished or damaged.
+    Raises:
+        NotFound: There is no such directory.
+        BadInput: The checkpoint is unfinished or damaged.
     """
     if not path.is_dir():
         raise NotFound(f"no checkpoint at {path}")
@@ -116,10 +135,6 @@ def load(path: Path) -> Checkpoint:
     if state.get("schema") != SCHEMA:
         raise BadInput(f"{path} has schema {state.get('schema')!r}, expected {SCHEMA!r}")
     return Checkpoint(step=state["step"], weights=weights, optimizer=optimizer, state=state)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
 
 
 def _sync(path: Path) -> None:

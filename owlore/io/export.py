@@ -1,9 +1,10 @@
-"""The finished model as a directory that plain transformers loads, in the checkpoint's own dtypes."""
+"""Writing the finished model to a directory that transformers loads, in the dtypes of the checkpoint it came from."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ def export(
 ) -> None:
     """Write weights, configuration, generation settings and tokenizer.
 
-    values: gives the parameters' exact values by name, where the model itself does not hold them.
+    A tensor that was never trained has the bits of the checkpoint; if it was loaded in another dtype, it is read from
+    the checkpoint again. A trained tensor with a wider dtype than the checkpoint is rounded.
 
-    A tensor that was never trained leaves with the bits it came with; where it was loaded in another dtype it is read
-    from the checkpoint again. A trained one that is held wider than the checkpoint is rounded stochastically, without
-    a seed to nearest.
+    Args:
+        loaded: The model, its tokenizer and its checkpoint.
+        directory: Where to write.
+        trained: Names of the trained parameters.
+        seed: Seed of stochastic rounding; None rounds to nearest.
+        values: Gives the exact values of parameters by name, if the model does not hold them.
     """
     model = loaded.model
     parameters = dict(model.named_parameters())
@@ -57,7 +62,7 @@ def export(
 
 
 def export_adapter(loaded: Loaded, injected: InjectedAdapter, directory: Path) -> None:
-    """Write the adapter, and the tokenizer that its data were made with; the base is named and not copied."""
+    """Write the adapter with the name of its base model, and the tokenizer."""
     injected.save(directory, base=loaded.reference)
     if loaded.tokenizer is not None:
         with quiet_libraries():
@@ -66,14 +71,22 @@ def export_adapter(loaded: Loaded, injected: InjectedAdapter, directory: Path) -
 
 
 def _readable(directory: Path, like: str) -> None:
-    """Weights are readable by whom the other files are: safetensors writes them for their owner alone."""
+    """Give the weights the permissions of the file `like`: safetensors makes them readable by their owner only."""
     mode = stat.S_IMODE((directory / like).stat().st_mode)
     for file in directory.glob("*.safetensors"):
         file.chmod(mode)
 
 
 def in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None, name: str) -> Tensor:
-    """The tensor in the checkpoint's dtype; with a seed a trained one of fp32 is rounded stochastically to 16 bits."""
+    """A tensor in another dtype.
+
+    Args:
+        tensor: The tensor; one that is not floating point is returned as it is.
+        dtype: The dtype to convert to.
+        rounds: Whether fp32 is rounded stochastically to 16 bits; otherwise and without a seed it is to nearest.
+        seed: Seed of the stochastic rounding, or None.
+        name: Name of the tensor, on which the random bits depend.
+    """
     tensor = tensor.detach()
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
@@ -82,14 +95,12 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype, rounds: bool, seed: int | None,
     return tensor.to(dtype)
 
 
-class config_dtype:  # noqa: N801 - used as a context manager
-    """The exported config.json names the dtype of the export, not the one that was trained in."""
-
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self.config, self.dtype, self.before = model.config, dtype, model.config.dtype
-
-    def __enter__(self) -> None:
-        self.config.dtype = self.dtype
-
-    def __exit__(self, *exception: object) -> None:
-        self.config.dtype = self.before
+@contextmanager
+def config_dtype(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Set the dtype in the model's configuration to that of the export instead of that of the training."""
+    config, before = model.config, model.config.dtype
+    config.dtype = dtype
+    try:
+        yield
+    finally:
+        config.dtype = before

@@ -1,7 +1,7 @@
-"""Export a model whose blocks stayed in their files: every file again under its own name, a tensor at a time.
+"""Export of a model whose blocks were left in their files: every file is written again, one tensor at a time.
 
-What was never trained is copied byte by byte, what was trained comes from wherever it lives; an index, where there is
-one, stays as it is, as no tensor changes its name, shape, dtype or file.
+Tensors that were not trained are copied byte by byte. The index, if there is one, is copied, since no tensor changes
+its name, shape, dtype or file.
 """
 
 from __future__ import annotations
@@ -25,16 +25,24 @@ INDEX = "model.safetensors.index.json"
 def export_files(
     loaded: Loaded, directory: Path, *, trained: Collection[str], seed: int | None, value: Callable[[str], Tensor]
 ) -> None:
-    """Write weights, configuration, generation settings and tokenizer. value: a trained parameter's exact value."""
+    """Write weights, configuration, generation settings and tokenizer.
+
+    Args:
+        loaded: The model, its tokenizer and its checkpoint in safetensors files.
+        directory: Where to write.
+        trained: Names of the trained parameters.
+        seed: Seed of stochastic rounding; None rounds to nearest.
+        value: Gives the exact value of a trained parameter by name.
+    """
     source = loaded.source
     assert isinstance(source, SafetensorsSource) and source.path is not None
     directory.mkdir(parents=True, exist_ok=True)
-    renewed = _renewed(loaded, trained)
+    changed = _changed(loaded, trained)
 
     dtypes = {entry.info.name: entry.info.dtype for entries in source.files.values() for entry in entries}
 
     def give(tensor: str) -> Iterator[memoryview]:
-        name = renewed.get(tensor)
+        name = changed.get(tensor)
         if name is None:
             yield from source.raw(tensor)
         else:
@@ -48,8 +56,8 @@ def export_files(
     _describe(loaded, directory)
 
 
-def _renewed(loaded: Loaded, trained: Collection[str]) -> dict[str, str]:
-    """Tensor of the files -> the trained parameter whose value it takes; stored copies of tied weights too."""
+def _changed(loaded: Loaded, trained: Collection[str]) -> dict[str, str]:
+    """The trained parameter of each tensor in the files that changes, stored copies of tied weights included."""
     assert isinstance(loaded.source, SafetensorsSource)
     found = {loaded.origins[name]: name for name in trained}
     canonical = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
@@ -63,7 +71,7 @@ def _renewed(loaded: Loaded, trained: Collection[str]) -> dict[str, str]:
 
 
 def _describe(loaded: Loaded, directory: Path) -> None:
-    """Everything but the weights, as `save_pretrained` leaves it."""
+    """Write everything but the weights, as `save_pretrained` does."""
     model = loaded.model
     with quiet_libraries(), config_dtype(model, loaded.stored_default):
         model.config.architectures = [type(model).__name__]

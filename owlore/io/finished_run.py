@@ -1,4 +1,4 @@
-"""The files of a finished run, read back: run.json and metrics.jsonl."""
+"""Reading the files of a finished run: run.json and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from htsr.errors import BadInput, NotFound
 
 
 def refuse_unfinished(path: Path) -> None:
-    """Raises: BadInput for the directory of a run that was begun and has not finished."""
+    """Check that a directory is not that of an unfinished run.
+
+    Raises:
+        BadInput: The run was started and has not finished.
+    """
     if (path / "config.yaml").is_file() and not (path / "run.json").is_file():
-        raise BadInput(f"{path} is a run that has not finished: go on with `owlore train --resume {path}`")
+        raise BadInput(f"{path} is a run that has not finished: continue it with `owlore train --resume {path}`")
 
 
 def read_run(directory: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """run.json and the rows of metrics.jsonl of a finished run.
 
-    Raises: NotFound, BadInput (no finished run).
+    Raises:
+        NotFound: There is no such directory.
+        BadInput: It is not the directory of a finished run.
     """
     path = Path(directory)
     if not path.exists():

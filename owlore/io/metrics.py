@@ -1,7 +1,7 @@
-"""metrics.jsonl, and how much memory is held.
+"""metrics.jsonl, and the memory in use.
 
-One object a line: exactly one `train` row per optimizer step, counted from 1, and `eval` rows. Every row has the same
-keys; what was not measured is null.
+Each line is an object: exactly one `train` row per optimizer step, counted from 1, and `eval` rows. Every row has the
+same keys; a value that was not measured is null.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from htsr import files
 from htsr.provenance import peak_bytes
 
 KEYS = (
@@ -32,7 +33,7 @@ KEYS = (
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers as a reader likes them: three and more in a row by their ends, as in 0-5,8,9."""
+    """Ascending numbers as text, with three or more consecutive ones as a range: 0-5,8,9."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -46,8 +47,10 @@ def spans(numbers: Sequence[int]) -> str:
 class MetricsLog:
     """Appends rows to a file and keeps them in memory; a row is in the file when `write` returns.
 
-    more: keys of this run's rows beyond `KEYS`. writes: whether this process owns the file; another one only keeps the
-    rows.
+    Args:
+        path: The file.
+        more: Keys of this run's rows in addition to `KEYS`.
+        writes: Whether this process writes the file; otherwise it only keeps the rows.
     """
 
     def __init__(self, path: Path, *, more: tuple[str, ...] = (), writes: bool = True) -> None:
@@ -55,19 +58,20 @@ class MetricsLog:
         self.rows: list[dict[str, Any]] = []
 
     def open(self, *, after: int | None) -> None:
-        """Start the file; a run that goes on from step `after` keeps the rows up to it.
+        """Start the file.
 
-        Later rows, and a last line cut short by a kill, are dropped.
+        Args:
+            after: Step from which a run is resumed: the rows up to it are kept, later rows and an incomplete last line
+                are dropped. None is a new run.
         """
         if after is not None and self.path.exists():
             self.rows = _rows_until(self.path, after)
         if not self.writes:
             return
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
-        temporary.replace(self.path)
+        files.write_text(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows))
 
     def write(self, **row: Any) -> dict[str, Any]:
+        """Append a row; keys that are not given are null."""
         unknown = set(row) - set(self.keys)
         assert not unknown, f"not a metrics key: {unknown}"
         full = {key: row.get(key) for key in self.keys}
@@ -101,7 +105,7 @@ def memory_held(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> dict[str, int]:
-    """Peak over the whole run: allocated and reserved on CUDA, the resident set's high-water mark on the CPU."""
+    """Peak of the process in bytes: allocated and reserved on a CUDA device, the resident set on the CPU."""
     if device.type == "cuda":
         return {
             "peak_bytes": int(torch.cuda.max_memory_allocated(device)),

@@ -1,4 +1,4 @@
-"""Write a safetensors file a tensor at a time, so that nobody has to hold all of them."""
+"""Writing a safetensors file one tensor at a time, without all of them in memory."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ Pieces = Iterable[memoryview]
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """dtype by torch's name, and shape."""
+    """The dtype of a tensor, by its name in torch, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def outline(tensor: Tensor) -> Outline:
+    """The dtype and the shape of a tensor."""
     return Outline(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
 
 
@@ -41,9 +43,16 @@ def write_tensors(
     give: Callable[[str], Pieces],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the named tensors in the order of `outlines`; `give` yields the bytes of one.
+    """Write tensors in the order of `outlines`.
 
-    Raises: ValueError when a tensor has other bytes than its outline says.
+    Args:
+        path: The file.
+        outlines: Dtype and shape of each tensor by its name.
+        give: Yields the bytes of a tensor by its name.
+        metadata: Metadata of the file.
+
+    Raises:
+        ValueError: The number of bytes of a tensor does not fit its dtype and shape.
     """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
@@ -61,12 +70,12 @@ def write_tensors(
 
 
 def aligned(outlines: Mapping[str, Outline]) -> dict[str, Outline]:
-    """The order in which every tensor begins at a multiple of its item: wide types first, then by name."""
+    """The order in which every tensor is aligned to its item size: wide dtypes first, then by name."""
     return dict(sorted(outlines.items(), key=lambda pair: (-ITEM_BYTES[pair[1].dtype], pair[0])))
 
 
 def pieces(tensor: Tensor) -> Pieces:
     """The bytes of a tensor in row-major order."""
     plain = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-    held: Any = plain.numpy()
-    yield memoryview(held)
+    array: Any = plain.numpy()
+    yield memoryview(array)

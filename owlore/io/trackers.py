@@ -1,4 +1,4 @@
-"""Metrics rows, forwarded to tensorboard or wandb where --log-to asks for it; neither is imported otherwise."""
+"""Forwarding metrics rows to tensorboard or wandb (--log-to); neither is imported otherwise."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ Row = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Takes every metrics row as it is written."""
+    """Receives every metrics row when it is written."""
 
-    def log(self, row: Row) -> None: ...
+    def log(self, row: Row) -> None:
+        """Record the numbers of a row."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Finish the record."""
 
 
 class Tensorboard:
-    """Event files in `tensorboard/` of the run; rows after the step that a run goes on from are hidden."""
+    """Event files in `tensorboard/` of the run; rows after the step from which a run is resumed are hidden."""
 
     def __init__(self, directory: Path, settings: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -40,8 +42,7 @@ class Tensorboard:
 
 
 class Wandb:
-    """A wandb run in `wandb/` of the run. It is recorded offline, so that nothing is sent or asked, unless the
-    environment says WANDB_MODE=online."""
+    """A wandb run in `wandb/` of the run, offline unless the environment variable WANDB_MODE has another mode."""
 
     def __init__(self, directory: Path, settings: dict[str, Any], step: int) -> None:
         import wandb
@@ -61,7 +62,11 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Tracker]] = {"tensorbo
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """UsageError when one of the trackers is not installed."""
+    """Check that the trackers are installed.
+
+    Raises:
+        UsageError: One of them is not.
+    """
     for name in names:
         if find_spec(name) is None:
             raise UsageError(f"--log-to {name}: it is not installed; python -m pip install 'htsr-owlore[track]'")
@@ -71,7 +76,14 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     names: Sequence[str], directory: Path, settings: dict[str, Any], *, step: int
 ) -> Iterator[list[Tracker]]:
-    """The named trackers of a run that goes on from `step`, closed however it ends."""
+    """Open trackers, which are closed at the end of the context.
+
+    Args:
+        names: Keys of `TRACKERS`.
+        directory: Directory of the run.
+        settings: Settings of the run, which are recorded too.
+        step: Step from which the run is resumed, 0 for a new run.
+    """
     with ExitStack() as stack:
         opened: list[Tracker] = []
         for name in names:
@@ -81,7 +93,7 @@ def open_trackers(
 
 
 def numbers(row: Row) -> dict[str, float]:
-    """What a row measured, as `train/loss` and so on; what is null or no number is left out."""
+    """The numbers of a row by `split/key`, such as `train/loss`, without its step."""
     return {
         f"{row['split']}/{name}": float(value)
         for name, value in row.items()

@@ -1,7 +1,7 @@
-"""How much the blocks of a matrix matter: means over blocks of |G|, G or G^2, in fp64.
+"""Scores of the blocks of a gradient: means over each block of |G|, G or G^2, in fp64.
 
 Reference: Sparse Matrix Tuning (arXiv 2405.15525), section 3: blocks are scored by the mean of the absolute gradient.
-Its published code takes the absolute value of the mean instead; both are here, and the mean square (the diagonal of
+Its published code takes the absolute value of the mean instead. Both are here, and the mean square (the diagonal of
 the empirical Fisher information).
 """
 
@@ -18,22 +18,26 @@ from owlore.kernels.block_sparse import grid_of
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """`prepare` changes a gradient in place before its blocks are averaged; `finish` turns their sum into scores."""
+    """How block means become scores.
+
+    Attributes:
+        prepare: Changes a batch's gradient in place before its blocks are averaged.
+        finish: Turns the mean over the batches (fp64) into scores.
+    """
 
     prepare: Callable[[Tensor], Tensor]
     finish: Callable[[Tensor], Tensor]
-    meaning: str
 
 
 CRITERIA = {
-    "mean_of_abs": Criterion(prepare=torch.abs_, finish=lambda s: s, meaning="mean |g| of each batch"),
-    "abs_of_mean": Criterion(prepare=lambda g: g, finish=torch.abs, meaning="|mean g| over all batches"),
-    "mean_square": Criterion(prepare=lambda g: g.mul_(g), finish=lambda s: s, meaning="mean g^2 of each batch"),
+    "mean_of_abs": Criterion(prepare=torch.abs_, finish=lambda s: s),  # mean |g| of each batch
+    "abs_of_mean": Criterion(prepare=lambda g: g, finish=torch.abs),  # |mean g| over all batches
+    "mean_square": Criterion(prepare=lambda g: g.mul_(g), finish=lambda s: s),  # mean g^2 of each batch
 }
 
 
 def block_means(matrix: Tensor, block: int) -> Tensor:
-    """Mean of every block of a matrix (m x n), fp64, on the grid of `grid_of`; smaller blocks over what they have."""
+    """Mean of every block of a matrix (m x n), fp64, on the grid of `grid_of`; an edge block counts its own entries."""
     m, n = matrix.shape
     means = torch.empty(grid_of((m, n), block), dtype=torch.float64, device=matrix.device)
     for top, height in _bands(m, block):
@@ -48,6 +52,6 @@ def block_means(matrix: Tensor, block: int) -> Tensor:
 
 
 def _bands(side: int, block: int) -> list[tuple[int, int]]:
-    """(start, height) of the run of whole blocks and of the smaller one behind it, those that exist."""
-    whole = side // block * block
-    return [(start, size) for start, size in ((0, block if whole else 0), (whole, side - whole)) if size]
+    """(start, height) of the full-size blocks and of the smaller block after them, each only if it exists."""
+    covered = side // block * block
+    return [(start, size) for start, size in ((0, block if covered else 0), (covered, side - covered)) if size]

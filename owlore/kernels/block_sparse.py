@@ -1,9 +1,9 @@
 """Chosen blocks of a weight: reading, writing, their gradients, and their product with an input.
 
 A weight W (m x n, y = W x) is cut into blocks of l x l; where l does not divide a side, the last blocks are smaller.
-The values of the chosen blocks live in one flat vector: first the full blocks, then those at the right edge, those at
-the bottom edge, the corner, each kind ordered by (i, j). So every kind is a (k, height, width) view of the vector and
-no entry is padding.
+The values of the chosen blocks are stored in one flat vector: first the full blocks, then those at the right edge,
+those at the bottom edge, and the corner; each kind is ordered by (i, j). So every kind is a (k, height, width) view of
+the vector and no entry is padding.
 
 Reference: Sparse Matrix Tuning (arXiv 2405.15525), section 3: dL/dD_b = g[:, R_b]^T x[:, C_b], dL/dx = g W'.
 """
@@ -20,15 +20,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Cell = tuple[int, int]
-WORKSPACE = 1 << 24  # elements of gathered activations alive at once
+WORKSPACE = 1 << 24  # elements of gathered activations allocated at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Blocks of one size: cells (i, j) of the region that starts at (top, left) and is `grid` blocks high and wide.
+    """The k chosen blocks of one size, which lie in one rectangular region of the weight.
 
-    The values are `start` .. `start + k * height * width` of the flat vector. `by_row` and `by_col` split the k blocks
-    into rounds without a repeated i (or j): sums into a row of blocks are then free of collisions, so deterministic.
+    Attributes:
+        height: Rows of each block.
+        width: Columns of each block.
+        top: First row of the region.
+        left: First column of the region.
+        grid: Number of blocks that the region is high and wide.
+        start: Where the values begin in the flat vector; they take k * height * width entries.
+        i: Row of each block in the region's grid, (k,) int64.
+        j: Column of each block in the region's grid, (k,) int64.
+        by_row: Positions of the blocks, split so that no i repeats within a part. Sums into a row of blocks then have
+            no collisions, so that they are deterministic.
+        by_col: The same for j.
     """
 
     height: int
@@ -44,6 +54,7 @@ class Group:
 
     @property
     def size(self) -> int:
+        """Number of entries in the blocks."""
         return len(self.i) * self.height * self.width
 
     def of(self, flat: Tensor) -> Tensor:
@@ -51,7 +62,7 @@ class Group:
         return flat[self.start : self.start + self.size].view(-1, self.height, self.width)
 
     def blocks(self, matrix: Tensor) -> Tensor:
-        """(grid[0], height, grid[1], width): the region of W as a view."""
+        """(grid[0], height, grid[1], width): the region of W, a view."""
         region = matrix[self.top : self.top + self.grid[0] * self.height]
         region = region[:, self.left : self.left + self.grid[1] * self.width]
         return region.unflatten(1, (self.grid[1], self.width)).unflatten(0, (self.grid[0], self.height))
@@ -67,7 +78,14 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockIndex:
-    """Where the chosen blocks of one weight lie; `cells` are in the order of the flat vector."""
+    """Where the chosen blocks of one weight lie.
+
+    Attributes:
+        shape: (outputs, inputs) of the weight.
+        block: Side of a full block.
+        cells: (i, j) of each block in the grid of `grid_of`, in the order of the flat vector.
+        groups: The blocks by size, in the order of the flat vector.
+    """
 
     shape: tuple[int, int]
     block: int
@@ -81,16 +99,23 @@ class BlockIndex:
 
 
 def grid_of(shape: tuple[int, int], block: int) -> Cell:
-    """How many blocks a weight is high and wide, the smaller ones at the edges included."""
+    """(rows, columns) of the grid of blocks that covers a weight, smaller blocks at the edges included."""
     return -(-shape[0] // block), -(-shape[1] // block)
 
 
 def make_layout(
     shape: tuple[int, int], block: int, cells: Iterable[Sequence[int]], device: torch.device | str = "cpu"
 ) -> BlockIndex:
-    """The layout of these cells, whatever their order.
+    """The index of the blocks at these cells.
 
-    Raises: ValueError for a cell outside the grid or named twice.
+    Args:
+        shape: (outputs, inputs) of the weight.
+        block: Side of a full block.
+        cells: (i, j) of each chosen block, in any order.
+        device: Where the index tensors are put.
+
+    Raises:
+        ValueError: A cell lies outside the grid or is named twice.
     """
     (m, n), (high, wide) = shape, grid_of(shape, block)
     wanted = sorted((int(i), int(j)) for i, j in cells)
@@ -123,8 +148,8 @@ def make_layout(
             start=start,
             i=torch.tensor(i, device=device),
             j=torch.tensor(j, device=device),
-            by_row=_rounds(i, device),
-            by_col=_rounds(j, device),
+            by_row=_without_repeats(i, device),
+            by_col=_without_repeats(j, device),
         )
         groups.append(group)
         start += group.size
@@ -132,16 +157,16 @@ def make_layout(
     return BlockIndex(shape=shape, block=block, cells=ordered, groups=tuple(groups))
 
 
-def _rounds(values: list[int], device: torch.device | str) -> tuple[Tensor, ...]:
-    """Positions split so that no value repeats within a round."""
+def _without_repeats(values: list[int], device: torch.device | str) -> tuple[Tensor, ...]:
+    """Positions of the values, split so that no value repeats within a part."""
     seen: Counter[int] = Counter()
-    rounds: list[list[int]] = []
+    parts: list[list[int]] = []
     for position, value in enumerate(values):
-        if seen[value] == len(rounds):
-            rounds.append([])
-        rounds[seen[value]].append(position)
+        if seen[value] == len(parts):
+            parts.append([])
+        parts[seen[value]].append(position)
         seen[value] += 1
-    return tuple(torch.tensor(members, device=device) for members in rounds)
+    return tuple(torch.tensor(members, device=device) for members in parts)
 
 
 def read_blocks(matrix: Tensor, layout: BlockIndex) -> Tensor:
@@ -151,7 +176,7 @@ def read_blocks(matrix: Tensor, layout: BlockIndex) -> Tensor:
 
 
 def write_blocks(matrix: Tensor, layout: BlockIndex, flat: Tensor) -> None:
-    """Put the flat values in place in W, rounded to its dtype; nothing else of W is touched."""
+    """Write the flat values into their blocks of W, rounded to its dtype; no other entry of W changes."""
     for group in layout.groups:
         group.blocks(matrix)[group.i, :, group.j, :] = group.of(flat).to(matrix.dtype)
 
@@ -161,10 +186,11 @@ def block_gradient(g: Tensor, x: Tensor, layout: BlockIndex) -> Tensor:
     found = g.new_empty(layout.size)
     for group in layout.groups:
         blocks = group.of(found)
-        for part in _chunks(len(group.i), g.shape[0] * (group.height + group.width)):
-            left = group.outputs(g).index_select(1, group.i[part]).permute(1, 2, 0)  # (c, height, T)
-            right = group.inputs(x).index_select(1, group.j[part]).transpose(0, 1)  # (c, T, width)
-            torch.bmm(left, right, out=blocks[part])
+        size = _chunk_size(g.shape[0] * (group.height + group.width))
+        for i, j, found_blocks in zip(group.i.split(size), group.j.split(size), blocks.split(size), strict=True):
+            left = group.outputs(g).index_select(1, i).permute(1, 2, 0)  # (c, height, T)
+            right = group.inputs(x).index_select(1, j).transpose(0, 1)  # (c, T, width)
+            torch.bmm(left, right, out=found_blocks)
     return found
 
 
@@ -172,7 +198,7 @@ def add_product(y: Tensor, x: Tensor, layout: BlockIndex, flat: Tensor) -> None:
     """y[:, R_b] += x[:, C_b] D_b^T for every chosen block, in place; y is (T, m), x is (T, n), flat of their dtype."""
     for group in layout.groups:
         blocks = group.of(flat)
-        for members in _pieces(group.by_row, y.shape[0] * (group.height + group.width)):
+        for members in _chunks(group.by_row, y.shape[0] * (group.height + group.width)):
             right = group.inputs(x).index_select(1, group.j[members]).transpose(0, 1)  # (c, T, width)
             product = torch.bmm(right, blocks[members].transpose(1, 2))  # (c, T, height)
             group.outputs(y).index_add_(1, group.i[members], product.transpose(0, 1))
@@ -182,22 +208,20 @@ def add_transposed(gx: Tensor, g: Tensor, layout: BlockIndex, flat: Tensor) -> N
     """gx[:, C_b] += g[:, R_b] D_b for every chosen block, in place: the input gradient of `add_product`."""
     for group in layout.groups:
         blocks = group.of(flat)
-        for members in _pieces(group.by_col, g.shape[0] * (group.height + group.width)):
+        for members in _chunks(group.by_col, g.shape[0] * (group.height + group.width)):
             left = group.outputs(g).index_select(1, group.i[members]).transpose(0, 1)  # (c, T, height)
             product = torch.bmm(left, blocks[members])  # (c, T, width)
             group.inputs(gx).index_add_(1, group.j[members], product.transpose(0, 1))
 
 
-def _chunks(count: int, elements: int) -> Iterator[slice]:
-    size = max(1, WORKSPACE // max(1, elements))
-    for start in range(0, count, size):
-        yield slice(start, start + size)
+def _chunk_size(elements: int) -> int:
+    """How many blocks are multiplied at once, when each gathers so many elements."""
+    return max(1, WORKSPACE // max(1, elements))
 
 
-def _pieces(rounds: tuple[Tensor, ...], elements: int) -> Iterator[Tensor]:
-    for members in rounds:
-        for part in _chunks(len(members), elements):
-            yield members[part]
+def _chunks(parts: tuple[Tensor, ...], elements: int) -> Iterator[Tensor]:
+    for members in parts:
+        yield from members.split(_chunk_size(elements))
 
 
 def written_linear(
@@ -209,15 +233,28 @@ def written_linear(
     layouts: Sequence[BlockIndex],
     deltas: Sequence[Tensor],
 ) -> Tensor:
-    """y = dense(x) where `matrix` (m x n) already holds W0 + D in place; gradients go to x, bias and each delta.
+    """y = dense(x), where the weight already holds W0 + D; gradients go to x, the bias and each delta.
 
-    The forward is the dense layer's own, the input gradient g W' is dense too, and a delta gets the gradient of its
-    blocks alone. Saved for backward are x and the weight (no copy), through the usual hooks. `contents` tells what is
-    written in the weight: backward refuses to run on other contents than the forward saw, since a write through
-    `.data` is invisible to autograd's own check.
+    The forward is the dense layer's, the input gradient g W' is dense too, and a delta gets the gradient of its blocks
+    only. x and the weight (no copy) are saved for backward with `save_for_backward`.
+
+    Args:
+        x: Input, (..., n).
+        dense: Computes the layer's output from x, bias included.
+        matrix: The weight (m x n) with the blocks written into it.
+        bias: The layer's bias (m), or None; it is only here to get its gradient.
+        contents: Returns a value that identifies what is written in the weight. Backward compares it with the value at
+            the forward, since autograd's version check does not see a write through `.data`.
+        layouts: Where each delta's blocks lie.
+        deltas: The trained values, flat.
+
+    Returns:
+        The layer's output, (..., m).
+
+    Raises:
+        RuntimeError: (in backward) The blocks were rewritten after the forward.
     """
-    result: Tensor = _WrittenLinear.apply(x, matrix, bias, dense, contents, tuple(layouts), *deltas)
-    return result
+    return _WrittenLinear.apply(x, matrix, bias, dense, contents, tuple(layouts), *deltas)
 
 
 class _WrittenLinear(torch.autograd.Function):
@@ -255,15 +292,14 @@ class _WrittenLinear(torch.autograd.Function):
         gb = g.sum(0) if ctx.needs_input_grad[2] else None
         flat_x = x.reshape(-1, shape[-1]).to(g.dtype) if x is not None else None
         found: list[Tensor | None] = []
-        for needed, layout, own in zip(ctx.needs_input_grad[6:], ctx.layouts, ctx.dtypes, strict=True):
-            found.append(block_gradient(g, flat_x, layout).to(own) if needed and flat_x is not None else None)
+        for needed, layout, delta_dtype in zip(ctx.needs_input_grad[6:], ctx.layouts, ctx.dtypes, strict=True):
+            found.append(block_gradient(g, flat_x, layout).to(delta_dtype) if needed and flat_x is not None else None)
         return gx, None, gb, None, None, None, *found
 
 
 def block_product(x: Tensor, layout: BlockIndex, delta: Tensor) -> Tensor:
-    """x D^T for the sparse D alone, (..., m) in x's dtype: what a bypass adds to a base that cannot be written."""
-    result: Tensor = _BlockProduct.apply(x, layout, delta)
-    return result
+    """x D^T for the sparse D, (..., m) in x's dtype, to be added to the output of a base that cannot be written."""
+    return _BlockProduct.apply(x, layout, delta)
 
 
 class _BlockProduct(torch.autograd.Function):
@@ -273,7 +309,7 @@ class _BlockProduct(torch.autograd.Function):
         y = x.new_zeros(flat_x.shape[0], layout.shape[0])
         add_product(y, flat_x, layout, delta.to(x.dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, delta if ctx.needs_input_grad[0] else None)
-        ctx.layout, ctx.x_like, ctx.own = layout, (x.shape, x.dtype), delta.dtype
+        ctx.layout, ctx.x_like, ctx.delta_dtype = layout, (x.shape, x.dtype), delta.dtype
         return y.view(*x.shape[:-1], layout.shape[0])
 
     @staticmethod
@@ -288,5 +324,5 @@ class _BlockProduct(torch.autograd.Function):
             add_transposed(gx, g, ctx.layout, delta.to(g.dtype))
             gx = gx.view(shape).to(dtype)
         if x is not None:
-            gd = block_gradient(g, x.reshape(-1, shape[-1]).to(g.dtype), ctx.layout).to(ctx.own)
+            gd = block_gradient(g, x.reshape(-1, shape[-1]).to(g.dtype), ctx.layout).to(ctx.delta_dtype)
         return gx, None, gd

@@ -1,8 +1,8 @@
-"""Cross-entropy of a linear head in chunks of tokens: the logits never exist as a whole.
+"""Cross-entropy of a linear head in chunks of tokens, without the logits of all tokens at once.
 
 For hidden states H (N x d) and head weight W (V x d): z = scale * H W^T (+ b), loss = sum_i logsumexp(z_i) - z_i[y_i].
-The gradient dz = softmax(z) - onehot(y) is turned into dH = scale * dz W (and dW) while its chunk is alive, so backward
-only multiplies by the incoming scalar. Rows whose label is -100 are dropped before anything is multiplied.
+The forward turns the gradient dz = softmax(z) - onehot(y) of each chunk into dH = scale * dz W (and dW) at once, so
+backward only multiplies by the incoming scalar. Rows whose label is -100 are dropped before any product.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in fp32
+CHUNK_ELEMENTS = 1 << 24  # logits of one chunk: 64 MiB in fp32
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Tokens a chunk holds."""
+    """Number of tokens in a chunk."""
     return max(16, CHUNK_ELEMENTS // vocabulary)
 
 
@@ -31,20 +31,29 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Summed negative log-likelihood (fp32 scalar) of `labels` (N, already shifted) under the head.
+    """Summed negative log-likelihood of the labels under the head; divide it by their number for the mean.
 
-    count: how many labels are not -100, where that is known; without it a GPU has to be asked, and waited for.
-    `softcap` c applies c * tanh(z / c) to the logits (Gemma 2). Divide by the number of labels that count.
+    Args:
+        hidden: Hidden states H, (N, d).
+        weight: Weight of the head W, (V, d).
+        labels: Labels, (N,) int64, already shifted; -100 leaves a row out.
+        count: How many labels are not -100, if known. Without it they are counted, for which a GPU has to be
+            synchronised.
+        bias: Bias of the head, (V,).
+        scale: Factor of the logits.
+        softcap: c of c * tanh(z / c), which is applied to the logits (Gemma 2); None applies nothing.
+
+    Returns:
+        The sum over all labels but -100, an fp32 scalar.
     """
     if count != len(labels):
         kept = _kept(labels, count)
         hidden, labels = hidden.index_select(0, kept), labels.index_select(0, kept)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap)
-    return loss
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, scale, softcap)
 
 
 def _kept(labels: Tensor, count: int | None) -> Tensor:
-    """Positions of the labels that count, in order."""
+    """Positions of the labels that are not -100, ascending."""
     ignored = labels == IGNORED
     if count is None:
         return torch.nonzero(~ignored).squeeze(1)
@@ -68,10 +77,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = chunk_rows(weight.shape[0])
-        room = hidden.new_empty(min(size, len(labels)), weight.shape[0])  # of one chunk's logits, used again
+        buffer = hidden.new_empty(min(size, len(labels)), weight.shape[0])  # one chunk's logits; reused
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            logits = torch.mm(hidden[rows], weight.T, out=room[: len(labels[rows])]).float()
+            logits = torch.mm(hidden[rows], weight.T, out=buffer[: len(labels[rows])]).float()
             chunk_loss, dz = _chunk(logits, bias, labels[rows], scale, softcap, any(ctx.needs_input_grad))
             loss += chunk_loss
             if dz is None:
@@ -79,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += dz.sum(0)
             dz = dz if scale == 1.0 else dz.mul_(scale)
-            dz = dz if dz.dtype == weight.dtype else room[: len(dz)].copy_(dz)
+            dz = dz if dz.dtype == weight.dtype else buffer[: len(dz)].copy_(dz)
             if grad_hidden is not None:
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -90,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors  # scaled in place: one backward a forward
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors  # scaled in place: only one backward per forward
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(incoming.to(grad_hidden.dtype))
         if grad_weight is not None:
@@ -101,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; where the types agree no second tensor of that size (the whole head's) is made."""
+    """total += left @ right; with equal dtypes no second tensor of the head's size is made."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -116,7 +125,7 @@ def _chunk(
     softcap: float | None,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk and, if asked for, dloss/d(scale * H W^T + b), both fp32; `logits` (fp32 H W^T) is used up."""
+    """Loss of one chunk and, if needed, dloss/d(scale * H W^T + b), both fp32; `logits` (fp32 H W^T) is overwritten."""
     if scale != 1.0:
         logits *= scale
     if bias is not None:
@@ -124,7 +133,7 @@ def _chunk(
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     slope = 1 - (logits / softcap).square_() if softcap is not None and need_gradient else None
-    # One exponential, in place: the chunk is the only tensor of its size.
+    # The exponential is taken once and in place, so that the chunk is the only tensor of its size.
     top = logits.amax(dim=-1, keepdim=True)
     chosen = logits.gather(1, labels[:, None]) - top
     exponentials = logits.sub_(top).exp_()

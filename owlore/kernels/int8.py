@@ -1,7 +1,7 @@
-"""Weights in eight bits with one scale a row: W[i, j] = codes[i, j] * scale[i], scale[i] = max |W[i, :]| / 127.
+"""Weights in eight bits with one scale per row: W[i, j] = codes[i, j] * scale[i], scale[i] = max |W[i, :]| / 127.
 
 Reference: Dettmers et al. 2022, "LLM.int8()" (arXiv 2208.07339), section 2.1, row-wise absmax quantisation of the
-weights; here without the outlier part, since the product itself stays in the weights' dtype.
+weights. Deviation: there is no outlier part, since products are computed in the weights' dtype.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ LARGEST = 127
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8 of the weight's shape, scale fp32 a row) of a matrix in any float dtype.
+    """Row-wise int8 codes of a matrix.
 
-    A row of zeros has scale 0. Raises: FloatingPointError when the weight holds NaN or infinity.
+    Args:
+        weight: A matrix (m x n) of any float dtype.
+
+    Returns:
+        The codes (m x n, int8) and the scale of each row ((m,), fp32; 0 for a row of zeros).
+
+    Raises:
+        ValueError: The tensor is not a matrix.
+        FloatingPointError: The weight holds NaN or infinity.
     """
     if weight.ndim != 2:
         raise ValueError(f"row-wise int8 of a tensor of shape {tuple(weight.shape)}: expected a matrix")
@@ -30,5 +38,5 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values that the codes stand for, multiplied in fp32 and rounded to `dtype`; no fp32 copy of the matrix."""
+    """codes * scale, multiplied in fp32 and rounded to `dtype`, without an fp32 copy of the matrix."""
     return torch.mul(codes, scale[:, None], out=torch.empty(codes.shape, dtype=dtype, device=codes.device))

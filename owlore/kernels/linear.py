@@ -1,4 +1,4 @@
-"""The plain linear maps of a model, y = x W^T + b, and their stored form."""
+"""The plain linear layers of a model, y = x W^T + b, stored as (outputs, inputs) or transposed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 
 def linear_kind(module: nn.Module) -> bool | None:
-    """Whether a linear map stores its weight transposed; None for a module that is no plain linear map.
+    """Whether a linear layer stores its weight transposed, as GPT-2's Conv1D does.
 
-    Plain: it computes what its class does (nothing was set on it as `forward`), so that the map is known.
+    Returns:
+        True or False; None for a module that is not a plain linear layer. A module with a `forward` of its own, set on
+        the instance, is not plain, since it may compute something else.
     """
     if "forward" in vars(module):
         return None
@@ -24,7 +26,7 @@ def linear_kind(module: nn.Module) -> bool | None:
 
 
 def apply_linear(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """x W^T + b for W of (outputs, inputs), or x W + b where it is stored transposed, as GPT-2's Conv1D does."""
+    """x W^T + b for W of (outputs, inputs), or x W + b for a transposed W of (inputs, outputs)."""
     if not transposed:
         return F.linear(x, W, bias)
     flat = rows_of(x)
@@ -33,17 +35,17 @@ def apply_linear(x: Tensor, W: Tensor, bias: Tensor | None, transposed: bool) ->
 
 
 def input_gradient(grad: Tensor, W: Tensor, transposed: bool) -> Tensor:
-    """dx of `apply_linear` from dy."""
+    """The gradient of `apply_linear`'s input from that of its output."""
     dx = rows_of(grad) @ (W.T if transposed else W)
     return dx.view(*grad.shape[:-1], dx.shape[-1])
 
 
 def input_of(args: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> Tensor:
-    """The one tensor that a linear map is called with, by position or by whatever name its class has for it."""
+    """The single tensor that a linear layer is called with, by position or by name."""
     (x,) = (*args, *named.values())
     return x
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(tokens, width) of any leading shape."""
+    """x of any leading shape as (tokens, width)."""
     return x.reshape(-1, x.shape[-1])

@@ -1,11 +1,11 @@
-"""A weight as a matrix product operator: shapes, the decomposition, the rebuilt weight, and a layer that keeps neither.
+"""A weight as a matrix product operator (MPO): shapes, decomposition, the rebuilt weight, and a linear layer.
 
 W (m x n) with m = o_1..o_N and n = i_1..i_N is a chain of cores C_k (r_{k-1} x o_k x i_k x r_k), r_0 = r_N = 1:
 W[(o_1..o_N), (i_1..i_N)] = C_1[:, o_1, i_1, :] ... C_N[:, o_N, i_N, :].
 
 Reference: DoTA (arXiv 2412.20891); Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 (TT-SVD: one sweep, each
-step truncated, squared error at most the sum of the discarded singular values squared). Ours, since the paper does not
-give them: the factorisation of the sides, padding, gauges.
+step truncated, squared error at most the sum of the discarded singular values squared). Deviation: the paper does not
+give the factorisation of the sides, the padding or the gauges, so they are defined here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-UNBALANCED = 16  # a factor this many times the ideal one: the side is padded instead
+UNBALANCED = 16  # with a factor this many times the ideal one, the side is padded instead
 
 
 @dataclass(frozen=True, kw_only=True)
 class MpoShape:
-    """Sides of the weight, the factors of the (padded) sides, and the inner bonds r_1 .. r_{N-1}."""
+    """Shape of the MPO of a weight.
+
+    Attributes:
+        rows: Outputs m of the weight.
+        cols: Inputs n of the weight.
+        out: Factors o_1 .. o_N of the (padded) outputs.
+        into: Factors i_1 .. i_N of the (padded) inputs.
+        bonds: Inner bonds r_1 .. r_{N-1}.
+    """
 
     rows: int
     cols: int
@@ -35,15 +43,18 @@ class MpoShape:
 
     @property
     def cores(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Shape (r_{k-1}, o_k, i_k, r_k) of each core."""
         left, right = (1, *self.bonds), (*self.bonds, 1)
         return tuple(zip(left, self.out, self.into, right, strict=True))
 
     @property
     def parameters(self) -> int:
+        """Entries of all cores."""
         return sum(math.prod(core) for core in self.cores)
 
     @property
     def padded(self) -> tuple[int, int]:
+        """(outputs, inputs) with padding."""
         return math.prod(self.out), math.prod(self.into)
 
 
@@ -53,9 +64,17 @@ class MpoShape:
 def make_shape(
     rows: int, cols: int, num_cores: int, bond: int, factors: Mapping[int, Sequence[int]] | None = None
 ) -> MpoShape:
-    """The shape of an MPO of a rows x cols weight; `factors` names the factors of single sides.
+    """The shape of an MPO of a weight.
 
-    Raises: ValueError for fewer than one core or a bond below 1, or factors that are too few or too small.
+    Args:
+        rows: Outputs of the weight.
+        cols: Inputs of the weight.
+        num_cores: Number N of cores, at least 1.
+        bond: Largest inner bond, at least 1; bonds beyond the exact ones are reduced to those.
+        factors: Factors by side, for sides that are not to be split by `balanced_factors`.
+
+    Raises:
+        ValueError: There is less than one core, the bond is below 1, or the factors are too few or too small.
     """
     if num_cores < 1 or bond < 1:
         raise ValueError(f"num_cores={num_cores}, bond={bond}: expected both to be at least 1")
@@ -68,7 +87,14 @@ def make_shape(
 def largest_bond(
     sides: Sequence[tuple[int, int]], num_cores: int, budget: int, factors: Mapping[int, Sequence[int]] | None = None
 ) -> int:
-    """The largest bond with which the MPOs of all these weights hold at most `budget` parameters, at least 1."""
+    """The largest bond, at least 1, with which the MPOs of these weights have at most `budget` parameters together.
+
+    Args:
+        sides: (outputs, inputs) of each weight.
+        num_cores: Number of cores, as in `make_shape`.
+        budget: Number of parameters.
+        factors: Factors by side, as in `make_shape`.
+    """
 
     def parameters(bond: int) -> int:
         return sum(make_shape(m, n, num_cores, bond, factors).parameters for m, n in sides)
@@ -93,9 +119,15 @@ def _factors_of(side: int, num_cores: int, given: Sequence[int] | None) -> tuple
 
 @lru_cache(maxsize=256)
 def balanced_factors(side: int, num_cores: int) -> tuple[int, ...]:
-    """The most equal factors of `side`, or of the next larger number that has equal ones when `side` has none.
+    """The most equal factors of a side, or of the next larger number with nearly equal factors if it has none.
 
-    Largest first, odd primes last: a prime far above the others meets only one bond there.
+    Args:
+        side: Outputs or inputs of a weight.
+        num_cores: Number of factors.
+
+    Returns:
+        The factors, the largest first and odd primes last: at the end, a prime far above the others touches only one
+        bond.
     """
     best = _most_equal(side, num_cores)
     if max(best) > UNBALANCED * side ** (1 / num_cores):
@@ -134,12 +166,21 @@ def _odd_prime(number: int) -> bool:
 
 
 def decompose(weight: Tensor, shape: MpoShape, gauge: str = "equal") -> list[Tensor]:
-    """Cores (fp64) of the weight by TT-SVD, truncated to the bonds within the sweep; exact at full bonds.
+    """Cores of a weight by TT-SVD, truncated to the bonds within the sweep; they are exact at full bonds.
 
-    gauge: "left" (cores but the last are orthonormal), "balanced" (the singular values of each bond shared by both
-    sides) or "equal" (all cores of one Frobenius norm, which suits one learning rate); the product is the same.
+    Args:
+        weight: The weight (m x n), of any float dtype.
+        shape: Shape of the MPO.
+        gauge: How the singular values are distributed over the cores; the product is the same. With "left" all cores
+            but the last are orthonormal, with "balanced" both sides of a bond share its singular values, and with
+            "equal" all cores have the same Frobenius norm, which suits a single learning rate.
 
-    Raises: ValueError for an unknown gauge, FloatingPointError when the weight holds NaN or infinity.
+    Returns:
+        The cores, fp64.
+
+    Raises:
+        ValueError: The gauge is unknown.
+        FloatingPointError: The weight holds NaN or infinity.
     """
     if gauge not in GAUGES:
         raise ValueError(f"gauge={gauge!r}: expected one of {', '.join(GAUGES)}")
@@ -158,9 +199,10 @@ def decompose(weight: Tensor, shape: MpoShape, gauge: str = "equal") -> list[Ten
 
 
 def _leading_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal left singular vectors of the `rank` largest singular values, and those; no value is divided by.
+    """Orthonormal left singular vectors of the `rank` largest singular values, and these values, largest first.
 
-    Through the small side's Gram matrix (fp64), after a QR when the matrix is tall.
+    They come from the Gram matrix (fp64) of the smaller side, after a QR when the matrix is tall, so that there is no
+    division by a singular value.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     outer, core = torch.linalg.qr(matrix) if tall else (None, matrix)
@@ -175,7 +217,7 @@ def _as_they_are(cores: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
 
 
 def _balanced(cores: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
-    """sqrt(S) on both sides of each bond; a vanishing singular value stays where it is."""
+    """sqrt(S) on both sides of each bond; a vanishing singular value stays in the right core."""
     cores = list(cores)
     for k, values in enumerate(strengths):
         tiny = values <= 1e-12 * values.max().clamp_min(1e-300)
@@ -186,7 +228,7 @@ def _balanced(cores: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
 
 
 def _equal(cores: list[Tensor], strengths: list[Tensor]) -> list[Tensor]:
-    """Scalars of product 1 that give every core the same Frobenius norm."""
+    """The cores times scalars of product 1 that give every core the same Frobenius norm."""
     norms = torch.stack([torch.linalg.vector_norm(core) for core in cores])
     if float(norms.min()) == 0.0:
         return cores
@@ -218,12 +260,12 @@ def _interleaved(weight: Tensor, shape: MpoShape) -> Tensor:
 
 def rebuild(cores: Sequence[Tensor], shape: MpoShape) -> Tensor:
     """W (rows x cols) from its cores, in their dtype; differentiable."""
-    whole = cores[0].reshape(shape.out[0], shape.into[0], -1)  # (o, i, r)
+    product = cores[0].reshape(shape.out[0], shape.into[0], -1)  # (o, i, r)
     for core in cores[1:]:
-        (left_o, left_i, bond), (_, o, i, right) = whole.shape, core.shape
-        whole = (whole.reshape(-1, bond) @ core.reshape(bond, -1)).reshape(left_o, left_i, o, i, right)
-        whole = whole.permute(0, 2, 1, 3, 4).reshape(left_o * o, left_i * i, right)
-    return whole.reshape(shape.padded)[: shape.rows, : shape.cols]
+        (left_o, left_i, bond), (_, o, i, right) = product.shape, core.shape
+        product = (product.reshape(-1, bond) @ core.reshape(bond, -1)).reshape(left_o, left_i, o, i, right)
+        product = product.permute(0, 2, 1, 3, 4).reshape(left_o * o, left_i * i, right)
+    return product.reshape(shape.padded)[: shape.rows, : shape.cols]
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------
@@ -231,16 +273,19 @@ def rebuild(cores: Sequence[Tensor], shape: MpoShape) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One MPO in an effective weight: sign * MPO(cores)."""
+    """One MPO in an effective weight: sign * MPO(cores), with a sign of 1 or -1."""
 
     shape: MpoShape
     sign: int
 
 
 def add_terms(base: Tensor | None, terms: Sequence[Term], cores: Sequence[Tensor]) -> Tensor:
-    """base + sum of the terms, summed in the cores' dtype (fp32) and rounded once to the base's.
+    """base + the sum of the terms, summed in the cores' dtype (fp32) and rounded once to the base's dtype.
 
-    Terms that cancel leave exactly the base; without a base it is zero. `cores` holds every term's, one after another.
+    Args:
+        base: The base weight (m x n); None stands for zero.
+        terms: The MPOs to add, at least one. Terms that cancel leave exactly the base.
+        cores: The cores of all terms, one term after another.
     """
     total: Tensor | None = None
     start = 0
@@ -248,10 +293,11 @@ def add_terms(base: Tensor | None, terms: Sequence[Term], cores: Sequence[Tensor
         part = rebuild(cores[start : start + len(term.shape.out)], term.shape)
         start += len(term.shape.out)
         if total is None:
-            total = -part if term.sign < 0 else part.clone() if len(term.shape.out) == 1 else part  # one core: a view
+            # The part of a single core is a view of the core, which must not be added to.
+            total = -part if term.sign < 0 else part.clone() if len(term.shape.out) == 1 else part
         else:
             total = total.add_(part, alpha=term.sign)
-    assert total is not None, "an effective weight without terms is the base itself"
+    assert total is not None, "add_terms needs at least one term"
     if base is None:
         return total
     wide = total.to(torch.promote_types(total.dtype, base.dtype))
@@ -259,28 +305,36 @@ def add_terms(base: Tensor | None, terms: Sequence[Term], cores: Sequence[Tensor
 
 
 class DenseLayer(Protocol):
-    """A linear map whose weight is not a parameter but an argument."""
+    """A linear layer whose weight is an argument instead of a parameter."""
 
     def kept_weight(self) -> Tensor | None:
-        """The tensor that backward needs to see the base again and autograd shall keep; None when there is none."""
+        """The tensor that autograd saves so that backward can get the base weight; None without one."""
 
     def base_weight(self, kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The base weight (m x n) from what was saved; in `dtype` where it has none of its own."""
+        """The base weight (m x n) from the saved tensor; a quantised base is dequantised to `dtype`."""
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The map's output with this weight (m x n) in place of its own."""
+        """The layer's output with this weight (m x n) instead of its own."""
 
 
 def mpo_linear(
     x: Tensor, layer: DenseLayer, terms: Sequence[Term], cores: Sequence[Tensor], bias: Tensor | None = None
 ) -> Tensor:
-    """layer.product(x, W) with W = base + terms, which is rebuilt in backward instead of kept.
+    """layer.product(x, W) with W = base + terms, which is rebuilt in backward instead of saved.
 
-    Gradients go to x, the cores and the `bias` (which `layer` adds) where they require one; saved for backward are x,
-    the base weight (no copy) and the cores, through the usual hooks.
+    x, the base weight (no copy) and the cores are saved for backward with `save_for_backward`.
+
+    Args:
+        x: Input, (..., n).
+        layer: The layer that holds the base weight.
+        terms: The MPOs that are added to the base weight.
+        cores: The cores of all terms, one term after another.
+        bias: The bias that `layer.product` adds, or None; it is only here to get its gradient.
+
+    Returns:
+        The layer's output, (..., m).
     """
-    result: Tensor = _MpoLinear.apply(x, layer.kept_weight(), bias, layer, tuple(terms), *cores)
-    return result
+    return _MpoLinear.apply(x, layer.kept_weight(), bias, layer, tuple(terms), *cores)
 
 
 class _MpoLinear(torch.autograd.Function):
@@ -320,7 +374,7 @@ class _MpoLinear(torch.autograd.Function):
 def _core_gradients(
     gW: Tensor, terms: Sequence[Term], cores: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of the cores that need them, from that of the weight."""
+    """Gradients of the cores from that of the weight; None for a core that needs none."""
     found: list[Tensor | None] = []
     start = 0
     for term in terms:
@@ -330,9 +384,9 @@ def _core_gradients(
             with torch.enable_grad():
                 pairs = zip(cores[start:stop], wanted, strict=True)
                 leaves = [core.detach().requires_grad_(want) for core, want in pairs]
-                whole = rebuild(leaves, term.shape)
-                signed = gW.to(whole.dtype) if term.sign > 0 else -gW.to(whole.dtype)
-                grads = iter(torch.autograd.grad(whole, [leaf for leaf in leaves if leaf.requires_grad], signed))
+                product = rebuild(leaves, term.shape)
+                signed = gW.to(product.dtype) if term.sign > 0 else -gW.to(product.dtype)
+                grads = iter(torch.autograd.grad(product, [leaf for leaf in leaves if leaf.requires_grad], signed))
             found += [next(grads) if want else None for want in wanted]
         else:
             found += [None] * (stop - start)

@@ -1,11 +1,11 @@
-"""Optimizer moments in 8 bits: block-wise codes from a table whose steps are fine near zero and near one.
+"""Optimizer moments in 8 bits: block-wise codes from a table of 256 values.
 
 Reference: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861), section 2: each
-block of values is divided by its largest magnitude and every quotient replaced by the nearest of 256 values. The
-table spends its bits by decade: decade k from the top holds 2^(7-k) (signed: 2^(6-k)) evenly spaced values, so seven
-decades are covered, the largest values most finely.
+block of values is divided by its largest magnitude and every quotient replaced by the nearest of 256 values. Decade k
+from the top of the table has 2^(7-k) (signed: 2^(6-k)) evenly spaced values, so that it covers seven decades, the
+largest values most finely.
 
-Deviation: plain torch, no stochastic element; the block is 256 values, so a state costs 8 + 32/256 bits a value.
+Deviation: the rounding is never stochastic; a block has 256 values, so that a value takes 8 + 32/256 bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ DECADES = 7
 
 @dataclass(frozen=True)
 class Quantised:
-    """Codes (uint8, flat, padded to whole blocks), the largest magnitude of each block (fp32), and the shape."""
+    """Quantised values.
+
+    Attributes:
+        codes: Codes, uint8, flat and padded to full blocks.
+        scales: The largest magnitude of each block, fp32.
+        shape: Shape of the values.
+        signed: Whether the table of signed values is used.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -32,7 +39,10 @@ class Quantised:
 
 @lru_cache(maxsize=8)
 def code_table(signed: bool, device: torch.device | None = None) -> Tensor:
-    """The 256 values in [-1, 1] (or [0, 1]), ascending; 0 and 1 are among them. Kept, since a copy to a GPU waits."""
+    """The 256 values in [-1, 1] if `signed`, else [0, 1], ascending; 0 and 1 are among them.
+
+    The table is cached, since a copy to a GPU synchronises.
+    """
     values = [0.0, 1.0]
     for decade in range(DECADES):
         count = 2 ** (DECADES - 1 - decade) * (1 if signed else 2)
@@ -40,12 +50,12 @@ def code_table(signed: bool, device: torch.device | None = None) -> Tensor:
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0**-decade
         values += middles.tolist()
         values += (-middles).tolist() if signed else []
-    # Signed or not, the decades give 254 values; with 0 and 1 the codes fit a byte.
+    # Signed or not, the decades give 254 values; with 0 and 1 the codes fit in a byte.
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def quantise(values: Tensor, *, signed: bool) -> Quantised:
-    """Nearest codes of `values` (fp32, finite; non-negative unless signed)."""
+    """Nearest codes of `values` (fp32 and finite; non-negative unless `signed`)."""
     table = code_table(signed, values.device)
     flat = values.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -57,7 +67,7 @@ def quantise(values: Tensor, *, signed: bool) -> Quantised:
 
 
 def dequantise(state: Quantised) -> Tensor:
-    """The values that the codes stand for, fp32."""
+    """The values of the codes, fp32."""
     table = code_table(state.signed, state.codes.device)
     blocks = table[state.codes.int()].view(-1, BLOCK) * state.scales[:, None]
     count = int(torch.Size(state.shape).numel())
@@ -65,6 +75,6 @@ def dequantise(state: Quantised) -> Tensor:
 
 
 def quantised_bytes(count: int) -> int:
-    """Bytes that `count` values take: one a value of whole blocks, and a scale a block."""
+    """Bytes of `count` quantised values: one per value, padded to full blocks, and four per block for its scale."""
     blocks = -(-count // BLOCK)
     return blocks * (BLOCK + 4)

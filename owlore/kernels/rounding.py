@@ -1,4 +1,4 @@
-"""Stochastic rounding from fp32 to a 16-bit format: unbiased, so updates below half an ulp are not always lost."""
+"""Unbiased stochastic rounding from fp32 to a 16-bit format, with which updates below half an ulp are not lost."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from torch import Tensor
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """`values` (fp32) in `dtype` (a 16-bit float), each rounded to one of its two neighbours with E[result] = value.
+    """Round each value to one of its two neighbours with E[result] = value; exact values are kept.
 
-    A value that `dtype` represents exactly stays as it is. `generator` lives on the device of `values`.
+    Args:
+        values: Values in fp32.
+        dtype: bfloat16 or float16.
+        generator: Source of the random bits, on the device of `values`.
+
+    Returns:
+        The rounded values in `dtype`.
+
+    Raises:
+        ValueError: The dtype is not a 16-bit float.
     """
     if dtype == torch.bfloat16:
-        return _cut(values, generator)
+        return _to_bfloat16(values, generator)
     if dtype != torch.float16:
         raise ValueError(f"stochastic rounding to {dtype}: only bfloat16 and float16 are 16-bit floats")
     near = values.to(dtype)
@@ -24,19 +33,22 @@ def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Genera
     return torch.where((draw < chance) & torch.isfinite(other), other, near)
 
 
-def _cut(values: Tensor, generator: torch.Generator) -> Tensor:
-    """To bfloat16, the upper half of a float32. The lower half is the chance of the neighbour farther from zero: random
-    bits are added to it, and what it then holds is cut off. Beyond the largest bfloat16 lies infinity."""
+def _to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Add random bits to the lower half of each float32 and drop that half; the upper half is the bfloat16.
+
+    So the lower half gives the probability of the neighbour farther from zero, which is infinity beyond the largest
+    bfloat16.
+    """
     noise = torch.empty(values.shape, dtype=torch.int32, device=values.device).random_(1 << 16, generator=generator)
     bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
     return bits.view(torch.float32).to(torch.bfloat16)
 
 
 def _neighbour(near: Tensor, error: Tensor) -> Tensor:
-    """The next representable number on the side where the true value lies.
+    """The next representable number on the side of the exact value, near + error.
 
-    IEEE floats are sign and magnitude: away from zero is +1 on the bit pattern, towards zero is -1, and from zero it
-    is the smallest subnormal with the sign of the error.
+    IEEE floats are sign and magnitude: the next number away from zero is +1 on the bit pattern, towards zero it is -1,
+    and next to zero it is the smallest subnormal with the sign of the error.
     """
     bits = near.view(torch.int16)
     away = (error > 0) == (near > 0)

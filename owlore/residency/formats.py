@@ -8,8 +8,6 @@ from the tensors, by field, in the given shape and dtype.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,24 +72,8 @@ class NF4:
 
     def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         weight = nf4.Nf4(shape=shape, block=BLOCK, **held)
-        fast = _bitsandbytes() if weight.packed.is_cuda else None
-        if fast is None:
-            return nf4.dequantise(weight, dtype)
-        out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
-        fast.dequantize_4bit(weight.packed[:, None], absmax=nf4.magnitudes(weight), out=out, blocksize=BLOCK,
-                             quant_type="nf4")  # fmt: skip
-        return out
+        return nf4.dequantise_fastest(weight, dtype)
 
 
 Format = Raw | Int8 | NF4
 FORMATS: dict[str, Format] = {form.name: form for form in (Raw(), Int8(), NF4())}
-
-
-@lru_cache(maxsize=1)
-def _bitsandbytes() -> Any:
-    """bitsandbytes' functions, which dequantise in one kernel instead of five; None where it is not installed."""
-    try:
-        import bitsandbytes.functional
-    except (ImportError, RuntimeError):
-        return None
-    return bitsandbytes.functional

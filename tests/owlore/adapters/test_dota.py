@@ -261,5 +261,5 @@ def test_bad_configurations_are_refused_by_name():
         DotaConfig(alternations=2)
     with pytest.raises(ValueError, match="density"):
         DotaConfig(density=2.0)
-    with pytest.raises(TypeError, match="expected a linear map"):
+    with pytest.raises(TypeError, match="expected a linear layer"):
         adapted(target_modules=["embed_tokens"])

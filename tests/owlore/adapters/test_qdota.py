@@ -13,7 +13,7 @@ from torch import nn
 
 from owlore.adapters import DotaConfig
 from owlore.adapters.dota_layer import DotaLayer, first_cores
-from owlore.adapters.nf4_linear import Nf4Linear, dequantise_by_bitsandbytes
+from owlore.adapters.nf4_linear import Nf4Linear
 from owlore.kernels import nf4
 from owlore.kernels.mpo import make_shape, random_cores, rebuild
 
@@ -145,7 +145,7 @@ def test_codes_read_by_bitsandbytes_are_the_same_weights():
     quantised = nf4.quantise(nn.Linear(96, 40, bias=False).weight)  # blocks of 64 that go on in the next row
     with torch.compiler.set_stance("force_eager"):
         for dtype in (torch.float32, torch.bfloat16):
-            theirs = dequantise_by_bitsandbytes(quantised, dtype)
+            theirs = nf4.dequantise_by_bitsandbytes(quantised, dtype)
             assert torch.equal(theirs, nf4.dequantise(quantised, dtype))
 
 

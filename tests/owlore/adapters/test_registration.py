@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_bytes import planned
 from makers import generator, save_tiny, tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from owlore.adapters import DotaConfig, SmtConfig, planned
+from owlore.adapters import DotaConfig, SmtConfig
 from owlore.adapters.registration import register
 from owlore.adapters.smt_model import SmtModel
 

@@ -406,7 +406,7 @@ def test_bad_maps_and_modes_are_refused_by_name():
         SmtConfig(selection="diagnal")
     with pytest.raises(ValueError, match="density"):
         SmtConfig(density=0.0)
-    with pytest.raises(TypeError, match="expected a linear map"):
+    with pytest.raises(TypeError, match="expected a linear layer"):
         adapted(target_modules=["embed_tokens"])
 
 

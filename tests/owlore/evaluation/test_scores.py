@@ -192,7 +192,7 @@ def test_a_tree_holds_each_shared_token_once_and_sees_ancestors_alone() -> None:
         tree.add(sequence)
     assert tree.tokens == [5, 6, 7, 8, 9]
     assert tree.depths == [0, 1, 2, 2, 1]
-    assert tree.sees().astype(int).tolist() == [
+    assert tree.attended().astype(int).tolist() == [
         [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 0, 0, 1],
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What an adapter will hold, by formula, from shapes alone; the tests compare it with what is counted."""
+"""What an adapter holds, by formula, from shapes alone: an oracle for the counts of the adapters' tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from owlore.kernels.mpo import make_shape
 class Planned:
     """Counts and bytes of one adapter.
 
-    trainable: parameters, fp32. frozen_bytes: what the adapter keeps beside them (W0's blocks, first cores).
-    file_bytes: tensors of a saved adapter. base_bytes: weights of the target matrices as they rest.
+    Attributes:
+        trainable: Number of trained parameters, fp32.
+        frozen_bytes: What the adapter keeps beside them (W0's blocks, first cores).
+        file_bytes: Tensors of a saved adapter.
+        base_bytes: Weights of the target matrices as they are stored.
     """
 
     trainable: int
@@ -31,9 +34,9 @@ class Planned:
 
 
 def planned(model: nn.Module, config: SmtConfig | DotaConfig) -> Planned:
-    """What `get_peft_model(model, config)` will hold; the model may lie on the meta device.
+    """What `get_peft_model(model, config)` will hold; the model may be on the meta device.
 
-    SMT with a selection that needs data or weights is planned as if every chosen block were whole: at most that.
+    For SMT with a selection that needs data or weights it is an upper bound, as if every chosen block had full size.
     """
     return _smt(model, config) if isinstance(config, SmtConfig) else _dota(model, config)
 
@@ -79,6 +82,6 @@ def _item_bytes(module: nn.Module) -> int:
 
 
 def _weight_bytes(module: nn.Module) -> int:
-    """Bytes of the weight as it rests: parameters and buffers but the bias."""
+    """Bytes of the weight as it is stored: parameters and buffers but the bias."""
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return sum(tensor.numel() * tensor.element_size() for name, tensor in held if name != "bias")
