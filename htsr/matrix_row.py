@@ -32,14 +32,8 @@ BASE_COLUMNS = ("relative_change",)  # of a scan against a base: ||W - W_base|| 
 
 def cost(view: LayerView) -> float:
     """Floating-point operations of a spectrum: n^2 m for the Gram matrix and 4/3 n^3 to make it tridiagonal."""
-    if view.pool:
-        return sum(_cost(part.rows.size, part.cols.size) for part in view.pool)
-    return _cost(view.rows, view.cols)
-
-
-def _cost(rows: int, cols: int) -> float:
-    n, m = sorted((rows, cols))
-    return float(n * n * m + 4 / 3 * n**3)
+    shapes = [(part.rows.size, part.cols.size) for part in view.pool] or [(view.rows, view.cols)]
+    return sum(certified.whole_flops(*sorted(shape)) for shape in shapes)
 
 
 def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def block_outliers(
 def _member(role: str, weight: Tensor, square_sums: Tensor) -> _Member:
     halves = square_sums.to(torch.float64)
     norms = torch.stack([halves.sum(dim=0), torch.ones_like(halves[0]), *halves]).sqrt()
-    return _Member(role, weight, norms, column_sums([weight]))
+    return _Member(role, weight, norms, column_sums(weight))
 
 
 def _limits(pool: Sequence[_Member], levels: Levels) -> Floats:
@@ -117,7 +117,7 @@ def _counts(member: _Member, levels: Levels, limits: Floats) -> NDArray[np.int64
     """How many of a matrix's weights are above each level's limit."""
     dtype = compared_in(member.weight)
     columns = [thresholds(limit, member.norms[whose], dtype) for (whose, _), limit in zip(levels, limits, strict=True)]
-    return count_above([member.weight], columns)
+    return count_above(member.weight, columns)
 
 
 def _outliers(counts: NDArray[np.int64], size: int, limits: Floats, taus: Sequence[float]) -> Outliers:

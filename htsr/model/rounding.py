@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from htsr.model.outlier_pooling import Outliers
+from htsr.numerics.bf16 import cpu_flags
 
 PROBE_WINDOWS = 2
 MOST_SHARE = 0.007  # of a block's share of the table, relative
@@ -47,9 +47,7 @@ def has_bf16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(errors="replace").split() if device.type == "cpu" and info.exists() else []
-    return any(unit in flags for unit in UNITS)
+    return device.type == "cpu" and not cpu_flags().isdisjoint(UNITS)
 
 
 def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:

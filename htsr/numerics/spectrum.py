@@ -99,9 +99,9 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
     return without_noise(values, G.dtype.type)
 
 
-def require_finite(G: np.ndarray) -> None:
-    """Raise BadInput when a Gram matrix, and so the matrix that it was made of, is not finite."""
-    if not np.isfinite(G).all():
+def require_finite(G: Any) -> None:
+    """Raise BadInput when a Gram matrix (an array or a tensor), and so the matrix behind it, is not finite."""
+    if not (np.isfinite(G) if isinstance(G, np.ndarray) else G.isfinite()).all():
         raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
 
 
