@@ -18,7 +18,7 @@ from htsr.model.convergence import Convergence, convergence
 from htsr.model.meters import MeasuredBlock
 from htsr.model.outlier_pooling import Outliers, block_outliers, fused_shares
 from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
-from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
+from htsr.model.skeleton import CannotStreamError, build_skeleton, input_embeddings, model_config
 from htsr.model.walk import loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
 from htsr.taus import check_taus
@@ -281,11 +281,6 @@ def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
     reads = getattr(model, "main_input_name", "input_ids")
     if reads != "input_ids":
         raise BadInput(f"got a {type(model).__name__}, which reads {reads}, expected a model that reads text")
-    access = getattr(model, "get_input_embeddings", None)
-    try:
-        table = access() if access is not None else None
-    except NotImplementedError:  # a model of several towers has none of its own
-        table = None
-    rows = getattr(table, "num_embeddings", None)
+    rows = getattr(input_embeddings(model), "num_embeddings", None)
     if rows is not None and int(windows.max()) >= rows:
         raise BadInput(f"tokenizer: got token {int(windows.max())}, expected ids below {rows}; it is another model's")

@@ -47,15 +47,6 @@ class _OnBase(Source):
         """Whether a tensor may differ from the base's."""
         return True
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        shape = self.info(name).shape
-        height, width = flat_shape(shape)
-        per = height // shape[0]
-        values = self.window(name, (start * per, stop * per), (0, width)).astype(np.float32)
-        return torch.from_numpy(values).reshape(stop - start, *shape[1:])
-
     def relative_change(self, view: LayerView) -> float | None:
         if not self.has_changed(view.stored):
             return 0.0
@@ -116,12 +107,11 @@ class MergedSource(_OnBase):
     def __init__(self, adapter: AdapterSource, base: Source) -> None:
         self.adapter, self.base = adapter, base
         self.id, self.path = adapter.id, base.path
-        names = {t.name for t in base.tensors}
-        self.changed = {self._meet(name, names): name for name in adapter.changes if not adapter.why_not(name)}
-        self.replaced = {self._meet(name, names, new=True): name for name in adapter.whole if COPIED not in name}
+        self.changed = {self._meet(name): name for name in adapter.changes if not adapter.why_not(name)}
+        self.replaced = {self._meet(name, new=True): name for name in adapter.whole if COPIED not in name}
         self._scales: dict[str, np.ndarray] = {}
         infos = [self._info(t) for t in base.tensors]
-        infos += [self._info(adapter.info(at)) for at in self.replaced if at not in names]
+        infos += [self._info(adapter.info(at)) for at in self.replaced if at not in self._in_base]
         self.tensors = tuple(infos)
 
     @property
@@ -182,9 +172,13 @@ class MergedSource(_OnBase):
             self._scales[name] = magnitude / np.sqrt(squares)
         return self._scales[name]
 
-    def _meet(self, name: str, names: set[str], *, new: bool = False) -> str:
+    def _meet(self, name: str, *, new: bool = False) -> str:
         """The base's name of a weight that the adapter calls `name`: files may leave out what heads put in front."""
-        ends = [known for known in names if known == name or name.endswith(f".{known}") or known.endswith(f".{name}")]
+        ends = [
+            known
+            for known in self._in_base
+            if known == name or name.endswith(f".{known}") or known.endswith(f".{name}")
+        ]
         if name in ends:
             return name
         if len(ends) == 1:

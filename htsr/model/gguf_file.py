@@ -36,10 +36,7 @@ class GgufSource(Source):
                 f"{path.name}: got a damaged GGUF file ({error}), expected one that llama.cpp reads"
             ) from error
         self._stored = {t.name: (t.tensor_type, int(t.data_offset), int(t.n_bytes)) for t in tensors}
-        self.tensors = tuple(
-            TensorInfo(name=t.name, shape=tuple(int(n) for n in reversed(t.shape)), dtype=_label(t.tensor_type.name))
-            for t in tensors
-        )
+        self.tensors = tuple(map(_info, tensors))
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
@@ -106,5 +103,6 @@ def import_gguf(path: Path) -> Any:
     return gguf
 
 
-def _label(kind: str) -> str:
-    return PLAIN.get(kind, DEQUANTISED + kind)
+def _info(tensor: Any) -> TensorInfo:
+    kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
+    return TensorInfo(name=tensor.name, shape=shape, dtype=PLAIN.get(kind, DEQUANTISED + kind))

@@ -16,7 +16,7 @@ from htsr.model.names import (
     role_of,
     stored_transposed,
 )
-from htsr.model.parts import Part, flat_shape, kernel_parts, run
+from htsr.model.parts import Part, Runs, flat_shape, kernel_parts, run
 from htsr.model.reasons import too_small, why_not
 
 if TYPE_CHECKING:
@@ -110,15 +110,8 @@ def _experts(
         role = expert_role(rest, index)
         for share, (rows, cols) in (shares or {"": (run(0, height), run(0, width))}).items():
             rows = replace(rows, start=rows.start + index * height)
-            yield replace(
-                whole,
-                tensor=f"{whole.tensor}[{index}]" + (f"[{share}]" if share else ""),
-                role=role.removesuffix("gate_up") + share if share else role,
-                rows=rows.size,
-                cols=cols.size,
-                part=Part(tensor=whole.tensor, rows=rows, cols=cols),
-                reason=too_small(rows.size, cols.size),
-            )
+            name = f"{whole.tensor}[{index}]" + (f"[{share}]" if share else "")
+            yield _part_view(whole, name, role.removesuffix("gate_up") + share if share else role, rows, cols)
 
 
 def _fused_parts(whole: LayerView, config: Mapping[str, Any] | None) -> Iterator[LayerView]:
@@ -138,16 +131,13 @@ def _fused_parts(whole: LayerView, config: Mapping[str, Any] | None) -> Iterator
     else:
         return
     for share, (rows, cols) in shares.items():
-        yield replace(
-            whole,
-            tensor=f"{whole.tensor}[{share}]",
-            role=stem + share,
-            rows=rows.size,
-            cols=cols.size,
-            part=Part(tensor=whole.tensor, rows=rows, cols=cols),
-            part_of=whole.tensor,
-            reason=too_small(rows.size, cols.size),
-        )
+        yield replace(_part_view(whole, f"{whole.tensor}[{share}]", stem + share, rows, cols), part_of=whole.tensor)
+
+
+def _part_view(whole: LayerView, tensor: str, role: str, rows: Runs, cols: Runs) -> LayerView:
+    """The view of the chosen rows and columns of a tensor, under a name and a role of their own."""
+    part, reason = Part(tensor=whole.tensor, rows=rows, cols=cols), too_small(min(rows.size, cols.size))
+    return replace(whole, tensor=tensor, role=role, rows=rows.size, cols=cols.size, part=part, reason=reason)
 
 
 def _order(view: LayerView) -> tuple[Any, ...]:

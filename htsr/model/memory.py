@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import BadInput
-from htsr.files import read_json
-from htsr.model.locate import inside
+from htsr.model.locate import inside, read_config
 from htsr.model.parts import flat_shape
 from htsr.model.source import Source, TensorInfo, without_tied
 
@@ -76,10 +75,7 @@ class PickleSource(ModuleSource):
     @cached_property
     def config(self) -> dict[str, Any] | None:
         assert self.path is not None
-        file = self.path / "config.json"
-        if not file.is_file():
-            return None
-        return read_json(inside(self.path, file), expected="a model's configuration")
+        return read_config(self.path)
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from htsr.model.fused import text_config
+
 if TYPE_CHECKING:
     from htsr.model.source import TensorInfo
 
@@ -187,9 +189,7 @@ def stored_transposed(tensors: Iterable[TensorInfo]) -> set[str]:
 
 def tied_copies(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> set[str]:
     """Heads that a file stores although the configuration ties them to the embeddings (loading ignores them)."""
-    text = (config or {}).get("text_config")
-    tied = (config or {}).get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    if not tied:
+    if not any(each.get("tie_word_embeddings") for each in (config or {}, text_config(config))):
         return set()
     outside = [t for t in tensors if len(t.shape) == 2 and _split_at_integer(t.name) is None]
     embeddings = {(t.shape, t.dtype) for t in outside if role_of(t.name) == "embeddings"}

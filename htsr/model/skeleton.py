@@ -95,13 +95,18 @@ class TokenRows(nn.Module):
         return nn.functional.embedding(torch.searchsorted(self.known, ids), self.weight)
 
 
+def input_embeddings(model: nn.Module) -> Any:
+    """The module that token ids are looked up in; None for a model without one of its own."""
+    access = getattr(model, "get_input_embeddings", None)
+    try:
+        return access() if access is not None else None
+    except NotImplementedError:  # raised by a model of several towers
+        return None
+
+
 def _token_table(model: nn.Module) -> str | None:
     """The name of the table that token ids are looked up in; None where it is not a plain one."""
-    access: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        table = access() if access is not None else None
-    except NotImplementedError:  # a model of several towers has none of its own
-        return None
+    table = input_embeddings(model)
     plain = type(table) is nn.Embedding and table.max_norm is None
     return next((name for name, module in model.named_modules() if plain and module is table), None)
 

@@ -127,9 +127,15 @@ class Source(ABC):
         """||W - W_base|| / ||W_base|| of a matrix, for a source that knows a base which has it, else None."""
         return None
 
-    @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Slice `start` to `stop` of dimension 0 in the stored dtype (float32 when dequantised)."""
+        """Slice `start` to `stop` of dimension 0 in the stored dtype (float32 when computed or dequantised)."""
+        import torch
+
+        shape = self.info(name).shape
+        height, width = flat_shape(shape)
+        per = height // shape[0]
+        values = self.window(name, (start * per, stop * per), (0, width)).astype(np.float32)
+        return torch.from_numpy(values).reshape(stop - start, *shape[1:])
 
     @abstractmethod
     def raw(self, name: str) -> Iterator[memoryview]:

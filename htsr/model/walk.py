@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def record_calls(skeleton: Skeleton, windows: Tensor) -> Recorder:
     else:
         raise CannotStreamError("its blocks are not called one after the other on hidden states")
     shifted = _pass(skeleton, probe, as_tuple, shift=1.0)
-    if shifted is None or not _same(_arguments(recording), _arguments(shifted)):
+    if shifted is None or not _same(list(map(vars, recording.calls)), list(map(vars, shifted.calls))):
         raise CannotStreamError("a block is called with what an earlier block returned beside the hidden states")
     if skeleton.missing and not recording.hidden.isfinite().all():
         raise CannotStreamError(f"the file has no tensor for parameter {skeleton.missing[0]}")
@@ -178,58 +178,43 @@ class Recording:
     calls: Sequence[Call]
 
 
-@dataclass
-class _Plan:
-    """What a stand-in returns in a recording pass, and what the stand-ins saw."""
+def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> Recording | None:
+    """Run the model once with every block's forward replaced by one that records its call and passes its input on.
 
-    as_tuple: bool
-    shift: float
-    hidden: list[Any] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    Args:
+        skeleton: the model; its blocks are as before afterwards.
+        batch: token ids, shape (n, T).
+        as_tuple: whether the replacement returns (hidden states,), as some models' blocks do, or the tensor.
+        shift: a number that the replacement adds to the hidden states.
 
+    Returns:
+        The calls; None when the model failed, or its blocks were not called once each on hidden states of one shape.
+    """
+    seen: list[Any] = []
+    calls: list[Call] = []
 
-class _StandIn(nn.Module):
-    """In a block's place: notes its call and passes the hidden states on; other attributes are the block's."""
-
-    def __init__(self, block: nn.Module, plan: _Plan) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a child: its parameters stay out of the model's
-        object.__setattr__(self, "_plan", plan)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
         by_name = not args
         hidden = kwargs.pop("hidden_states") if by_name else args[0]
-        self._plan.hidden.append(hidden)
-        self._plan.calls.append(Call(args[1:], kwargs, by_name))
-        passed = hidden + self._plan.shift if self._plan.shift else hidden
-        return (passed,) if self._plan.as_tuple else passed
+        seen.append(hidden)
+        calls.append(Call(args[1:], kwargs, by_name))
+        passed = hidden + shift if shift else hidden
+        return (passed,) if as_tuple else passed
 
-
-def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> Recording | None:
-    """One forward pass with stand-ins; None when hidden states did not come through all of them unharmed."""
-    places = list(zip(skeleton.stack.names, skeleton.stack.modules, strict=True))
-    plan = _Plan(as_tuple, shift)
+    blocks = skeleton.stack.modules
     try:
-        for name, block in places:
-            skeleton.model.set_submodule(name, _StandIn(block, plan))
+        for block in blocks:
+            vars(block)["forward"] = record
         skeleton.model(input_ids=batch)
-    except (AttributeError, TypeError, IndexError, RuntimeError, ValueError) as error:
+    except (AttributeError, TypeError, LookupError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return None  # tensors and tuples are told apart by what the model can do with them
+        return None  # whether blocks return a tensor or a tuple shows in what the model can do with it
     finally:
-        for name, block in places:
-            skeleton.model.set_submodule(name, block)
-    tensors = all(isinstance(hidden, Tensor) for hidden in plan.hidden)
-    whole = tensors and len(plan.calls) == len(places) and len({hidden.shape for hidden in plan.hidden}) == 1
-    return Recording(plan.hidden[0], plan.calls) if whole else None
-
-
-def _arguments(recording: Recording) -> list[Any]:
-    return [(call.args, call.kwargs) for call in recording.calls]
+        for block in blocks:
+            vars(block).pop("forward", None)
+    chained = all(isinstance(hidden, Tensor) for hidden in seen) and len({hidden.shape for hidden in seen}) == 1
+    return Recording(seen[0], calls) if chained and len(calls) == len(blocks) else None
 
 
 def _same(a: Any, b: Any) -> bool:
