@@ -10,7 +10,7 @@ import click
 from htsr import __version__, console
 from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
-from htsr.files import slug
+from htsr.files import check_output_directory, read_json, slug
 
 if TYPE_CHECKING:
     from htsr.scan_data import ScanData
@@ -58,13 +58,11 @@ def main() -> None:
 @quiet_option
 def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
     """Scan MODEL: a directory (an adapter's too), a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
-    from htsr.files import read_json
     from htsr.render import json_text, render_scan, scan_record
     from htsr.scanner import scan as run_scan
-    from htsr.store import check_target
 
     directory = Path(out) if out is not None else Path("reports/scans") / directory_name(model, options["base"])
-    check_target(directory)
+    check_output_directory(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
     say_aloud(result, quiet=options["quiet"])
     if as_json:
@@ -114,10 +112,10 @@ def compare(
     from htsr.comparison import compare as compare_scans
     from htsr.render import json_text, records, render_comparison
     from htsr.result import load_scan
-    from htsr.store import check_target, save_comparison
+    from htsr.store import save_comparison
 
     if out is not None:
-        check_target(Path(out))
+        check_output_directory(Path(out))
     a, b = load_scan(scan_a), load_scan(scan_b)
     matrices = compare_scans(a, b, models=models or None, rank=rank, quiet=quiet)
     if out is not None:

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.cache import remembered
+from htsr.cache import Analyse, remembered
 from htsr.choices import ENGINES, PRECISIONS, SCOPES, check_choice
 from htsr.console import notice, progress
 from htsr.devices import pick_device
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from htsr.model.calibration import Calibration
     from htsr.result import ScanResult
 
-Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
 GIGA = 1e9  # the progress bar counts in Gflop
 
 
@@ -150,7 +149,8 @@ def scan(
     }
     from htsr.result import ScanResult
 
-    result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, calibration=outliers)
+    block_lod = {} if outliers is None else {index: block.columns for index, block in outliers.blocks.items()}
+    result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, block_lod=block_lod)
     if out is not None:
         result.save(out, plots=plots)
     return result
@@ -218,11 +218,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
 
 
-def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyser:
+def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyse:
     """What makes the row of a view."""
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
-        work: Analyser = lambda view: analyse(source, view, precision, **on)  # noqa: E731
+        work: Analyse = lambda view: analyse(source, view, precision, **on)  # noqa: E731
         return remembered(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
     from htsr.weightwatcher_engine import one_at_a_time
 
@@ -230,7 +230,7 @@ def analyser(engine: str, source: Source, precision: str, device: str, *, fresh:
 
 
 def analyse_all(
-    source: Source, layers: Sequence[LayerView], work: Analyser, workers: int | None, quiet: bool
+    source: Source, layers: Sequence[LayerView], work: Analyse, workers: int | None, quiet: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """tensor -> row and tensor -> eigenvalues, the largest matrices first; the bar knows what each costs."""
     rows: dict[str, dict[str, Any]] = {}

@@ -7,15 +7,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from htsr.errors import BadInput, NotFound, UsageError
-from htsr.files import read_json, write_text
+from htsr.errors import BadInput, NotFound
+from htsr.files import check_output_directory, read_json, write_text
 from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
 from htsr.provenance import SCHEMA
 from htsr.report import CAPTIONS, report_html
@@ -30,7 +29,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadshe
 
 def save_scan(result: ScanData, directory: Path, *, plots: bool = True) -> Path:
     """Write the files of a scan; pictures of an earlier one are removed when `plots` is off."""
-    check_target(directory)
+    check_output_directory(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -41,19 +40,6 @@ def save_scan(result: ScanData, directory: Path, *, plots: bool = True) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
-
-
-def check_target(directory: Path) -> None:
-    """Raise UsageError when nothing could be written there; asked before hours of work and not after."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: got a file, expected a directory to write to")
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise UsageError(f"{directory}: {existing} is a file, expected a directory; give another --out")
-    if not os.access(existing, os.W_OK):
-        raise UsageError(
-            f"{directory}: {existing} cannot be written to, expected a directory of yours; give another --out"
-        )
 
 
 def read_scan(directory: Path) -> ScanData:
@@ -70,28 +56,14 @@ def read_scan(directory: Path) -> ScanData:
         frame=read_frame(directory / "scan.csv"),
         provenance=provenance,
         spectra=_read_spectra(directory / "spectra.npz"),
-        calibration=_read_outliers(directory / "blocks.csv"),
+        block_lod=_read_block_lod(directory / "blocks.csv"),
     )
 
 
-@dataclass(frozen=True)
-class StoredLod:
-    """The outliers of a block as they were stored, column name -> percent."""
-
-    columns: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class StoredBlocks:
-    """Block index -> stored outliers."""
-
-    blocks: Mapping[int, StoredLod]
-
-
-def _read_outliers(path: Path) -> StoredBlocks | None:
-    """What blocks.csv says of the blocks' LOD, to the last bit; None where there is no such file."""
+def _read_block_lod(path: Path) -> dict[int, dict[str, float]]:
+    """The columns of LOD of each block in blocks.csv, to the last bit; empty where there is no such file."""
     if not path.is_file():
-        return None
+        return {}
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         columns = [name for name in frame.columns if name in LOD_COLUMNS or is_tau_column(name)]
@@ -100,7 +72,7 @@ def _read_outliers(path: Path) -> StoredBlocks | None:
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a scan's blocks ({error}), expected the blocks.csv of `htsr scan`") from error
     rows = values.to_dict("records")
-    return StoredBlocks({int(index): StoredLod(row) for index, row in zip(indexes, rows, strict=True)})
+    return {int(index): row for index, row in zip(indexes, rows, strict=True)}
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -116,17 +88,14 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise BadInput(f"{path}: not a scan's table ({error}), expected the scan.csv of `htsr scan`") from error
 
 
-def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front; numbers are left alone."""
-    text = [name for name in frame.columns if name in TEXT]
-    return frame.assign(
-        **{name: frame[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}
-    )
-
-
 def csv_text(frame: pd.DataFrame) -> str:
-    """CSV with numbers at full precision and empty cells for what was not computed."""
-    return safe_cells(frame).to_csv(index=False, lineterminator="\n")
+    """CSV with numbers at full precision and empty cells for what was not computed.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    text = frame[[name for name in frame.columns if name in TEXT]]
+    safe = {name: text[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}
+    return frame.assign(**safe).to_csv(index=False, lineterminator="\n")
 
 
 def save_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame, directory: Path) -> None:
@@ -134,7 +103,7 @@ def save_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame, directory:
     from htsr.comparison_plots import comparison_pictures
     from htsr.plots import picture
 
-    check_target(directory)
+    check_output_directory(directory)
     write_text(directory / "compare.csv", csv_text(matrices))
     for name, ax in comparison_pictures(a, b, matrices).items():
         (directory / f"{name}.png").write_bytes(picture(ax))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from htsr.cache import Analyse
 from htsr.console import quiet_libraries
 from htsr.errors import HtsrError
 from htsr.matrix_row import empty_row
@@ -55,7 +55,7 @@ def analyse(source: Source, view: LayerView) -> tuple[dict[str, Any], np.ndarray
     return row, values
 
 
-def one_at_a_time(source: Source) -> Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]:
+def one_at_a_time(source: Source) -> Analyse:
     """`analyse` for several threads: it captures what weightwatcher prints, which only one can do at a time."""
     lock = threading.Lock()
 
