@@ -61,7 +61,8 @@ def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: 
     from htsr.render import json_text, render_scan, scan_record
     from htsr.scanner import scan as run_scan
 
-    directory = Path(out) if out is not None else Path("reports/scans") / directory_name(model, options["base"])
+    name = slug(model) if options["base"] is None else f"{slug(model)}-against-{slug(options['base'])}"
+    directory = Path(out) if out is not None else Path("reports/scans") / name
     check_output_directory(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
     say_aloud(result, quiet=options["quiet"])
@@ -121,9 +122,8 @@ def compare(
     if out is not None:
         save_comparison(a, b, matrices, Path(out))
     if as_json:
-        click.echo(
-            json_text({"a": a.provenance.get("model"), "b": b.provenance.get("model"), "matrices": records(matrices)})
-        )
+        identities = {name: scan.provenance.get("model") for name, scan in (("a", a), ("b", b))}
+        click.echo(json_text({**identities, "matrices": records(matrices)}))
     else:
         click.echo(render_comparison(a, b, matrices))
         if out is not None:
@@ -164,11 +164,6 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
     click.echo(json_text({"rows": records(rows)}) if as_json else render_verification(rows))
     if differing := int((~rows["agrees"]).sum()):
         raise HtsrError(f"{differing} of {len(rows)} matrices differ from weightwatcher")
-
-
-def directory_name(model: str, base: str | None) -> str:
-    """Where a scan is written below reports/scans."""
-    return slug(model) if base is None else f"{slug(model)}-against-{slug(base)}"
 
 
 def say_aloud(result: ScanData, *, quiet: bool) -> None:

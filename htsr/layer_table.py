@@ -137,16 +137,14 @@ class LayerTable:
             raise BadInput("got no `model` or no `rule` object, expected both; make a table with `htsr table`")
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             raise BadInput("`blocks`: expected a list with one object a block")
-        columns = {name: _numbers(rows, name) for name in COLUMNS}
+        depth, columns = len(rows), {name: _numbers(rows, name) for name in COLUMNS}
         order = _check_blocks(columns.pop("index"), model.get("num_blocks"))
-        if isinstance(gamma, bool) or not isinstance(gamma, int) or not 1 <= gamma <= len(rows):
-            raise BadInput(
-                f"`gamma`: got {gamma!r}, expected a whole number from 1 to {len(rows)}, the number of blocks"
-            )
+        if isinstance(gamma, bool) or not isinstance(gamma, int) or not 1 <= gamma <= depth:
+            raise BadInput(f"`gamma`: got {gamma!r}, expected a whole number from 1 to {depth}, the number of blocks")
         _check_sum("probability", columns["probability"][order], 1.0)
         _check_sum("inclusion", columns["inclusion"][order], float(gamma))
         ordered = {name: column[order] for name, column in columns.items()}
-        return cls(model=model, rule=rule, gamma=gamma, index=np.arange(len(rows)), **ordered)
+        return cls(model=model, rule=rule, gamma=gamma, index=np.arange(depth), **ordered)
 
     @property
     def num_blocks(self) -> int:

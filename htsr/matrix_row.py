@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
-from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, matrix_slices, plan_blocks
+from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, matrix_slices, read_slices
 
 PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
 COLUMNS = (
@@ -109,10 +110,9 @@ def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarr
     """
     values = []
     for part in view.pool:
-        side, longer = sorted((part.rows.size, part.cols.size))
-        blocks = (read_part(source, part, block) for block in plan_blocks(part.rows.size, part.cols.size))
-        parts = blocks if part.rows.size == longer else (block.T for block in blocks)
-        values.append(gram_eigenvalues(gram(parts, side, dtype)))
+        rows, cols = part.rows.size, part.cols.size
+        blocks = read_slices(partial(read_part, source, part), rows, cols)
+        values.append(gram_eigenvalues(gram(blocks, min(rows, cols), dtype)))
     return np.sort(np.concatenate(values)) / 2
 
 
@@ -151,11 +151,8 @@ def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any
     """
     whole = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
     if whole is not None:
-        yield from matrix_slices(whole)
-        return
-    for block in plan_blocks(view.rows, view.cols):
-        part = read_block(source, view, block)
-        yield part if view.rows >= view.cols else part.T
+        return matrix_slices(whole)
+    return read_slices(partial(read_block, source, view), view.rows, view.cols)
 
 
 def why_failed(source: Source, view: LayerView, error: Exception) -> str:

@@ -42,8 +42,7 @@ def null_rows(
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """tensor -> its NULL_COLUMNS, for every matrix with a spectrum; what could not be computed is left out."""
-    wanted = [view for view in layers if view.tensor in spectra]
-    wanted.sort(key=lambda view: -view.rows * view.cols)
+    wanted = sorted((v for v in layers if v.tensor in spectra), key=lambda view: -view.rows * view.cols)
     found = {}
     done = run(
         lambda view: null_row(source, view, spectra[view.tensor], seed),

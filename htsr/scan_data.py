@@ -114,11 +114,9 @@ def aggregate_blocks(frame: pd.DataFrame, block_lod: BlockLod, num_blocks: int |
     inside = frame[frame["block"].notna()]
     if "part_of" in inside:
         inside = inside[inside["part_of"] == ""]
-    found = sorted(inside["block"].astype(int).unique().tolist())
-    indexes = range(num_blocks) if num_blocks is not None else found
     groups = {int(index): rows for index, rows in inside.groupby("block")}
-    nothing = inside.iloc[:0]
-    records = [_block_row(index, groups.get(index, nothing), block_lod.get(index, {})) for index in indexes]
+    indexes = range(num_blocks) if num_blocks is not None else sorted(groups)
+    records = [_block_row(index, groups.get(index, inside.iloc[:0]), block_lod.get(index, {})) for index in indexes]
     further = [name for name in frame.columns if is_tau_column(name)]
     blocks = pd.DataFrame.from_records(records, columns=[*BLOCK_COLUMNS[:9], *further])
     return blocks.astype(

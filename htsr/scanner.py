@@ -115,14 +115,20 @@ def scan(
     check_settings(settings)
     clock = Clock()
     source = open_source(model, revision=revision, allow_pickle=allow_pickle, base=base)
-    layers, identity = views(source), identify(source)
+    layers = views(source)
+    identity = {
+        "id": source.id,
+        "revision": source.revision,
+        "num_blocks": num_blocks(source),
+        "config_sha256": source.config_sha256(),
+    }
     with ahead(source, workers):
         clock.lap("load")
         outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
         clock.lap("lod")
         work = analyser(engine, source, precision, device, fresh=fresh)
         rows, spectra = analyse_all(source, layers, work, workers, quiet)
-    identity["weights_sha256"] = source.weights_sha256()
+    identity["weights_sha256"] = source.weights_sha256()  # `ahead` has found it by now
     clock.lap("alpha")
     alone = weight_lod(source, layers, taus, lod_scope, workers) if outliers is None else {}
     frame = assemble(rows, layers, outliers, alone, taus)
@@ -197,16 +203,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
-
-
-def identify(source: Source) -> dict[str, Any]:
-    """What a layer table has to know its model by; the hash of its weights comes later."""
-    return {
-        "id": source.id,
-        "revision": source.revision,
-        "num_blocks": num_blocks(source),
-        "config_sha256": source.config_sha256(),
-    }
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -163,8 +163,7 @@ class MergedSource(_OnBase):
             axis = 0 if self._outputs_across(name) else 1
             squares = np.zeros((height, width)[1 - axis])
             for block in plan_blocks(height, width):
-                rows = (block.start, block.stop) if block.axis == 0 else (0, height)
-                cols = (0, width) if block.axis == 0 else (block.start, block.stop)
+                rows, cols = block.window(height, width)
                 taken = slice(*(cols if axis == 0 else rows))
                 squares[taken] += np.sum(self._sum(name, rows, cols) ** 2, axis=axis)
             magnitude = self.adapter.magnitude(self.changed[name])
@@ -174,11 +173,7 @@ class MergedSource(_OnBase):
 
     def _meet(self, name: str, *, new: bool = False) -> str:
         """The base's name of a weight that the adapter calls `name`: files may leave out what heads put in front."""
-        ends = [
-            known
-            for known in self._in_base
-            if known == name or name.endswith(f".{known}") or known.endswith(f".{name}")
-        ]
+        ends = [each for each in self._in_base if f".{name}".endswith(f".{each}") or each.endswith(f".{name}")]
         if name in ends:
             return name
         if len(ends) == 1:

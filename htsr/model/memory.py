@@ -29,7 +29,10 @@ class ModuleSource(Source):
         state = model.state_dict() if isinstance(model, nn.Module) else model
         self._tensors = distinct_tensors(state)
         self.id = id_ or _name(self.module)
-        infos = [TensorInfo(name=n, shape=tuple(t.shape), dtype=_dtype(t)) for n, t in self._tensors.items()]
+        infos = [
+            TensorInfo(name=n, shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."))
+            for n, t in self._tensors.items()
+        ]
         self.tensors = without_tied(infos, self.config)
 
     @cached_property
@@ -114,10 +117,6 @@ def distinct_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not distinct:
         raise BadInput("got a model without tensors, expected weights")
     return distinct
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _name(module: nn.Module | None) -> str:

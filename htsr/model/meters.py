@@ -34,6 +34,11 @@ class MeasuredBlock:
     index: int
     maps: list[MeasuredMap]
 
+    @property
+    def size(self) -> int:
+        """The number of weights of all maps."""
+        return sum(each.weight.numel() for each in self.maps)
+
 
 class InputMeter:
     """Sums the squares of what enters each linear map of a block, while its context is open.
@@ -119,16 +124,14 @@ class ExpertMeter(TorchFunctionMode):
             place = parameter.untyped_storage().data_ptr()
             if place not in self.transposed:
                 raise BadInput(f"{name}: its experts are not applied one by one, expected that to measure their inputs")
+            # whether gate and up take turns in a fused stack; None where that is not known
+            interleaved = INPUTS_FIRST.get(self.kind) if self.transposed[place] else False
             for index in range(parameter.shape[0]):
                 weight = parameter.detach()[index]
                 weight = weight.t() if self.transposed[place] else weight
                 sums = _halves(self.sums, (place, index), weight)
-                for role, part in _expert_roles(name, index, weight, self._interleaved(place)):
+                for role, part in _expert_roles(name, index, weight, interleaved):
                     yield MeasuredMap(role=role, weight=part, square_sums=sums)
-
-    def _interleaved(self, place: int) -> bool | None:
-        """Whether gate and up take turns in a fused stack; None where that is not known."""
-        return INPUTS_FIRST.get(self.kind) if self.transposed[place] else False
 
     def _hear(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
         place = weight.untyped_storage().data_ptr()

@@ -87,17 +87,14 @@ def block_outliers(
         for m in measured.maps
         for role, outputs in (shares or {}).get((measured.index, m.role), ())
     ]
-    pooled = _limits(members, levels)
-    limits = [pooled if scope == "block" else _limits([member], levels) for member in (*members, *parts)]
-    counts = [_counts(member, levels, limit) for member, limit in zip((*members, *parts), limits, strict=True)]
-    sizes = [member.weight.numel() for member in (*members, *parts)]
-    each = {
-        member.role: _outliers(count, size, limit, taus)
-        for member, count, size, limit in zip((*members, *parts), counts, sizes, limits, strict=True)
-    }
-    whole = slice(len(members))
-    total = np.sum(counts[whole], axis=0), sum(sizes[whole]), np.sum(limits[whole], axis=0)
-    return _outliers(*total, taus), each
+    pooled, every = _limits(members, levels), [*members, *parts]
+    limits = [pooled if scope == "block" else _limits([member], levels) for member in every]
+    counts = [_counts(member, levels, limit) for member, limit in zip(every, limits, strict=True)]
+    sizes = [member.weight.numel() for member in every]
+    each = [_outliers(*found, taus) for found in zip(counts, sizes, limits, strict=True)]
+    n = len(members)
+    block = _outliers(np.sum(counts[:n], axis=0), sum(sizes[:n]), np.sum(limits[:n], axis=0), taus)
+    return block, {member.role: outliers for member, outliers in zip(every, each, strict=True)}
 
 
 def _member(role: str, weight: Tensor, square_sums: Tensor) -> _Member:

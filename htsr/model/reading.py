@@ -25,8 +25,7 @@ def read_block(source: Source, view: LayerView, block: Block) -> np.ndarray:
 
 def read_part(source: Source, part: Part, block: Block) -> np.ndarray:
     """Rows or columns (`block.axis` 0 or 1) of a part, a C-contiguous array."""
-    rows = (block.start, block.stop) if block.axis == 0 else (0, part.rows.size)
-    cols = (0, part.cols.size) if block.axis == 0 else (block.start, block.stop)
+    rows, cols = block.window(part.rows.size, part.cols.size)
     strips = [_columns(source, part, stretch, cols) for stretch in part.rows.pieces(*rows)]
     return strips[0] if len(strips) == 1 else np.concatenate(strips)
 

@@ -193,10 +193,9 @@ def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> Ent
     if not begin <= end <= size - data_start:
         _refuse(file, f"tensor {name!r} at bytes {begin}..{end}", f"offsets within {size - data_start} bytes of data")
     dtype = DTYPES.get(code, code.lower())
-    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        _refuse(
-            file, f"tensor {name!r} with {end - begin} bytes", f"{math.prod(shape) * ITEM_BYTES[dtype]} for {shape}"
-        )
+    wanted = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
+    if end - begin != wanted:
+        _refuse(file, f"tensor {name!r} with {end - begin} bytes", f"{wanted} for {shape}")
     info = TensorInfo(name=name, shape=shape, dtype=dtype)
     return Entry(info=info, file=file, offset=data_start + begin, num_bytes=end - begin)
 

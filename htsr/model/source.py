@@ -111,9 +111,7 @@ class Source(ABC):
 
     def array(self, name: str, block: Block) -> np.ndarray:
         """Rows or columns of a tensor seen as a matrix."""
-        rows, cols = flat_shape(self.info(name).shape)
-        chosen = (block.start, block.stop)
-        return self.window(name, chosen, (0, cols)) if block.axis == 0 else self.window(name, (0, rows), chosen)
+        return self.window(name, *block.window(*flat_shape(self.info(name).shape)))
 
     def in_memory(self, name: str) -> torch.Tensor | None:
         """A tensor seen as a matrix, in its own dtype and on its own device, where it is in memory already."""

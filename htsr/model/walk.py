@@ -66,15 +66,17 @@ class Recorder:
     batches: Sequence[Batch]
     as_tuple: bool
 
-    def recordings(self, count: int) -> Iterator[tuple[Batch, Recording]]:
-        """The first batches, as many as hold `count` windows, with how the blocks are called on them."""
+    @torch.no_grad()
+    def recordings(self, count: int) -> list[tuple[int, Recording]]:
+        """The halves of the first batches, as many as hold `count` windows, and how the blocks are called on them."""
+        found: list[tuple[int, Recording]] = []
         for batch in self.batches:
-            if count <= 0:
-                return
-            recording = _pass(self.skeleton, batch.ids, self.as_tuple, shift=0.0)
-            assert recording is not None  # `record_calls` has seen it
-            yield batch, recording
+            if count > 0:
+                recording = _pass(self.skeleton, batch.ids, self.as_tuple, shift=0.0)
+                assert recording is not None  # `record_calls` has run this batch
+                found.append((batch.half, recording))
             count -= len(batch.ids)
+        return found
 
 
 def stream_blocks(
@@ -86,11 +88,10 @@ def stream_blocks(
     rounded (autocast): hidden states and norms stay in float32.
     """
     skeleton = recorder.skeleton
-    with torch.no_grad():
-        batches = list(recorder.recordings(count))
-    hidden = {dtype: [recording.hidden for _, recording in batches] for dtype in dtypes}
-    calls = [(batch.half, recording.calls) for batch, recording in batches]
-    del batches  # the hidden states of the embeddings go when the first block has read them
+    recordings = recorder.recordings(count)
+    hidden = {dtype: [recording.hidden for _, recording in recordings] for dtype in dtypes}
+    calls = [(half, recording.calls) for half, recording in recordings]
+    del recordings  # the hidden states of the embeddings go when the first block has read them
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
             measured = tuple(_measure(skeleton, block, index, dtype, calls, hidden[dtype]) for dtype in dtypes)
@@ -236,10 +237,9 @@ def _kind(model: nn.Module) -> str:
 
 def _call_arguments(model: nn.Module) -> dict[str, Any]:
     """How the model is called: None marks where the token ids go."""
-    known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": None}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = None
-    if "use_cache" in known:
+    if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     return arguments

@@ -8,7 +8,7 @@ dtype policy: everything is computed in float64 unless float32 is asked for; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class Block:
     axis: int
     start: int
     stop: int
+
+    def window(self, rows: int, cols: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(first, last) row and (first, last) column of the slice in a rows x cols matrix; the last is exclusive."""
+        chosen = (self.start, self.stop)
+        return (chosen, (0, cols)) if self.axis == 0 else ((0, rows), chosen)
 
 
 def plan_blocks(rows: int, cols: int) -> list[Block]:
@@ -115,12 +120,26 @@ def without_noise(values: np.ndarray, dtype: type) -> np.ndarray:
     return np.where(values > noise, values, 0.0).astype(np.float64)
 
 
-def matrix_slices(W: Any) -> Iterable[Any]:
-    """The slices of a matrix in memory, each with min(rows, cols) columns, as `gram` wants them."""
-    rows, cols = W.shape
+def read_slices(read: Callable[[Block], Any], rows: int, cols: int) -> Iterator[Any]:
+    """Read a matrix in the slices that `gram` takes, each with min(rows, cols) columns: those of a wide one transposed.
+
+    Args:
+        read: returns the rows or columns that a slice names.
+        rows: number of rows of the matrix.
+        cols: number of columns.
+    """
     for block in plan_blocks(rows, cols):
-        part = W[block.start : block.stop] if block.axis == 0 else W[:, block.start : block.stop]
-        yield part if rows >= cols else part.T
+        yield read(block) if rows >= cols else read(block).T
+
+
+def matrix_slices(W: Any) -> Iterator[Any]:
+    """The slices of a matrix in memory, an array or a tensor, as `gram` takes them."""
+
+    def read(block: Block) -> Any:
+        rows, cols = block.window(*W.shape)
+        return W[slice(*rows), slice(*cols)]
+
+    return read_slices(read, *W.shape)
 
 
 def eigenvalues(W: Any, precision: type = np.float64) -> np.ndarray:
