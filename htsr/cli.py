@@ -65,7 +65,7 @@ def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: 
     directory = Path(out) if out is not None else Path("reports/scans") / name
     check_output_directory(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
-    say_aloud(result, quiet=options["quiet"])
+    print_notices(result, quiet=options["quiet"])
     if as_json:
         saved = read_json(directory / "scan.json", expected="the scan's record")  # it knows the time of the plots
         click.echo(json_text({"out": str(directory), **scan_record(result), **saved}))
@@ -142,7 +142,7 @@ def show(path: str, as_json: bool, quiet: bool) -> None:
 
     if (Path(path).is_dir() and not (Path(path) / "table.json").is_file()) or (Path(path) / "scan.csv").is_file():
         result = load_scan(path)
-        say_aloud(result, quiet=quiet)
+        print_notices(result, quiet=quiet)
         click.echo(json_text(scan_record(result)) if as_json else render_scan(result))
         return
     made = LayerTable.load(path)
@@ -166,7 +166,7 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
         raise HtsrError(f"{differing} of {len(rows)} matrices differ from weightwatcher")
 
 
-def say_aloud(result: ScanData, *, quiet: bool) -> None:
+def print_notices(result: ScanData, *, quiet: bool) -> None:
     """What a user must not overlook: failed matrices, and a table that could not follow its scores."""
     failed = result.frame[result.frame["status"] == "failed"]
     if len(failed):

@@ -12,7 +12,7 @@ import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.layers import LayerView
-from htsr.model.reading import read_block, read_part, thin_factors
+from htsr.model.reading import read_part, read_slice, thin_factors
 from htsr.model.source import Source
 from htsr.numerics import certified
 from htsr.numerics.backend import LAPACK, Backend
@@ -20,7 +20,7 @@ from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
-from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, matrix_slices, read_slices
+from htsr.numerics.spectrum import MatrixSlice, gram, gram_eigenvalues, matrix_slices, read_slices
 
 PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
 COLUMNS = (
@@ -88,7 +88,7 @@ def spectrum(source: Source, view: LayerView, precision: str = "auto", device: s
         view.rows,
         view.cols,
         precision=precision,
-        square=lambda: read_block(source, view, Block(axis=0 if view.rows >= view.cols else 1, start=0, stop=side)),
+        square=lambda: read_slice(source, view, MatrixSlice(0, side, axis=0 if view.rows >= view.cols else 1)),
         relative_cut=RELATIVE_CUT if source.is_delta else None,
         backend=backend(device),
     )
@@ -149,10 +149,10 @@ def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any
 
     For another device what is in memory comes as tensors: it stays there, or travels in its own dtype.
     """
-    whole = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
-    if whole is not None:
-        return matrix_slices(whole)
-    return read_slices(partial(read_block, source, view), view.rows, view.cols)
+    W = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
+    if W is not None:
+        return matrix_slices(W)
+    return read_slices(partial(read_slice, source, view), view.rows, view.cols)
 
 
 def why_failed(source: Source, view: LayerView, error: Exception) -> str:

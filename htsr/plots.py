@@ -40,14 +40,14 @@ def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Power-law exponent of every matrix (dots, by kind) and each block's mean (line), by depth."""
     inside = frame[frame["block"].notna() & frame["alpha"].notna()]
     blocks, alpha = inside["block"].astype(int), inside["alpha"].astype(float)
-    places = blocks + _spread(inside["role"])
+    x = blocks + _spread(inside["role"])
     kinds = inside["role"].map(_kind)
     ax.axhspan(2, 6, color=BLUE, alpha=0.08, lw=0, label="2 to 6")
     for kind, colour in KINDS.items():
         if (kinds == kind).any():
-            ax.scatter(places[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
-    whole = inside["part_of"] == "" if "part_of" in inside else blocks >= 0  # as blocks have it: parts are in a whole
-    means = alpha[whole].groupby(blocks[whole]).mean()
+            ax.scatter(x[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
+    counted = inside["part_of"] == "" if "part_of" in inside else blocks >= 0  # parts are in their fused matrix
+    means = alpha[counted].groupby(blocks[counted]).mean()
     ax.plot(means.index, means, color=INK, lw=1.8, marker="o", ms=4, label="block mean")
     depth_axis(ax, blocks)
     top = max(1.15 * float(np.percentile(alpha, 98)), 1.05 * float(means.max()))

@@ -77,8 +77,8 @@ def render_verification(rows: pd.DataFrame) -> str:
         f"largest difference of alpha {worst:.2g}; "
         f"every column within its tolerance in {int(rows['agrees'].sum())}"
     )
-    whole = shown.astype({"n_tail": "Int64", "ww_n_tail": "Int64"})
-    return f"{align(whole)}\n\n{summary}"
+    shown = shown.astype({"n_tail": "Int64", "ww_n_tail": "Int64"})
+    return f"{align(shown)}\n\n{summary}"
 
 
 def align(frame: pd.DataFrame) -> str:

@@ -123,8 +123,8 @@ def describe(result: ScanData) -> list[str]:
     sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
     sentences += _outliers(result)
     if reason := result.provenance.get("lod_reason"):
-        whole = "was not computed" if result.blocks["lod"].isna().all() else "lacks blocks"
-        sentences.append(f"LOD {whole}: {reason}.")
+        verb = "was not computed" if result.blocks["lod"].isna().all() else "lacks blocks"
+        sentences.append(f"LOD {verb}: {reason}.")
     if result.default_table is not None and result.default_table.note:
         sentences.append(f"Layer table: {result.default_table.note}.")
     return sentences

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.cache import Analyse, remembered
+from htsr.cache import Analyse, with_cache
 from htsr.choices import ENGINES, PRECISIONS, SCOPES, check_choice
 from htsr.console import notice, progress
 from htsr.devices import pick_device
@@ -122,13 +122,13 @@ def scan(
         "num_blocks": num_blocks(source),
         "config_sha256": source.config_sha256(),
     }
-    with ahead(source, workers):
+    with in_background(source, workers):
         clock.lap("load")
         outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
         clock.lap("lod")
         work = analyser(engine, source, precision, device, fresh=fresh)
         rows, spectra = analyse_all(source, layers, work, workers, quiet)
-    identity["weights_sha256"] = source.weights_sha256()  # `ahead` has found it by now
+    identity["weights_sha256"] = source.weights_sha256()  # `in_background` has found it by now
     clock.lap("alpha")
     alone = weight_lod(source, layers, taus, lod_scope, workers) if outliers is None else {}
     frame = assemble(rows, layers, outliers, alone, taus)
@@ -163,7 +163,7 @@ def scan(
 
 
 @contextlib.contextmanager
-def ahead(source: Source, workers: int | None) -> Iterator[None]:
+def in_background(source: Source, workers: int | None) -> Iterator[None]:
     """What the end of a scan needs, done beside its work where that has several workers: hashes, and pandas loaded.
 
     A module's tensors are hashed at once: it is about to run. A lone worker hashes each tensor as it reads it.
@@ -219,7 +219,7 @@ def analyser(engine: str, source: Source, precision: str, device: str, *, fresh:
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
         work: Analyse = lambda view: analyse(source, view, precision, **on)  # noqa: E731
-        return remembered(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
+        return with_cache(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
     from htsr.weightwatcher_engine import one_at_a_time
 
     return one_at_a_time(source)

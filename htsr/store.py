@@ -15,13 +15,13 @@ import pandas as pd
 
 from htsr.errors import BadInput, NotFound
 from htsr.files import check_output_directory, read_json, write_text
-from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
+from htsr.null_columns import INTEGER_COLUMNS, TEXT_COLUMNS
 from htsr.provenance import SCHEMA
 from htsr.report import CAPTIONS, report_html
 from htsr.scan_data import ScanData
 from htsr.taus import LOD_COLUMNS, is_tau_column
 
-WHOLE = ("block", "rows", "cols", "n_tail", *WHOLE_COLUMNS)  # columns of whole numbers, empty where unknown
+INTEGERS = ("block", "rows", "cols", "n_tail", *INTEGER_COLUMNS)  # columns of whole numbers, empty where unknown
 TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of", *TEXT_COLUMNS)
 NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
@@ -67,8 +67,8 @@ def _read_block_lod(path: Path) -> dict[int, dict[str, float]]:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         columns = [name for name in frame.columns if name in LOD_COLUMNS or is_tau_column(name)]
-        values = pd.DataFrame({name: _numbers(frame[name], whole=False) for name in columns})
-        indexes = _numbers(frame["block"], whole=True)
+        values = pd.DataFrame({name: _numbers(frame[name], integer=False) for name in columns})
+        indexes = _numbers(frame["block"], integer=True)
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a scan's blocks ({error}), expected the blocks.csv of `htsr scan`") from error
     rows = values.to_dict("records")
@@ -80,8 +80,8 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         for name in frame.columns:
-            frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], whole=name in WHOLE)
-        if missing := {*WHOLE, *TEXT, *NEEDED} - {*frame.columns, "part_of", *WHOLE_COLUMNS, *TEXT_COLUMNS}:
+            frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], integer=name in INTEGERS)
+        if missing := {*INTEGERS, *TEXT, *NEEDED} - {*frame.columns, "part_of", *INTEGER_COLUMNS, *TEXT_COLUMNS}:
             raise KeyError(f"no column {min(missing)}")
         return frame.astype({"rows": "int64", "cols": "int64"})
     except (ValueError, KeyError, TypeError) as error:
@@ -134,8 +134,8 @@ def _write(result: ScanData, staging: Path, *, plots: bool) -> None:
 def _move(staging: Path, directory: Path) -> None:
     """Rename the new files into place and drop those of an earlier scan that have no successor."""
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    owned = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in CAPTIONS)]
-    for name in owned:
+    optional = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in CAPTIONS)]
+    for name in optional:
         if not (staging / name).exists():
             (directory / name).unlink(missing_ok=True)
     files = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
@@ -163,10 +163,10 @@ def _read_spectra(path: Path) -> dict[str, np.ndarray] | None:
         raise BadInput(f"{path}: not readable ({error}), expected the spectra of a scan; scan again") from error
 
 
-def _numbers(column: pd.Series, *, whole: bool) -> pd.Series:
+def _numbers(column: pd.Series, *, integer: bool) -> pd.Series:
     """A column of text as numbers, through Python's float, which reads back exactly what repr wrote."""
     values = pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
-    return values.astype("Int64") if whole else values
+    return values.astype("Int64") if integer else values
 
 
 def _plain(cell: str) -> str:

@@ -54,11 +54,11 @@ class AdapterSource(Source):
         self.path, self.id, self.stored = path, id_, stored
         self.settings = read_settings(path)
         self.changes: dict[str, LowRank] = {}
-        self.whole: dict[str, str] = {}  # weight of the model -> tensor of the adapter that replaces it
+        self.replacements: dict[str, str] = {}  # weight of the model -> tensor of the adapter that replaces it
         for tensor in stored.tensors:
             self._add(tensor)
         infos = [self._info(name, change) for name, change in self.changes.items()]
-        for name, tensor_name in self.whole.items():
+        for name, tensor_name in self.replacements.items():
             kept = stored.info(tensor_name)
             note = COPY if COPIED in name else "stored whole: its difference needs the base; give it with --base"
             infos.append(TensorInfo(name=name, shape=kept.shape, dtype=kept.dtype, note=note))
@@ -77,7 +77,7 @@ class AdapterSource(Source):
     def raw(self, name: str) -> Iterator[memoryview]:
         change = self.changes.get(name)
         if change is None:
-            yield from self.stored.raw(self.whole[name])
+            yield from self.stored.raw(self.replacements[name])
             return
         yield memoryview(repr((change.scale, change.transposed)).encode())
         for side in sorted(change.sides):
@@ -98,7 +98,7 @@ class AdapterSource(Source):
         name = tensor.name.removeprefix(PREFIX)
         found, length = FACTOR.fullmatch(name), MAGNITUDE.fullmatch(name)
         if found is None and length is None:
-            self.whole[name] = tensor.name
+            self.replacements[name] = tensor.name
             return
         module = (found or length)["module"]  # type: ignore[index]
         change = self.changes.setdefault(f"{module}.weight", LowRank())

@@ -12,9 +12,9 @@ import numpy as np
 from htsr.errors import BadInput
 from htsr.model.adapter import COPIED, AdapterSource
 from htsr.model.parts import flat_shape
-from htsr.model.reading import read_block
+from htsr.model.reading import read_slice
 from htsr.model.source import Source, TensorInfo
-from htsr.numerics.spectrum import plan_blocks
+from htsr.numerics.spectrum import plan_slices
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,9 @@ class _OnBase(Source):
         if view.stored not in self._in_base:
             return None
         moved = total = 0.0
-        for block in plan_blocks(view.rows, view.cols):
-            before = read_block(self.base, view, block).astype(np.float64)
-            after = read_block(self, view, block)
+        for block in plan_slices(view.rows, view.cols):
+            before = read_slice(self.base, view, block).astype(np.float64)
+            after = read_slice(self, view, block)
             moved += float(np.sum((after if self.is_delta else after - before) ** 2))
             total += float(np.sum(before**2))
         return float(np.sqrt(moved / total)) if total else None
@@ -107,8 +107,8 @@ class MergedSource(_OnBase):
     def __init__(self, adapter: AdapterSource, base: Source) -> None:
         self.adapter, self.base = adapter, base
         self.id, self.path = adapter.id, base.path
-        self.changed = {self._meet(name): name for name in adapter.changes if not adapter.why_not(name)}
-        self.replaced = {self._meet(name, new=True): name for name in adapter.whole if COPIED not in name}
+        self.changed = {self._base_name(name): name for name in adapter.changes if not adapter.why_not(name)}
+        self.replaced = {self._base_name(name, new=True): name for name in adapter.replacements if COPIED not in name}
         self._scales: dict[str, np.ndarray] = {}
         infos = [self._info(t) for t in base.tensors]
         infos += [self._info(adapter.info(at)) for at in self.replaced if at not in self._in_base]
@@ -120,7 +120,7 @@ class MergedSource(_OnBase):
 
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
         if name in self.replaced:
-            return self.adapter.stored.window(self.adapter.whole[self.replaced[name]], rows, cols)
+            return self.adapter.stored.window(self.adapter.replacements[self.replaced[name]], rows, cols)
         if name not in self.changed:
             return self.base.window(name, rows, cols)
         values = self._sum(name, rows, cols)
@@ -136,7 +136,7 @@ class MergedSource(_OnBase):
         if name in self.changed:
             return super().rows(name, start, stop)
         if name in self.replaced:
-            return self.adapter.stored.rows(self.adapter.whole[self.replaced[name]], start, stop)
+            return self.adapter.stored.rows(self.adapter.replacements[self.replaced[name]], start, stop)
         return self.base.rows(name, start, stop)
 
     def raw(self, name: str) -> Iterator[memoryview]:
@@ -162,7 +162,7 @@ class MergedSource(_OnBase):
             height, width = flat_shape(self.info(name).shape)
             axis = 0 if self._outputs_across(name) else 1
             squares = np.zeros((height, width)[1 - axis])
-            for block in plan_blocks(height, width):
+            for block in plan_slices(height, width):
                 rows, cols = block.window(height, width)
                 taken = slice(*(cols if axis == 0 else rows))
                 squares[taken] += np.sum(self._sum(name, rows, cols) ** 2, axis=axis)
@@ -171,7 +171,7 @@ class MergedSource(_OnBase):
             self._scales[name] = magnitude / np.sqrt(squares)
         return self._scales[name]
 
-    def _meet(self, name: str, *, new: bool = False) -> str:
+    def _base_name(self, name: str, *, new: bool = False) -> str:
         """The base's name of a weight that the adapter calls `name`: files may leave out what heads put in front."""
         ends = [each for each in self._in_base if f".{name}".endswith(f".{each}") or each.endswith(f".{name}")]
         if name in ends:
@@ -186,7 +186,7 @@ class MergedSource(_OnBase):
 
     def _info(self, tensor: TensorInfo) -> TensorInfo:
         if tensor.name in self.replaced:
-            kept = self.adapter.stored.info(self.adapter.whole[self.replaced[tensor.name]])
+            kept = self.adapter.stored.info(self.adapter.replacements[self.replaced[tensor.name]])
             return replace(kept, name=tensor.name)
         if tensor.name not in self.changed or not tensor.readable:
             return tensor

@@ -82,8 +82,8 @@ def gate_up_parts(rows: int, cols: int, axis: int, *, interleaved: bool) -> dict
         "gate": Runs(start=0, width=1, stride=2, count=half) if interleaved else run(0, half),
         "up": Runs(start=1, width=1, stride=2, count=half) if interleaved else run(half, half),
     }
-    whole = run(0, (rows, cols)[1 - axis])
-    return {name: (chosen, whole) if axis == 0 else (whole, chosen) for name, chosen in halves.items()}
+    across = run(0, (rows, cols)[1 - axis])
+    return {name: (chosen, across) if axis == 0 else (across, chosen) for name, chosen in halves.items()}
 
 
 def expert_gate_up(gate_up: tuple[int, ...], down: tuple[int, ...] | None, kind: str) -> dict[str, tuple[Runs, Runs]]:

@@ -64,8 +64,8 @@ def locate_blocks(names: Iterable[str], *, numbered: bool = False) -> dict[str, 
     split = {name: _split_at_integer(name) for name in names}
     stacks, number = _stacks(split.values(), numbered=numbered)
     return {
-        name: (number[place[0], place[1]], place[2]) if place is not None and place[0] in stacks else (None, name)
-        for name, place in split.items()
+        name: (number[parts[0], parts[1]], parts[2]) if parts is not None and parts[0] in stacks else (None, name)
+        for name, parts in split.items()
     }
 
 
@@ -132,19 +132,19 @@ def role_of(name: str) -> str:
 
 
 def expert_role(path: str, index: int) -> str:
-    """The role of one matrix of a stack from the stack's name inside its block: that of a name of the expert's own."""
-    own = re.sub(r"(^|\.)experts(?=\.)", rf"\1experts.{index}", path, count=1)
-    if own != path:
-        return role_of(own)
+    """The role of one matrix of a stack from the stack's name inside its block, as if each expert had a tensor."""
+    numbered_path = re.sub(r"(^|\.)experts(?=\.)", rf"\1experts.{index}", path, count=1)
+    if numbered_path != path:
+        return role_of(numbered_path)
     role = role_of(path)
     return f"experts.{index}.{role}" if role in ("gate", "up", "down", "gate_up", "fc1", "fc2") else f"{role}.{index}"
 
 
-def distinct_roles(places: list[tuple[str, int | None, str]]) -> dict[str, str]:
+def distinct_roles(locations: list[tuple[str, int | None, str]]) -> dict[str, str]:
     """Roles of matrices, with the path inside the block instead where two of one block would share a role."""
-    count = Counter((block, role_of(rest)) for _, block, rest in places)
+    count = Counter((block, role_of(rest)) for _, block, rest in locations)
     roles = {}
-    for name, block, rest in places:
+    for name, block, rest in locations:
         role = role_of(rest)
         roles[name] = rest.removesuffix(".weight") if block is not None and count[block, role] > 1 else role
     return roles

@@ -88,8 +88,8 @@ class SafetensorsSource(Source):
     def _read_window(self, entry: Entry, rows: tuple[int, int], cols: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         height, width = flat_shape(entry.info.shape)
         if getattr(self._held, "name", None) == entry.info.name:
-            whole = self._held.bytes.view(dtype).reshape(height, width)
-            return np.ascontiguousarray(whole[rows[0] : rows[1], cols[0] : cols[1]])
+            matrix = self._held.bytes.view(dtype).reshape(height, width)
+            return np.ascontiguousarray(matrix[rows[0] : rows[1], cols[0] : cols[1]])
         out = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
         with entry.file.open("rb", buffering=0) as handle:
             if out.shape[1] == width:

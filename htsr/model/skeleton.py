@@ -150,9 +150,9 @@ def model_config(source: Source) -> Any:
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    own = getattr(source.module, "config", None)
-    if isinstance(own, PretrainedConfig):
-        return copy.deepcopy(own)
+    config = getattr(source.module, "config", None)
+    if isinstance(config, PretrainedConfig):
+        return copy.deepcopy(config)
     if source.config is None:
         raise BadInput(f"{source.id}: no configuration (config.json), expected one beside the weights to calibrate")
     kind = str(source.config.get("model_type"))
@@ -255,9 +255,9 @@ def _experts(
     stored = {view.stored for members in experts for view in members}
     if len(stored) == 1 and source.info(name := stored.pop()).shape == shape:
         return name
-    whole = all(view.part is None and view.cols == shape[2] for members in experts for view in members)
+    complete = all(view.part is None and view.cols == shape[2] for members in experts for view in members)
     tall = all(sum(view.rows for view in members) == shape[1] for members in experts)
-    return [[view.tensor for view in members] for members in experts] if whole and tall else None
+    return [[view.tensor for view in members] for members in experts] if complete and tall else None
 
 
 def _set(module: nn.Module, local: str, weights: Tensor) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from htsr.errors import NotFound
 from htsr.model.names import tied_copies
 from htsr.model.parts import flat_shape
-from htsr.numerics.spectrum import Block
+from htsr.numerics.spectrum import MatrixSlice
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ class Source(ABC):
         A C-contiguous float array of a type NumPy knows.
         """
 
-    def array(self, name: str, block: Block) -> np.ndarray:
+    def array(self, name: str, block: MatrixSlice) -> np.ndarray:
         """Rows or columns of a tensor seen as a matrix."""
         return self.window(name, *block.window(*flat_shape(self.info(name).shape)))
 

@@ -111,7 +111,7 @@ def _measure(
 ) -> MeasuredBlock:
     """Block `index` over every batch, (half, its calls); its outputs take the place of `hidden`."""
     meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
-    with meter, experts.listening(), _products_in(dtype, skeleton.device):
+    with meter, experts.when_needed(), _products_in(dtype, skeleton.device):
         for position, (half, batch) in enumerate(calls):
             meter.half = experts.half = half
             hidden[position] = batch[index].run(block, hidden[position])
@@ -130,7 +130,7 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
     arguments, experts = _call_arguments(model), ExpertMeter(stack, _kind(model))
     try:
         model.eval()
-        with experts.listening(), ExitStack() as hooks, torch.no_grad():
+        with experts.when_needed(), ExitStack() as hooks, torch.no_grad():
             meters = [hooks.enter_context(InputMeter(block)) for block in stack]
             for batch in batched(windows.to(device)):
                 experts.half = batch.half

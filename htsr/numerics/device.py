@@ -103,7 +103,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
         return (to_device(block, dtype, device) for block in slices)
 
     def reduce(slices: Iterable[Any], side: int, scale: float) -> Decomposed:
-        with own_stream(device):
+        with thread_stream(device):
             G = torch.zeros(side, side, device=device)
             for S in on_device(slices, torch.float32):
                 scaled = S * scale  # a power of two
@@ -115,7 +115,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return Decomposed(values.double().cpu().numpy(), basis)
 
     def residuals(slices: Iterable[Any], V: Tensor, values: np.ndarray) -> np.ndarray:
-        with own_stream(device):
+        with thread_stream(device):
             Q = V.double()
             AQ = torch.zeros_like(Q)
             for S in on_device(slices, torch.float64):
@@ -124,7 +124,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return (off.norm(dim=0) / Q.norm(dim=0)).cpu().numpy()
 
     def ritz(slices: Iterable[Any], V: Tensor) -> np.ndarray:
-        with own_stream(device):
+        with thread_stream(device):
             Q = torch.linalg.qr(V.double())[0]
             K = torch.zeros(Q.shape[1], Q.shape[1], dtype=torch.float64, device=device)
             for S in on_device(slices, torch.float64):
@@ -133,7 +133,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return torch.linalg.eigvalsh(K).cpu().numpy()
 
     def exact(slices: Iterable[Any], side: int) -> tuple[np.ndarray, None]:
-        with own_stream(device):
+        with thread_stream(device):
             G = torch.zeros(side, side, dtype=torch.float64, device=device)
             for S in on_device(slices, torch.float64):
                 G.addmm_(S.T, S)
@@ -154,7 +154,7 @@ _STREAMS = threading.local()
 
 
 @contextlib.contextmanager
-def own_stream(device: str) -> Iterator[None]:
+def thread_stream(device: str) -> Iterator[None]:
     """This thread's stream of a CUDA device, so that several small matrices overlap; nothing elsewhere."""
     if torch.device(device).type != "cuda":
         yield
