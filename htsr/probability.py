@@ -74,7 +74,7 @@ def probabilities(scores: ArrayLike, temperature: float = 1.0) -> Floats:
     values = _scores(scores)
     if values.max() == 0:
         return np.full(len(values), 1.0 / len(values))
-    powers = (values / values.max()) ** (1.0 / temperature)  # relative to the largest: never overflows
+    powers = values ** (1.0 / temperature)  # the largest is 1: nothing overflows
     return powers / powers.sum()
 
 
