@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "LayerTable": "htsr.layer_table",
     "PowerLawFit": "htsr.numerics.powerlaw",
     "ScanResult": "htsr.result",
@@ -33,13 +33,13 @@ _HOMES = {
     "load_scan": "htsr.result",
     "scan": "htsr.scanner",
 }
-__all__ = sorted(["__version__", *_HOMES])
+__all__ = sorted(["__version__", *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'htsr' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

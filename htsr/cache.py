@@ -11,8 +11,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from htsr.files import write_bytes
 from htsr.matrix_row import cost, empty_row
 from htsr.model.layers import LayerView
 from htsr.model.parts import Part
 from htsr.model.source import Source
 
-Work = Callable[[LayerView], tuple[dict[str, Any], "np.ndarray | None"]]
+Analyse = Callable[[LayerView], tuple[dict[str, Any], "np.ndarray | None"]]  # a view's row and eigenvalues
 MIN_FLOPS = 1e7  # below, computing costs no more than reading an entry
 DIGEST_BYTES = 32
-OWN = ("block", "role", "tensor", "rows", "cols", "dtype", "part_of", "lod", "lod_weight", "seconds")  # not kept
+UNCACHED = ("block", "role", "tensor", "rows", "cols", "dtype", "part_of", "lod", "lod_weight", "seconds")
 IDENTITY = ("tensor", "block", "role", "reason", "part_of")  # of a view: where the matrix is, not what it is
 
 
@@ -67,7 +66,7 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def remembered(work: Work, source: Source, directory: Path, *, fresh: bool, **settings: Any) -> Work:
+def with_cache(work: Analyse, source: Source, directory: Path, *, fresh: bool, **settings: Any) -> Analyse:
     """`work` that looks into the cache first, and keeps there what it has computed; `fresh` only does the latter.
 
     Rows from the cache have `cached` set. Failed rows and differences to a base model are always computed.
@@ -78,12 +77,12 @@ def remembered(work: Work, source: Source, directory: Path, *, fresh: bool, **se
         if view.reason or source.base is not None or cost(view) < MIN_FLOPS:
             return work(view)
         start, key = time.perf_counter(), entry_key(source, view, **settings)
-        if not fresh and (kept := cache.get(key)) is not None:
+        if not fresh and (stored := cache.get(key)) is not None:
             known = {"seconds": time.perf_counter() - start, "cached": True}
-            return {**empty_row(view, "ok", ""), **kept[0], **known}, kept[1]
+            return {**empty_row(view, "ok", ""), **stored[0], **known}, stored[1]
         row, values = work(view)
         if values is not None:
-            cache.put(key, {k: v for k, v in row.items() if k not in OWN}, values)
+            cache.put(key, {k: v for k, v in row.items() if k not in UNCACHED}, values)
         return row, values
 
     return lookup
@@ -114,15 +113,8 @@ class Cache:
             + b"\n"
             + np.asarray(eigenvalues, np.float64).tobytes()
         )
-        file = self._file(key)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(hashlib.sha256(key.encode() + body).digest() + body)
-                temporary.replace(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_bytes(self._file(key), hashlib.sha256(key.encode() + body).digest() + body)
 
     def _file(self, key: str) -> Path:
         return self._root / key[:2] / key[2:]

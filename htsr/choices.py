@@ -15,6 +15,5 @@ SCOPES = ("block", "matrix")
 
 def check_choice(name: str, got: str, known: Sequence[str]) -> None:
     """Raise a UsageError that names the nearest known value."""
-    if got in known:
-        return
-    raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}{did_you_mean(str(got), known)}")
+    if got not in known:
+        raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}{did_you_mean(str(got), known)}")

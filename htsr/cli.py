@@ -10,7 +10,7 @@ import click
 from htsr import __version__, console
 from htsr.choices import DIRECTIONS, ENGINES, PRECISIONS, RULES, SCOPES
 from htsr.errors import HtsrError
-from htsr.files import slug
+from htsr.files import check_output_directory, read_json, slug
 
 if TYPE_CHECKING:
     from htsr.scan_data import ScanData
@@ -58,15 +58,14 @@ def main() -> None:
 @quiet_option
 def scan(model: str, out: str | None, no_plots: bool, as_json: bool, **options: Any) -> None:
     """Scan MODEL: a directory (an adapter's too), a .safetensors or .gguf file, a Hugging Face id, or `demo`."""
-    from htsr.files import read_json
     from htsr.render import json_text, render_scan, scan_record
     from htsr.scanner import scan as run_scan
-    from htsr.store import check_target
 
-    directory = Path(out) if out is not None else Path("reports/scans") / directory_name(model, options["base"])
-    check_target(directory)
+    name = slug(model) if options["base"] is None else f"{slug(model)}-against-{slug(options['base'])}"
+    directory = Path(out) if out is not None else Path("reports/scans") / name
+    check_output_directory(directory)
     result = run_scan(model, out=directory, plots=not no_plots, **options)
-    say_aloud(result, quiet=options["quiet"])
+    print_notices(result, quiet=options["quiet"])
     if as_json:
         saved = read_json(directory / "scan.json", expected="the scan's record")  # it knows the time of the plots
         click.echo(json_text({"out": str(directory), **scan_record(result), **saved}))
@@ -114,18 +113,17 @@ def compare(
     from htsr.comparison import compare as compare_scans
     from htsr.render import json_text, records, render_comparison
     from htsr.result import load_scan
-    from htsr.store import check_target, save_comparison
+    from htsr.store import save_comparison
 
     if out is not None:
-        check_target(Path(out))
+        check_output_directory(Path(out))
     a, b = load_scan(scan_a), load_scan(scan_b)
     matrices = compare_scans(a, b, models=models or None, rank=rank, quiet=quiet)
     if out is not None:
         save_comparison(a, b, matrices, Path(out))
     if as_json:
-        click.echo(
-            json_text({"a": a.provenance.get("model"), "b": b.provenance.get("model"), "matrices": records(matrices)})
-        )
+        identities = {name: scan.provenance.get("model") for name, scan in (("a", a), ("b", b))}
+        click.echo(json_text({**identities, "matrices": records(matrices)}))
     else:
         click.echo(render_comparison(a, b, matrices))
         if out is not None:
@@ -144,7 +142,7 @@ def show(path: str, as_json: bool, quiet: bool) -> None:
 
     if (Path(path).is_dir() and not (Path(path) / "table.json").is_file()) or (Path(path) / "scan.csv").is_file():
         result = load_scan(path)
-        say_aloud(result, quiet=quiet)
+        print_notices(result, quiet=quiet)
         click.echo(json_text(scan_record(result)) if as_json else render_scan(result))
         return
     made = LayerTable.load(path)
@@ -168,12 +166,7 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
         raise HtsrError(f"{differing} of {len(rows)} matrices differ from weightwatcher")
 
 
-def directory_name(model: str, base: str | None) -> str:
-    """Where a scan is written below reports/scans."""
-    return slug(model) if base is None else f"{slug(model)}-against-{slug(base)}"
-
-
-def say_aloud(result: ScanData, *, quiet: bool) -> None:
+def print_notices(result: ScanData, *, quiet: bool) -> None:
     """What a user must not overlook: failed matrices, and a table that could not follow its scores."""
     failed = result.frame[result.frame["status"] == "failed"]
     if len(failed):

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from htsr.plots import BLUE, INK, LIGHT, ORANGE, depth_axis, new_axes, role_key, style
+from htsr.plots import BLUE, ORANGE, depth_axis, draw_grid, grid_axes, new_axes, role_grid, style
 
 if TYPE_CHECKING:
     from htsr.scan_data import ScanData
@@ -25,32 +24,14 @@ def blocks_side_by_side(a: pd.DataFrame, b: pd.DataFrame, ax: Axes, value: str =
 
 def by_role(matrices: pd.DataFrame, value: str, ax: Axes) -> Axes:
     """A number of every compared matrix by block and role; differences around a neutral middle, shares from 0 to 1."""
-    inside = matrices[matrices["block"].notna() & matrices[value].notna()]
-    inside = inside.assign(role=inside["role"].str.replace(r"^experts\.\d+\.", "experts.", regex=True))
-    roles = sorted(inside["role"].unique(), key=role_key)
-    grid = inside.pivot_table(index="role", columns=inside["block"].astype(int), values=value).reindex(roles)
-    share = value.startswith("overlap")
-    limit = 1.0 if share else float(np.nanmax(np.abs(grid.to_numpy()))) or 1.0
-    columns = grid.columns.to_numpy()
-    edges = np.append(columns, columns[-1] + 1) - 0.5
-    mesh = ax.pcolormesh(
-        edges,
-        np.arange(len(roles) + 1) - 0.5,
-        grid,
-        cmap="viridis" if share else "RdBu_r",
-        vmin=0.0 if share else -limit,
-        vmax=limit,
-    )
-    ax.set_yticks(range(len(roles)), roles)
-    ax.invert_yaxis()
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015)
-    bar.set_label(value, color=INK)
-    bar.outline.set_visible(False)
-    title = f"How far leading {value.removeprefix('overlap_')} are shared"
-    style(ax, title if share else f"{value.removesuffix('_diff')} of b less that of a", "", grid=False)
-    ax.set_facecolor(LIGHT)
-    ax.set_xlabel("block", color=INK)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid = role_grid(matrices, value)
+    if value.startswith("overlap"):
+        title = f"How far leading {value.removeprefix('overlap_')} are shared"
+        draw_grid(grid, ax, value, title, cmap="viridis", vmin=0.0, vmax=1.0)
+    else:
+        limit = float(np.nanmax(np.abs(grid.to_numpy()))) or 1.0
+        title = f"{value.removesuffix('_diff')} of b less that of a"
+        draw_grid(grid, ax, value, title, cmap="RdBu_r", vmin=-limit, vmax=limit)
     return ax
 
 
@@ -62,6 +43,6 @@ def comparison_pictures(a: ScanData, b: ScanData, matrices: pd.DataFrame) -> dic
             drawn[value] = blocks_side_by_side(a.blocks, b.blocks, new_axes(), value)
     for value in ("alpha_diff", "lod_diff", "overlap_outputs", "overlap_inputs"):
         if value in matrices and (matrices["block"].notna() & matrices[value].notna()).any():
-            inside = matrices[matrices["block"].notna()]
-            drawn[value] = by_role(matrices, value, new_axes(height=1.2 + 0.32 * min(inside["role"].nunique(), 40)))
+            roles = matrices[matrices["block"].notna()]["role"].nunique()
+            drawn[value] = by_role(matrices, value, grid_axes(roles))
     return drawn

@@ -122,10 +122,8 @@ def quiet_libraries(*, prints: bool = False) -> Iterator[None]:
 
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
+    with warnings.catch_warnings(), _without_transformers_bars(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        stack.enter_context(_without_transformers_bars())
         if prints:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))

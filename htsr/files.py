@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
-from htsr.errors import BadInput, NotFound
+from htsr.errors import BadInput, NotFound, UsageError
 
 MAX_JSON_BYTES = 1_000_000
 
@@ -28,7 +29,7 @@ def read_json(path: Path, *, expected: str) -> Any:
             raise BadInput(f"{path}: got a directory, expected {expected}; name the file in it")
         if size > MAX_JSON_BYTES:
             raise BadInput(f"{path}: got {size} bytes, expected {expected} of at most {MAX_JSON_BYTES}")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except FileNotFoundError as error:
         raise NotFound(f"{path}: not found; expected {expected}") from error
     except RecursionError as error:
@@ -40,14 +41,32 @@ def read_json(path: Path, *, expected: str) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, never a part."""
+    """Write `text` in UTF-8 so that a reader sees the old file or the new one, never a part."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` so that a reader sees the old file or the new one, never a part; directories are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output_directory(directory: Path) -> None:
+    """Raise UsageError when nothing could be written to `directory`; called before hours of work and not after."""
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: got a file, expected a directory to write to")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{directory}: {existing} is a file, expected a directory; give another --out")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(
+            f"{directory}: {existing} cannot be written to, expected a directory of yours; give another --out"
+        )
 
 
 def cache_directory(package: str) -> Path:
@@ -68,5 +87,6 @@ def slug(model: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-") or "model"
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Raise a ValueError for NaN and Infinity; for `parse_constant` of `json.loads`."""
     raise ValueError(f"{name} is not a number JSON allows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,22 @@ class LayerTable:
         Raises:
             BadInput: as `load` does.
         """
-        return _parse(data)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise BadInput(f"got schema {got!r}, expected {SCHEMA!r}; make a table with `htsr table`")
+        model, rule, gamma, rows = (data.get(key) for key in ("model", "rule", "gamma", "blocks"))
+        if not isinstance(model, dict) or not isinstance(rule, dict):
+            raise BadInput("got no `model` or no `rule` object, expected both; make a table with `htsr table`")
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            raise BadInput("`blocks`: expected a list with one object a block")
+        depth, columns = len(rows), {name: _numbers(rows, name) for name in COLUMNS}
+        order = _check_blocks(columns.pop("index"), model.get("num_blocks"))
+        if isinstance(gamma, bool) or not isinstance(gamma, int) or not 1 <= gamma <= depth:
+            raise BadInput(f"`gamma`: got {gamma!r}, expected a whole number from 1 to {depth}, the number of blocks")
+        _check_sum("probability", columns["probability"][order], 1.0)
+        _check_sum("inclusion", columns["inclusion"][order], float(gamma))
+        ordered = {name: column[order] for name, column in columns.items()}
+        return cls(model=model, rule=rule, gamma=gamma, index=np.arange(depth), **ordered)
 
     @property
     def num_blocks(self) -> int:
@@ -183,32 +199,6 @@ def _whole_gamma(gamma: float) -> int:
     return int(gamma)
 
 
-def _parse(data: Any) -> LayerTable:
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise BadInput(f"got schema {got!r}, expected {SCHEMA!r}; make a table with `htsr table`")
-    model, rule, gamma, rows = (data.get(key) for key in ("model", "rule", "gamma", "blocks"))
-    if not isinstance(model, dict) or not isinstance(rule, dict):
-        raise BadInput("got no `model` or no `rule` object, expected both; make a table with `htsr table`")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise BadInput("`blocks`: expected a list with one object a block")
-    columns = {name: _numbers(rows, name) for name in COLUMNS}
-    order = _check_blocks(columns["index"], model.get("num_blocks"))
-    gamma = _check_gamma(gamma, len(rows))
-    score, probability, inclusions = (columns[name][order] for name in COLUMNS[1:])
-    _check_sum("probability", probability, 1.0)
-    _check_sum("inclusion", inclusions, float(gamma))
-    return LayerTable(
-        model=model,
-        rule=rule,
-        gamma=gamma,
-        index=np.arange(len(rows)),
-        score=score,
-        probability=probability,
-        inclusion=inclusions,
-    )
-
-
 def _numbers(rows: list[dict[str, Any]], name: str) -> Floats:
     values = [row.get(name) for row in rows]
     for position, value in enumerate(values):
@@ -221,9 +211,7 @@ def _check_blocks(index: Floats, num_blocks: Any) -> NDArray[np.int64]:
     """The order that sorts `index`, once it is known to hold 0 .. num_blocks - 1 exactly once."""
     if isinstance(num_blocks, bool) or not isinstance(num_blocks, int):
         raise BadInput(f"`model.num_blocks`: got {num_blocks!r}, expected the number of blocks")
-    counts: dict[float, int] = {}
-    for value in index.tolist():
-        counts[value] = counts.get(value, 0) + 1
+    counts = Counter(index.tolist())
     if twice := [value for value, count in counts.items() if count > 1]:
         raise BadInput(f"block {twice[0]:g} is listed {counts[twice[0]]} times, expected every block exactly once")
     if strange := [value for value in counts if value != int(value) or value >= num_blocks]:
@@ -232,12 +220,6 @@ def _check_blocks(index: Floats, num_blocks: Any) -> NDArray[np.int64]:
         missing = next(block for block in range(num_blocks) if block not in counts)
         raise BadInput(f"block {missing} is missing, expected every block 0 to {num_blocks - 1} exactly once")
     return np.argsort(index)
-
-
-def _check_gamma(gamma: Any, depth: int) -> int:
-    if isinstance(gamma, bool) or not isinstance(gamma, int) or not 1 <= gamma <= depth:
-        raise BadInput(f"`gamma`: got {gamma!r}, expected a whole number from 1 to {depth}, the number of blocks")
-    return gamma
 
 
 def _check_sum(name: str, values: Floats, expected: float) -> None:

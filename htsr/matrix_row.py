@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from htsr.errors import BadInput
 from htsr.model.layers import LayerView
-from htsr.model.reading import read_block, read_part, thin_factors
+from htsr.model.reading import read_part, read_slice, thin_factors
 from htsr.model.source import Source
 from htsr.numerics import certified
 from htsr.numerics.backend import LAPACK, Backend
@@ -19,7 +20,7 @@ from htsr.numerics.certified import Spectrum
 from htsr.numerics.lowrank import product_eigenvalues
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT, alpha_hat, spectrum_metrics
 from htsr.numerics.powerlaw import FitStatus, fit_power_law
-from htsr.numerics.spectrum import Block, gram, gram_eigenvalues, matrix_slices, plan_blocks
+from htsr.numerics.spectrum import MatrixSlice, gram, gram_eigenvalues, matrix_slices, read_slices
 
 PRECISIONS: dict[str, type] = {"auto": np.float64, "fp64": np.float64, "fp32": np.float32}
 COLUMNS = (
@@ -32,14 +33,8 @@ BASE_COLUMNS = ("relative_change",)  # of a scan against a base: ||W - W_base|| 
 
 def cost(view: LayerView) -> float:
     """Floating-point operations of a spectrum: n^2 m for the Gram matrix and 4/3 n^3 to make it tridiagonal."""
-    if view.pool:
-        return sum(_cost(part.rows.size, part.cols.size) for part in view.pool)
-    return _cost(view.rows, view.cols)
-
-
-def _cost(rows: int, cols: int) -> float:
-    n, m = sorted((rows, cols))
-    return float(n * n * m + 4 / 3 * n**3)
+    shapes = [(part.rows.size, part.cols.size) for part in view.pool] or [(view.rows, view.cols)]
+    return sum(certified.whole_flops(*sorted(shape)) for shape in shapes)
 
 
 def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def spectrum(source: Source, view: LayerView, precision: str = "auto", device: s
         view.rows,
         view.cols,
         precision=precision,
-        square=lambda: read_block(source, view, Block(axis=0 if view.rows >= view.cols else 1, start=0, stop=side)),
+        square=lambda: read_slice(source, view, MatrixSlice(0, side, axis=0 if view.rows >= view.cols else 1)),
         relative_cut=RELATIVE_CUT if source.is_delta else None,
         backend=backend(device),
     )
@@ -115,10 +110,9 @@ def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarr
     """
     values = []
     for part in view.pool:
-        side, longer = sorted((part.rows.size, part.cols.size))
-        blocks = (read_part(source, part, block) for block in plan_blocks(part.rows.size, part.cols.size))
-        parts = blocks if part.rows.size == longer else (block.T for block in blocks)
-        values.append(gram_eigenvalues(gram(parts, side, dtype)))
+        rows, cols = part.rows.size, part.cols.size
+        blocks = read_slices(partial(read_part, source, part), rows, cols)
+        values.append(gram_eigenvalues(gram(blocks, min(rows, cols), dtype)))
     return np.sort(np.concatenate(values)) / 2
 
 
@@ -155,13 +149,10 @@ def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any
 
     For another device what is in memory comes as tensors: it stays there, or travels in its own dtype.
     """
-    whole = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
-    if whole is not None:
-        yield from matrix_slices(whole)
-        return
-    for block in plan_blocks(view.rows, view.cols):
-        part = read_block(source, view, block)
-        yield part if view.rows >= view.cols else part.T
+    W = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
+    if W is not None:
+        return matrix_slices(W)
+    return read_slices(partial(read_slice, source, view), view.rows, view.cols)
 
 
 def why_failed(source: Source, view: LayerView, error: Exception) -> str:

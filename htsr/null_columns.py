@@ -29,5 +29,5 @@ NULL_COLUMNS = {
     "alpha_farms": "PL_Alpha_Hill of the pooled eigenvalues of submatrices of one fixed shape (FARMS)",
 }
 TEXT_COLUMNS = ("p_null_by",)
-WHOLE_COLUMNS = ("num_spikes",)
+INTEGER_COLUMNS = ("num_spikes",)
 NOISE_LEVEL = 0.05  # from this p_null on a matrix cannot be told from noise

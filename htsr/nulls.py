@@ -17,7 +17,7 @@ from htsr.console import progress
 from htsr.matrix_row import slices
 from htsr.model.layers import LayerView
 from htsr.model.source import Source
-from htsr.null_columns import NULL_COLUMNS, TEXT_COLUMNS, WHOLE_COLUMNS
+from htsr.null_columns import INTEGER_COLUMNS, NULL_COLUMNS, TEXT_COLUMNS
 from htsr.numerics.bootstrap import alpha_interval
 from htsr.numerics.farms import alpha_farms
 from htsr.numerics.goodness import goodness_of_fit
@@ -42,16 +42,15 @@ def null_rows(
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """tensor -> its NULL_COLUMNS, for every matrix with a spectrum; what could not be computed is left out."""
-    wanted = [view for view in layers if view.tensor in spectra]
-    wanted.sort(key=lambda view: -view.rows * view.cols)
+    analysed = sorted((v for v in layers if v.tensor in spectra), key=lambda view: -view.rows * view.cols)
     found = {}
     done = run(
         lambda view: null_row(source, view, spectra[view.tensor], seed),
-        wanted,
+        analysed,
         lambda view: min(view.rows, view.cols),
         workers,
     )
-    with progress(len(wanted), "nulls", "matrix", quiet=quiet) as bar:
+    with progress(len(analysed), "nulls", "matrix", quiet=quiet) as bar:
         for view, row in done:
             found[view.tensor] = row
             bar.update(1)
@@ -64,7 +63,7 @@ def with_nulls(frame: pd.DataFrame, found: Mapping[str, Mapping[str, Any]]) -> p
     columns = {}
     for name in NULL_COLUMNS:
         values = [row.get(name, "" if name in TEXT_COLUMNS else np.nan) for row in rows]
-        kind = None if name in TEXT_COLUMNS else "Int64" if name in WHOLE_COLUMNS else "float64"
+        kind = None if name in TEXT_COLUMNS else "Int64" if name in INTEGER_COLUMNS else "float64"
         columns[name] = pd.Series(values, index=frame.index, dtype=kind)
     return frame.assign(**columns)
 
@@ -131,7 +130,7 @@ def entry_nulls(
     entries = measure_entries(slices(source, view), view.rows, view.cols)
     row: dict[str, Any] = {"kurtosis": entries.kurtosis}
     unit = 2.0 ** np.floor(np.log2(entries.largest or 1.0))  # of float32 entries near 1, whatever the weights' scale
-    W = whole(slices(source, view), view, unit) if view.rows * view.cols <= MAX_ENTRIES else None
+    W = full_matrix(slices(source, view), view, unit) if view.rows * view.cols <= MAX_ENTRIES else None
     if W is not None:
         row["alpha_farms"] = alpha_farms(W.T if view.transposed else W, cut / unit**2)
     if entries.light_tailed:
@@ -143,7 +142,7 @@ def entry_nulls(
     return row
 
 
-def whole(blocks: Iterator[np.ndarray], view: LayerView, unit: float) -> np.ndarray:
+def full_matrix(blocks: Iterator[np.ndarray], view: LayerView, unit: float) -> np.ndarray:
     """The matrix (rows, cols) over `unit` as C-contiguous float32, from slices as wide as its shorter side."""
     tall = view.rows >= view.cols
     W = np.empty((view.rows, view.cols), np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,12 +72,8 @@ def usable(view: LayerView) -> bool:
 
 def spaces(source: Source, view: LayerView, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Bases of the leading output and input directions of a matrix; empty ones where it holds a NaN."""
-
-    def blocks() -> Iterator[np.ndarray]:
-        return slices(source, view)
-
     try:
-        longer, shorter = leading_vectors(blocks, min(view.rows, view.cols), rank)
+        longer, shorter = leading_vectors(lambda: slices(source, view), min(view.rows, view.cols), rank)
     except BadInput:
         return np.zeros((view.rows, 0)), np.zeros((view.cols, 0))
     left, right = (longer, shorter) if view.rows >= view.cols else (shorter, longer)

@@ -17,9 +17,10 @@ from htsr.errors import BadInput, NotFound
 from htsr.numerics.marchenko_pastur import noise_density
 from htsr.numerics.metrics import EIGENVALUE_CUT, RELATIVE_CUT
 from htsr.numerics.powerlaw import SMALL_SAMPLE
-from htsr.numerics.thresholds import KsCurve, ks_curve
+from htsr.numerics.thresholds import KsCurve, alpha_range, ks_curve
 
 if TYPE_CHECKING:
+    from matplotlib.colorbar import Colorbar
     from numpy.typing import NDArray
 
     from htsr.layer_table import LayerTable
@@ -39,14 +40,14 @@ def alpha_by_depth(frame: pd.DataFrame, ax: Axes) -> Axes:
     """Power-law exponent of every matrix (dots, by kind) and each block's mean (line), by depth."""
     inside = frame[frame["block"].notna() & frame["alpha"].notna()]
     blocks, alpha = inside["block"].astype(int), inside["alpha"].astype(float)
-    places = blocks + _spread(inside["role"])
+    x = blocks + _spread(inside["role"])
     kinds = inside["role"].map(_kind)
     ax.axhspan(2, 6, color=BLUE, alpha=0.08, lw=0, label="2 to 6")
     for kind, colour in KINDS.items():
         if (kinds == kind).any():
-            ax.scatter(places[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
-    whole = inside["part_of"] == "" if "part_of" in inside else blocks >= 0  # as blocks have it: parts are in a whole
-    means = alpha[whole].groupby(blocks[whole]).mean()
+            ax.scatter(x[kinds == kind], alpha[kinds == kind], s=17, color=colour, alpha=0.65, lw=0, label=kind)
+    counted = inside["part_of"] == "" if "part_of" in inside else blocks >= 0  # parts are in their fused matrix
+    means = alpha[counted].groupby(blocks[counted]).mean()
     ax.plot(means.index, means, color=INK, lw=1.8, marker="o", ms=4, label="block mean")
     depth_axis(ax, blocks)
     top = max(1.15 * float(np.percentile(alpha, 98)), 1.05 * float(means.max()))
@@ -71,30 +72,62 @@ def lod_by_depth(blocks: pd.DataFrame, ax: Axes) -> Axes:
 
 def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
     """A number of every matrix by block (across) and role (down), experts as their mean; blank where there is none."""
-    inside = frame[frame["block"].notna() & frame[value].notna()]
-    inside = inside.assign(role=inside["role"].str.replace(r"^experts\.\d+\.", "experts.", regex=True))
-    roles = sorted(inside["role"].unique(), key=role_key)
-    grid = inside.pivot_table(index="role", columns=inside["block"].astype(int), values=value).reindex(roles)
+    grid = role_grid(frame, value)
     low, high = np.nanpercentile(grid.to_numpy(), [2, 98])
-    columns = grid.columns.to_numpy()
-    edges = np.append(columns, columns[-1] + 1) - 0.5
-    mesh = ax.pcolormesh(edges, np.arange(len(roles) + 1) - 0.5, grid, cmap="viridis_r", vmin=low, vmax=high)
-    ax.set_yticks(range(len(roles)), roles)
-    ax.invert_yaxis()
+    bar = draw_grid(grid, ax, value, f"{value} of every matrix", extend="both", cmap="viridis_r", vmin=low, vmax=high)
+    bar.ax.tick_params(labelsize=8.5, color=LIGHT, labelcolor=INK)
     if grid.size <= 140:  # few enough for numbers to be read
         for (row, column), number in np.ndenumerate(grid.to_numpy()):
             dark = number > low + 0.36 * (high - low)  # where viridis darkens
-            ax.text(columns[column], row, f"{number:.2f}" if np.isfinite(number) else "", ha="center", va="center",
+            ax.text(grid.columns[column], row, f"{number:.2f}" if np.isfinite(number) else "", ha="center", va="center",
                     fontsize=8, color="white" if dark else INK)  # fmt: skip
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.015, extend="both")
-    bar.set_label(value, color=INK)
-    bar.ax.tick_params(labelsize=8.5, color=LIGHT, labelcolor=INK)
+    return ax
+
+
+def role_grid(frame: pd.DataFrame, value: str) -> pd.DataFrame:
+    """A number of the matrices inside the blocks as a table of roles (rows) and blocks (columns).
+
+    The experts of a block are averaged; a cell is NaN where no matrix has the number.
+    """
+    inside = frame[frame["block"].notna() & frame[value].notna()]
+    inside = inside.assign(role=inside["role"].str.replace(r"^experts\.\d+\.", "experts.", regex=True))
+    roles = sorted(inside["role"].unique(), key=role_key)
+    return inside.pivot_table(index="role", columns=inside["block"].astype(int), values=value).reindex(roles)
+
+
+def draw_grid(
+    grid: pd.DataFrame, ax: Axes, label: str, title: str, *, extend: str = "neither", **mesh: Any
+) -> Colorbar:
+    """Draw a `role_grid` as coloured cells.
+
+    Args:
+        grid: the numbers, at least one role and one block.
+        ax: where the cells are drawn.
+        label: the text beside the colour bar.
+        title: the text above the cells.
+        extend: which ends of the colour bar are pointed, as matplotlib takes it.
+        mesh: colour map and limits, as `Axes.pcolormesh` takes them.
+
+    Returns:
+        The colour bar.
+    """
+    blocks = grid.columns.to_numpy()
+    cells = ax.pcolormesh(np.append(blocks, blocks[-1] + 1) - 0.5, np.arange(len(grid) + 1) - 0.5, grid, **mesh)
+    ax.set_yticks(range(len(grid)), grid.index)
+    ax.invert_yaxis()
+    bar = ax.figure.colorbar(cells, ax=ax, pad=0.015, extend=extend)
+    bar.set_label(label, color=INK)
     bar.outline.set_visible(False)
-    style(ax, f"{value} of every matrix", "", grid=False)
+    style(ax, title, "", grid=False)
     ax.set_facecolor(LIGHT)
     ax.set_xlabel("block", color=INK)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return ax
+    return bar
+
+
+def grid_axes(roles: int) -> Axes:
+    """A new Axes that is high enough for a grid of this many roles."""
+    return new_axes(height=1.2 + 0.32 * min(roles, 40))
 
 
 def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, title: str = "") -> Axes:
@@ -161,7 +194,7 @@ def ks_by_xmin(curve: KsCurve, ax: Axes, title: str = "") -> Axes:
     limit = 1.05 * float(curve.ks_d[best])
     ax.axhspan(float(curve.ks_d[best]), limit, color=ORANGE, alpha=0.18, lw=0)
     ax.plot(curve.xmin, curve.ks_d, color=BLUE, lw=1.3)
-    low, high = float(curve.alpha[near].min()), float(curve.alpha[near].max())
+    low, high = alpha_range(curve)
     label = f"within 5 % of the best: {int(near.sum())} of {len(near)} xmin,\nalpha {low:.2f} to {high:.2f}"
     ax.plot(curve.xmin[near], curve.ks_d[near], ls="", marker="o", ms=4, color=ORANGE, label=label)
     ax.plot(curve.xmin[best], curve.ks_d[best], ls="", marker="o", ms=6, mfc="none", color=INK, mew=1.4,
@@ -193,7 +226,7 @@ class Plots:
 
     def alpha(self, ax: Axes | None = None) -> Axes:
         """Power-law exponents by depth."""
-        return alpha_by_depth(self.result.frame, ax if ax is not None else new_axes())
+        return alpha_by_depth(self.result.frame, ax or new_axes())
 
     def lod(self, ax: Axes | None = None) -> Axes:
         """Outliers by depth.
@@ -202,13 +235,12 @@ class Plots:
         """
         if not self.has("lod"):
             raise BadInput("this scan has no LOD, expected a calibrated one; scan with a calibration text")
-        return lod_by_depth(self.result.blocks, ax if ax is not None else new_axes())
+        return lod_by_depth(self.result.blocks, ax or new_axes())
 
     def heatmap(self, value: str = "alpha", ax: Axes | None = None) -> Axes:
         """A number (a column of the frame) by block and role."""
         inside = self.result.frame[self.result.frame["block"].notna() & self.result.frame["alpha"].notna()]
-        rows = max(1, inside["role"].nunique())
-        return heatmap(self.result.frame, ax if ax is not None else new_axes(height=1.2 + 0.32 * min(rows, 40)), value)
+        return heatmap(self.result.frame, ax or grid_axes(max(1, inside["role"].nunique())), value)
 
     def esd(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
         """The spectrum of `tensor`; without a name those of the heaviest, the middle and the lightest tail.
@@ -218,7 +250,7 @@ class Plots:
         if tensor is None:
             return self._three(self.esd, self._ranked())
         rows = self.result.frame.set_index("tensor")
-        return esd(self._spectrum(tensor), rows.loc[tensor], ax if ax is not None else new_axes(), tensor)
+        return esd(self._spectrum(tensor), rows.loc[tensor], ax or new_axes(), tensor)
 
     def ks(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
         """Kolmogorov-Smirnov distance against xmin of `tensor`, or of three as `esd` shows them.
@@ -231,12 +263,11 @@ class Plots:
         curve = ks_curve(values)
         if not len(curve.xmin):
             raise BadInput(f"{tensor}: got {len(values)} eigenvalues above the cut, expected at least {SMALL_SAMPLE}")
-        return ks_by_xmin(curve, ax if ax is not None else new_axes(), tensor)
+        return ks_by_xmin(curve, ax or new_axes(), tensor)
 
     def table(self, table: LayerTable | None = None, ax: Axes | None = None) -> Axes:
         """A layer table, the default one of this scan when none is given."""
-        table = table if table is not None else self.result.table()
-        return table_bars(table, ax if ax is not None else new_axes())
+        return table_bars(table or self.result.table(), ax or new_axes())
 
     def has(self, name: str) -> bool:
         """Whether the scan holds the numbers of picture `name`."""

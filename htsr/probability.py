@@ -74,7 +74,7 @@ def probabilities(scores: ArrayLike, temperature: float = 1.0) -> Floats:
     values = _scores(scores)
     if values.max() == 0:
         return np.full(len(values), 1.0 / len(values))
-    powers = (values / values.max()) ** (1.0 / temperature)  # relative to the largest: never overflows
+    powers = values ** (1.0 / temperature)  # the largest is 1: nothing overflows
     return powers / powers.sum()
 
 
@@ -144,8 +144,8 @@ def _water_level(scores: Floats, target: float, floor: float) -> float:
     full, free = inside * scores >= 1.0, (inside * scores > floor) & (inside * scores < 1.0)
     if not free.any():  # the target lies on a plateau or on the kink itself
         return float(kinks[above])
-    settled = full.sum() + floor * (len(scores) - full.sum() - free.sum())
-    return float((target - settled) / scores[free].sum())
+    fixed = full.sum() + floor * (len(scores) - full.sum() - free.sum())
+    return float((target - fixed) / scores[free].sum())
 
 
 def _scores(scores: ArrayLike) -> Floats:

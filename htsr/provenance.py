@@ -30,14 +30,14 @@ def _version(name: str) -> str:
 def spectra_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """How the spectra were found: matrices by route, how many came from the cache, what was escalated and its cost."""
     found = [row for row in rows if "route" in row]
-    escalated = [row for row in found if row["route"] == "escalated"]
     return {
         "routes": dict(Counter(row["route"] for row in found)),
         "cached": sum(bool(row.get("cached")) for row in found),
         "gflop": sum(row["flops"] for row in found) / 1e9,
         "escalated": [
             {"tensor": row["tensor"], "why": row["why"], "seconds": row["seconds"], "gflop": row["flops"] / 1e9}
-            for row in escalated
+            for row in found
+            if row["route"] == "escalated"
         ],
     }
 

@@ -38,9 +38,8 @@ def render_scan(result: ScanData) -> str:
 
 def render_table(made: LayerTable) -> str:
     """A layer table's rule and its rows."""
-    rule = ", ".join(
-        f"{key} {value}" for key, value in made.rule.items() if not isinstance(value, dict | None.__class__)
-    )
+    settings = {key: value for key, value in made.rule.items() if value is not None and not isinstance(value, dict)}
+    rule = ", ".join(f"{key} {value}" for key, value in settings.items())
     head = f"{made.model.get('id') or 'any model'}: rule {rule.removeprefix('name ')}, gamma {made.gamma}"
     return f"{head}\n\n{align(made.frame)}"
 
@@ -78,8 +77,8 @@ def render_verification(rows: pd.DataFrame) -> str:
         f"largest difference of alpha {worst:.2g}; "
         f"every column within its tolerance in {int(rows['agrees'].sum())}"
     )
-    whole = shown.astype({"n_tail": "Int64", "ww_n_tail": "Int64"})
-    return f"{align(whole)}\n\n{summary}"
+    shown = shown.astype({"n_tail": "Int64", "ww_n_tail": "Int64"})
+    return f"{align(shown)}\n\n{summary}"
 
 
 def align(frame: pd.DataFrame) -> str:

@@ -45,26 +45,25 @@ NULLS_SHOWN = ("alpha_low", "alpha_high", "alpha_least", "alpha_most", "p_gof", 
 
 def report_html(result: ScanData, pictures: Mapping[str, bytes]) -> str:
     """The report as one HTML page; `pictures` are PNGs by the name of their plot."""
-    images = [
-        {"name": name, "data": base64.b64encode(png).decode(), "caption": CAPTIONS[name]}
-        for name, png in pictures.items()
-    ]
+    images = [{"name": name, "data": in_base64(png), "caption": CAPTIONS[name]} for name, png in pictures.items()]
+    nulls = "p_null" in result.frame
+    columns = MATRIX_COLUMNS + (NULLS_SHOWN if nulls else ())
     return _template().render(
         title=f"Scan of {model_name(result)}",
         images=images,
         sentences=describe(result),
         facts=facts(result),
         blocks=cells(result.blocks),
-        matrices=cells(result.frame[result.frame["status"] != "skipped"], matrix_columns(result)),
-        meanings=NULL_COLUMNS if "p_null" in result.frame else {},
+        matrices=cells(result.frame[result.frame["status"] != "skipped"], columns),
+        meanings=NULL_COLUMNS if nulls else {},
         failed=cells(result.frame[result.frame["status"] == "failed"], ("tensor", "reason")),
         skipped=int((result.frame["status"] == "skipped").sum()),
     )
 
 
-def matrix_columns(result: ScanData) -> tuple[str, ...]:
-    """The columns of the report's table of matrices."""
-    return MATRIX_COLUMNS + (NULLS_SHOWN if "p_null" in result.frame else ())
+def in_base64(png: bytes) -> str:
+    """A picture as the text that a data URL holds."""
+    return base64.b64encode(png).decode()
 
 
 def notebook_html(result: ScanData) -> str:
@@ -75,7 +74,7 @@ def notebook_html(result: ScanData) -> str:
     parts = [f"<h4>{escape(model_name(result))}</h4>", *(f"<p>{escape(s)}</p>" for s in describe(result))]
     for name in ("alpha", "lod"):
         if plot.has(name):
-            data = base64.b64encode(picture(getattr(plot, name)())).decode()
+            data = in_base64(picture(getattr(plot, name)()))
             parts.append(f'<img alt="{name} by depth" style="max-width:48%" src="data:image/png;base64,{data}">')
     return "".join(parts) + _html_rows(result.blocks)
 
@@ -85,7 +84,7 @@ def table_html(table: LayerTable) -> str:
     from htsr.plots import new_axes, picture, table_bars
 
     rule, model = str(table.rule.get("name")), str(table.model.get("id") or "any model")
-    data = base64.b64encode(picture(table_bars(table, new_axes()))).decode()
+    data = in_base64(picture(table_bars(table, new_axes())))
     return (
         f"<h4>{escape(model)}: rule {escape(rule)}, gamma {table.gamma}</h4>"
         f'<img alt="layer table" style="max-width:60%" src="data:image/png;base64,{data}">' + _html_rows(table.frame)
@@ -124,8 +123,8 @@ def describe(result: ScanData) -> list[str]:
     sentences += _extremes(blocks, "lod", "highest outlier share (LOD)", smallest=False)
     sentences += _outliers(result)
     if reason := result.provenance.get("lod_reason"):
-        whole = "was not computed" if result.blocks["lod"].isna().all() else "lacks blocks"
-        sentences.append(f"LOD {whole}: {reason}.")
+        verb = "was not computed" if result.blocks["lod"].isna().all() else "lacks blocks"
+        sentences.append(f"LOD {verb}: {reason}.")
     if result.default_table is not None and result.default_table.note:
         sentences.append(f"Layer table: {result.default_table.note}.")
     return sentences
@@ -167,9 +166,7 @@ def facts(result: ScanData) -> list[tuple[str, str]]:
         ("created", record.get("created")),
         ("engine", record.get("settings", {}).get("engine")),
         ("precision", record.get("settings", {}).get("precision")),
-        ("calibration", calibration and f"{calibration['source']}, {calibration['windows']} windows of "
-         f"{calibration['seq_len']} tokens, tau {', '.join(f'{t:g}' for t in _taus(calibration))}, "
-         f"{calibration['scope']} scope" + _precision(calibration)),
+        ("calibration", calibration and _calibration_text(calibration)),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in record.get("seconds", {}).items())),
         ("peak memory", record.get("peak_bytes") and f"{record['peak_bytes'] / 1e9:.2f} GB"),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items() if v)),
@@ -177,13 +174,13 @@ def facts(result: ScanData) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value]
 
 
-def _taus(calibration: Mapping[str, Any]) -> list[float]:
-    return list(calibration.get("taus") or [calibration["tau"]])  # earlier scans had one
-
-
-def _precision(calibration: Mapping[str, Any]) -> str:
+def _calibration_text(calibration: Mapping[str, Any]) -> str:
+    """A calibration in words; the records of earlier scans have one tau and no precision."""
+    taus = ", ".join(f"{tau:g}" for tau in calibration.get("taus") or [calibration["tau"]])
+    windows = f"{calibration['windows']} windows of {calibration['seq_len']} tokens"
+    text = f"{calibration['source']}, {windows}, tau {taus}, {calibration['scope']} scope"
     precision = calibration.get("precision")
-    return f", run in {precision['dtype']} ({precision['why']})" if precision else ""
+    return text + (f", run in {precision['dtype']} ({precision['why']})" if precision else "")
 
 
 def cells(frame: pd.DataFrame, columns: tuple[str, ...] | None = None) -> list[list[str]]:

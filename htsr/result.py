@@ -58,4 +58,4 @@ def load_scan(directory: str | Path) -> ScanResult:
         BadInput: the directory does not hold the files of a scan.
     """
     data = read_scan(Path(directory))
-    return ScanResult(frame=data.frame, provenance=data.provenance, spectra=data.spectra, calibration=data.calibration)
+    return ScanResult(frame=data.frame, provenance=data.provenance, spectra=data.spectra, block_lod=data.block_lod)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,18 +24,7 @@ BLOCK_COLUMNS = (
 )  # fmt: skip
 
 
-class BlockLod(Protocol):
-    """The outliers of a block, column name -> percent: `htsr.model.outlier_pooling.Outliers`, or the stored ones."""
-
-    @property
-    def columns(self) -> Mapping[str, float]: ...
-
-
-class HasBlocks(Protocol):
-    """Block index -> outliers: a `Calibration`, or what was stored of one."""
-
-    @property
-    def blocks(self) -> Mapping[int, BlockLod]: ...
+BlockLod = Mapping[int, Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -46,14 +35,14 @@ class ScanData:
         frame: a row a tensor; the columns of scan.csv.
         provenance: what scan.json holds: model, settings, calibration, versions, seconds, peak_bytes.
         spectra: tensor name -> eigenvalues, ascending, where they were kept.
-        calibration: the outliers of the blocks as measured (or as stored); a block that it does not know gets the
-            mean of its matrices' instead.
+        block_lod: block index -> column (`lod`, `lod_weight`, those of further taus) -> percent of outliers, pooled
+            over the block. A block or column that is missing gets the mean of its matrices'.
     """
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any]
     spectra: Mapping[str, NDArray[np.float64]] | None = None
-    calibration: HasBlocks | None = field(default=None, repr=False)
+    block_lod: BlockLod = field(default_factory=dict)
 
     @cached_property
     def blocks(self) -> pd.DataFrame:
@@ -112,12 +101,10 @@ class ScanData:
 
     @cached_property
     def _measured(self) -> pd.DataFrame:
-        return aggregate_blocks(self.frame, self.calibration, self.provenance.get("model", {}).get("num_blocks"))
+        return aggregate_blocks(self.frame, self.block_lod, self.provenance.get("model", {}).get("num_blocks"))
 
 
-def aggregate_blocks(
-    frame: pd.DataFrame, calibration: HasBlocks | None = None, num_blocks: int | None = None
-) -> pd.DataFrame:
+def aggregate_blocks(frame: pd.DataFrame, block_lod: BlockLod, num_blocks: int | None = None) -> pd.DataFrame:
     """A row a block: means over its matrices of alpha, alpha_hill and stable_rank; pooled LOD; its norm and sizes.
 
     `log10_norm` is that of the block as a whole, log10 of the summed squares of its matrices (not a mean of
@@ -127,11 +114,9 @@ def aggregate_blocks(
     inside = frame[frame["block"].notna()]
     if "part_of" in inside:
         inside = inside[inside["part_of"] == ""]
-    found = sorted(inside["block"].astype(int).unique().tolist())
-    indexes = range(num_blocks) if num_blocks is not None else found
     groups = {int(index): rows for index, rows in inside.groupby("block")}
-    nothing = inside.iloc[:0]
-    records = [_block_row(index, groups.get(index, nothing), calibration) for index in indexes]
+    indexes = range(num_blocks) if num_blocks is not None else sorted(groups)
+    records = [_block_row(index, groups.get(index, inside.iloc[:0]), block_lod.get(index, {})) for index in indexes]
     further = [name for name in frame.columns if is_tau_column(name)]
     blocks = pd.DataFrame.from_records(records, columns=[*BLOCK_COLUMNS[:9], *further])
     return blocks.astype(
@@ -153,11 +138,9 @@ def with_shares(blocks: pd.DataFrame, table: LayerTable | None) -> pd.DataFrame:
     return blocks.assign(**shares)[[*BLOCK_COLUMNS, *further]]
 
 
-def _block_row(index: int, rows: pd.DataFrame, calibration: HasBlocks | None) -> dict[str, Any]:
+def _block_row(index: int, rows: pd.DataFrame, measured: Mapping[str, float]) -> dict[str, Any]:
     sizes = rows["rows"].astype(float) * rows["cols"].astype(float)
-    measured = calibration.blocks.get(index) if calibration is not None else None
-    known = measured.columns if measured is not None else {}
-    lod = {name: known.get(name, np.nan) for name in rows.columns if name in LOD_COLUMNS or is_tau_column(name)}
+    lod = {name: measured.get(name, np.nan) for name in rows.columns if name in LOD_COLUMNS or is_tau_column(name)}
     for name, value in lod.items():
         if np.isnan(value):
             lod[name] = _pooled(rows[name].astype(float), sizes)

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.cache import remembered
+from htsr.cache import Analyse, with_cache
 from htsr.choices import ENGINES, PRECISIONS, SCOPES, check_choice
 from htsr.console import notice, progress
 from htsr.devices import pick_device
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from htsr.model.calibration import Calibration
     from htsr.result import ScanResult
 
-Analyser = Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]
 GIGA = 1e9  # the progress bar counts in Gflop
 
 
@@ -116,14 +115,20 @@ def scan(
     check_settings(settings)
     clock = Clock()
     source = open_source(model, revision=revision, allow_pickle=allow_pickle, base=base)
-    layers, identity = views(source), identify(source)
-    with ahead(source, workers):
+    layers = views(source)
+    identity = {
+        "id": source.id,
+        "revision": source.revision,
+        "num_blocks": num_blocks(source),
+        "config_sha256": source.config_sha256(),
+    }
+    with in_background(source, workers):
         clock.lap("load")
         outliers, lod_reason = measure_outliers(source, settings, calibration, tokenizer, quiet)
         clock.lap("lod")
         work = analyser(engine, source, precision, device, fresh=fresh)
         rows, spectra = analyse_all(source, layers, work, workers, quiet)
-    identity["weights_sha256"] = source.weights_sha256()
+    identity["weights_sha256"] = source.weights_sha256()  # `in_background` has found it by now
     clock.lap("alpha")
     alone = weight_lod(source, layers, taus, lod_scope, workers) if outliers is None else {}
     frame = assemble(rows, layers, outliers, alone, taus)
@@ -150,14 +155,15 @@ def scan(
     }
     from htsr.result import ScanResult
 
-    result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, calibration=outliers)
+    block_lod = {} if outliers is None else {index: block.columns for index, block in outliers.blocks.items()}
+    result = ScanResult(frame=frame, provenance=provenance, spectra=spectra, block_lod=block_lod)
     if out is not None:
         result.save(out, plots=plots)
     return result
 
 
 @contextlib.contextmanager
-def ahead(source: Source, workers: int | None) -> Iterator[None]:
+def in_background(source: Source, workers: int | None) -> Iterator[None]:
     """What the end of a scan needs, done beside its work where that has several workers: hashes, and pandas loaded.
 
     A module's tensors are hashed at once: it is about to run. A lone worker hashes each tensor as it reads it.
@@ -199,16 +205,6 @@ class Clock:
         self._last = now
 
 
-def identify(source: Source) -> dict[str, Any]:
-    """What a layer table has to know its model by; the hash of its weights comes later."""
-    return {
-        "id": source.id,
-        "revision": source.revision,
-        "num_blocks": num_blocks(source),
-        "config_sha256": source.config_sha256(),
-    }
-
-
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise UsageError for a value that no scan can use."""
     for name, known in (("precision", PRECISIONS), ("engine", ENGINES), ("lod_scope", SCOPES)):
@@ -218,19 +214,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise UsageError(f"{name.replace('_', '-')}: got {settings[name]!r}, expected a whole number >= {least}")
 
 
-def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyser:
+def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyse:
     """What makes the row of a view."""
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
-        work: Analyser = lambda view: analyse(source, view, precision, **on)  # noqa: E731
-        return remembered(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
+        work: Analyse = lambda view: analyse(source, view, precision, **on)  # noqa: E731
+        return with_cache(work, source, cache_directory("htsr"), fresh=fresh, precision=precision, **on)
     from htsr.weightwatcher_engine import one_at_a_time
 
     return one_at_a_time(source)
 
 
 def analyse_all(
-    source: Source, layers: Sequence[LayerView], work: Analyser, workers: int | None, quiet: bool
+    source: Source, layers: Sequence[LayerView], work: Analyse, workers: int | None, quiet: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """tensor -> row and tensor -> eigenvalues, the largest matrices first; the bar knows what each costs."""
     rows: dict[str, dict[str, Any]] = {}

@@ -7,22 +7,21 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from htsr.errors import BadInput, NotFound, UsageError
-from htsr.files import read_json, write_text
-from htsr.null_columns import TEXT_COLUMNS, WHOLE_COLUMNS
+from htsr.errors import BadInput, NotFound
+from htsr.files import check_output_directory, read_json, write_text
+from htsr.null_columns import INTEGER_COLUMNS, TEXT_COLUMNS
 from htsr.provenance import SCHEMA
 from htsr.report import CAPTIONS, report_html
 from htsr.scan_data import ScanData
 from htsr.taus import LOD_COLUMNS, is_tau_column
 
-WHOLE = ("block", "rows", "cols", "n_tail", *WHOLE_COLUMNS)  # columns of whole numbers, empty where unknown
+INTEGERS = ("block", "rows", "cols", "n_tail", *INTEGER_COLUMNS)  # columns of whole numbers, empty where unknown
 TEXT = ("role", "tensor", "dtype", "status", "reason", "part_of", *TEXT_COLUMNS)
 NEEDED = ("alpha", "alpha_hill", "log10_norm", "stable_rank", "lod", "lod_weight")  # what blocks are made of
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadsheet would run
@@ -30,7 +29,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell starts that a spreadshe
 
 def save_scan(result: ScanData, directory: Path, *, plots: bool = True) -> Path:
     """Write the files of a scan; pictures of an earlier one are removed when `plots` is off."""
-    check_target(directory)
+    check_output_directory(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -41,19 +40,6 @@ def save_scan(result: ScanData, directory: Path, *, plots: bool = True) -> Path:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return directory
-
-
-def check_target(directory: Path) -> None:
-    """Raise UsageError when nothing could be written there; asked before hours of work and not after."""
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory}: got a file, expected a directory to write to")
-    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise UsageError(f"{directory}: {existing} is a file, expected a directory; give another --out")
-    if not os.access(existing, os.W_OK):
-        raise UsageError(
-            f"{directory}: {existing} cannot be written to, expected a directory of yours; give another --out"
-        )
 
 
 def read_scan(directory: Path) -> ScanData:
@@ -70,37 +56,23 @@ def read_scan(directory: Path) -> ScanData:
         frame=read_frame(directory / "scan.csv"),
         provenance=provenance,
         spectra=_read_spectra(directory / "spectra.npz"),
-        calibration=_read_outliers(directory / "blocks.csv"),
+        block_lod=_read_block_lod(directory / "blocks.csv"),
     )
 
 
-@dataclass(frozen=True)
-class StoredLod:
-    """The outliers of a block as they were stored, column name -> percent."""
-
-    columns: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class StoredBlocks:
-    """Block index -> stored outliers."""
-
-    blocks: Mapping[int, StoredLod]
-
-
-def _read_outliers(path: Path) -> StoredBlocks | None:
-    """What blocks.csv says of the blocks' LOD, to the last bit; None where there is no such file."""
+def _read_block_lod(path: Path) -> dict[int, dict[str, float]]:
+    """The columns of LOD of each block in blocks.csv, to the last bit; empty where there is no such file."""
     if not path.is_file():
-        return None
+        return {}
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         columns = [name for name in frame.columns if name in LOD_COLUMNS or is_tau_column(name)]
-        values = pd.DataFrame({name: _numbers(frame[name], whole=False) for name in columns})
-        indexes = _numbers(frame["block"], whole=True)
+        values = pd.DataFrame({name: _numbers(frame[name], integer=False) for name in columns})
+        indexes = _numbers(frame["block"], integer=True)
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a scan's blocks ({error}), expected the blocks.csv of `htsr scan`") from error
     rows = values.to_dict("records")
-    return StoredBlocks({int(index): StoredLod(row) for index, row in zip(indexes, rows, strict=True)})
+    return {int(index): row for index, row in zip(indexes, rows, strict=True)}
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -108,25 +80,22 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         for name in frame.columns:
-            frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], whole=name in WHOLE)
-        if missing := {*WHOLE, *TEXT, *NEEDED} - {*frame.columns, "part_of", *WHOLE_COLUMNS, *TEXT_COLUMNS}:
+            frame[name] = frame[name].map(_plain) if name in TEXT else _numbers(frame[name], integer=name in INTEGERS)
+        if missing := {*INTEGERS, *TEXT, *NEEDED} - {*frame.columns, "part_of", *INTEGER_COLUMNS, *TEXT_COLUMNS}:
             raise KeyError(f"no column {min(missing)}")
         return frame.astype({"rows": "int64", "cols": "int64"})
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a scan's table ({error}), expected the scan.csv of `htsr scan`") from error
 
 
-def safe_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text that a spreadsheet would run as a formula gets an apostrophe in front; numbers are left alone."""
-    text = [name for name in frame.columns if name in TEXT]
-    return frame.assign(
-        **{name: frame[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}
-    )
-
-
 def csv_text(frame: pd.DataFrame) -> str:
-    """CSV with numbers at full precision and empty cells for what was not computed."""
-    return safe_cells(frame).to_csv(index=False, lineterminator="\n")
+    """CSV with numbers at full precision and empty cells for what was not computed.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    """
+    text = frame[[name for name in frame.columns if name in TEXT]]
+    safe = {name: text[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}
+    return frame.assign(**safe).to_csv(index=False, lineterminator="\n")
 
 
 def save_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame, directory: Path) -> None:
@@ -134,7 +103,7 @@ def save_comparison(a: ScanData, b: ScanData, matrices: pd.DataFrame, directory:
     from htsr.comparison_plots import comparison_pictures
     from htsr.plots import picture
 
-    check_target(directory)
+    check_output_directory(directory)
     write_text(directory / "compare.csv", csv_text(matrices))
     for name, ax in comparison_pictures(a, b, matrices).items():
         (directory / f"{name}.png").write_bytes(picture(ax))
@@ -165,8 +134,8 @@ def _write(result: ScanData, staging: Path, *, plots: bool) -> None:
 def _move(staging: Path, directory: Path) -> None:
     """Rename the new files into place and drop those of an earlier scan that have no successor."""
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    owned = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in CAPTIONS)]
-    for name in owned:
+    optional = ["table.json", "spectra.npz", *(f"plots/{name}.png" for name in CAPTIONS)]
+    for name in optional:
         if not (staging / name).exists():
             (directory / name).unlink(missing_ok=True)
     files = sorted(p.relative_to(staging) for p in staging.rglob("*") if p.is_file())
@@ -194,10 +163,10 @@ def _read_spectra(path: Path) -> dict[str, np.ndarray] | None:
         raise BadInput(f"{path}: not readable ({error}), expected the spectra of a scan; scan again") from error
 
 
-def _numbers(column: pd.Series, *, whole: bool) -> pd.Series:
+def _numbers(column: pd.Series, *, integer: bool) -> pd.Series:
     """A column of text as numbers, through Python's float, which reads back exactly what repr wrote."""
     values = pd.Series([float(cell) if cell else np.nan for cell in column], dtype="float64", index=column.index)
-    return values.astype("Int64") if whole else values
+    return values.astype("Int64") if integer else values
 
 
 def _plain(cell: str) -> str:

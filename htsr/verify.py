@@ -35,13 +35,13 @@ def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = Non
             theirs, _ = ww.analyse(source, view)
             records.append(compare_rows(native, theirs))
             bar.update(round(cost(view) / 1e9, 3))
-    return pd.DataFrame.from_records(records, columns=list(compared_columns()))
+    return pd.DataFrame.from_records(records, columns=compared_columns())
 
 
-def compared_columns() -> tuple[str, ...]:
+def compared_columns() -> list[str]:
     """The columns of `verify`."""
     pairs = [name for ours in ww.SAME for name in (ours, f"ww_{ours}")]
-    return ("tensor", *pairs, "alpha_difference", "differ", "agrees", "note")
+    return ["tensor", *pairs, "alpha_difference", "differ", "agrees", "note"]
 
 
 def compare_rows(native: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from htsr.cache import Analyse
 from htsr.console import quiet_libraries
 from htsr.errors import HtsrError
 from htsr.matrix_row import empty_row
-from htsr.model.reading import read_block
+from htsr.model.reading import read_slice
 from htsr.numerics.metrics import alpha_hill
-from htsr.numerics.spectrum import Block
+from htsr.numerics.spectrum import MatrixSlice
 
 if TYPE_CHECKING:
     from htsr.model.layers import LayerView
@@ -40,7 +40,7 @@ def analyse(source: Source, view: LayerView) -> tuple[dict[str, Any], np.ndarray
     if view.reason:
         return empty_row(view, "skipped", view.reason), None
     start = time.perf_counter()
-    weights = whole(source, view)
+    weights = full_weights(source, view)
     if bad := int(weights.size - np.isfinite(weights).sum()):
         return empty_row(view, "failed", f"{bad} of {weights.size} entries are NaN or infinite"), None
     details, values = measure(weights, convolution=bool(view.pool))
@@ -55,7 +55,7 @@ def analyse(source: Source, view: LayerView) -> tuple[dict[str, Any], np.ndarray
     return row, values
 
 
-def one_at_a_time(source: Source) -> Callable[[LayerView], tuple[dict[str, Any], np.ndarray | None]]:
+def one_at_a_time(source: Source) -> Analyse:
     """`analyse` for several threads: it captures what weightwatcher prints, which only one can do at a time."""
     lock = threading.Lock()
 
@@ -66,9 +66,9 @@ def one_at_a_time(source: Source) -> Callable[[LayerView], tuple[dict[str, Any],
     return work
 
 
-def whole(source: Source, view: LayerView) -> np.ndarray:
+def full_weights(source: Source, view: LayerView) -> np.ndarray:
     """The weights of a view in fp32, all at once: (rows, cols), or the kernel (out, in, k, k) of a convolution."""
-    values = read_block(source, view, Block(axis=0, start=0, stop=view.rows)).astype(np.float32)
+    values = read_slice(source, view, MatrixSlice(0, view.rows)).astype(np.float32)
     return values.reshape(source.info(view.tensor).shape) if view.pool else values
 
 

@@ -11,24 +11,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from htsr.errors import BadInput
-from htsr.files import read_json
-from htsr.model.locate import inside
+from htsr.model.locate import read_object
 from htsr.model.parts import flat_shape
 from htsr.model.source import Source, TensorInfo
-
-if TYPE_CHECKING:
-    import torch
 
 PREFIX = "base_model.model."  # what PEFT puts before the name of a module
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.weight)?")
 MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 COPIED = ".base_layer."  # PEFT also saves adapted embeddings as the base has them
 COPY = "a copy of the base's own weights, beside the factors of their change"
+DORA = "DoRA rescales the outputs of its base: the difference needs the base; give it with --base"
 UNSUPPORTED = ("use_qalora", "use_bdlora")  # variants whose difference is not s B A
 
 
@@ -57,11 +54,11 @@ class AdapterSource(Source):
         self.path, self.id, self.stored = path, id_, stored
         self.settings = read_settings(path)
         self.changes: dict[str, LowRank] = {}
-        self.whole: dict[str, str] = {}  # weight of the model -> tensor of the adapter that replaces it
+        self.replacements: dict[str, str] = {}  # weight of the model -> tensor of the adapter that replaces it
         for tensor in stored.tensors:
             self._add(tensor)
         infos = [self._info(name, change) for name, change in self.changes.items()]
-        for name, tensor_name in self.whole.items():
+        for name, tensor_name in self.replacements.items():
             kept = stored.info(tensor_name)
             note = COPY if COPIED in name else "stored whole: its difference needs the base; give it with --base"
             infos.append(TensorInfo(name=name, shape=kept.shape, dtype=kept.dtype, note=note))
@@ -77,18 +74,10 @@ class AdapterSource(Source):
         B = change.scale * B
         return (np.ascontiguousarray(A.T), np.ascontiguousarray(B.T)) if change.transposed else (B, A)
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        shape = self.info(name).shape
-        per = flat_shape(shape)[0] // shape[0]
-        values = self.window(name, (start * per, stop * per), (0, flat_shape(shape)[1]))
-        return torch.from_numpy(values.astype(np.float32)).reshape(stop - start, *shape[1:])
-
     def raw(self, name: str) -> Iterator[memoryview]:
         change = self.changes.get(name)
         if change is None:
-            yield from self.stored.raw(self.whole[name])
+            yield from self.stored.raw(self.replacements[name])
             return
         yield memoryview(repr((change.scale, change.transposed)).encode())
         for side in sorted(change.sides):
@@ -109,7 +98,7 @@ class AdapterSource(Source):
         name = tensor.name.removeprefix(PREFIX)
         found, length = FACTOR.fullmatch(name), MAGNITUDE.fullmatch(name)
         if found is None and length is None:
-            self.whole[name] = tensor.name
+            self.replacements[name] = tensor.name
             return
         module = (found or length)["module"]  # type: ignore[index]
         change = self.changes.setdefault(f"{module}.weight", LowRank())
@@ -128,12 +117,8 @@ class AdapterSource(Source):
         change.scale = scale_of(self.settings, name.removesuffix(".weight"), self.id)
         shape = (b.shape[0], *a.shape[1:])
         shape = shape[::-1] if change.transposed else shape
-        return TensorInfo(name=name, shape=shape, dtype=f"delta:{a.dtype}", note=self._why_alone_not(name, change))
-
-    def _why_alone_not(self, name: str, change: LowRank) -> str:
-        if change.magnitude is not None:
-            return "DoRA rescales the outputs of its base: the difference needs the base; give it with --base"
-        return self.why_not(name)
+        note = self.why_not(name) if change.magnitude is None else DORA
+        return TensorInfo(name=name, shape=shape, dtype=f"delta:{a.dtype}", note=note)
 
     def why_not(self, name: str) -> str:
         """Why the factors of a module mean nothing to this program; empty when they mean s B A."""
@@ -149,9 +134,7 @@ class AdapterSource(Source):
 def read_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json of a LoRA. Raises BadInput for another kind of adapter."""
     file = path / "adapter_config.json"
-    settings = read_json(inside(path, file), expected="an adapter's configuration")
-    if not isinstance(settings, dict):
-        raise BadInput(f"{file.name}: got a {type(settings).__name__}, expected an object")
+    settings = read_object(path, file, expected="an adapter's configuration")
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise BadInput(f"{file.name}: got an adapter of type {kind!r}, expected LORA; merge it into its base first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from htsr.model.blocks import find_blocks
 from htsr.model.convergence import Convergence, convergence
 from htsr.model.meters import MeasuredBlock
 from htsr.model.outlier_pooling import Outliers, block_outliers, fused_shares
-from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, fp32, has_bf16_units, judge
-from htsr.model.skeleton import CannotStreamError, build_skeleton, model_config
+from htsr.model.rounding import PROBE_WINDOWS, WORTHWHILE, Rounding, has_bf16_units, judge
+from htsr.model.skeleton import CannotStreamError, build_skeleton, input_embeddings, model_config
 from htsr.model.walk import loaded_blocks, record_calls, stream_blocks
 from htsr.model.windows import cut_windows, read_texts, tokenise
 from htsr.taus import check_taus
@@ -112,7 +113,7 @@ def calibrate(
     windows = cut_windows(tokens, samples=samples, seq_len=seq_len, seed=seed)
     walk = _plan(source, windows, device)
     shares = fused_shares(source)
-    rounding = fp32("it was asked for") if exact else _choose(walk, taus, scope)
+    rounding = Rounding("it was asked for") if exact else _choose(walk, taus, scope)
     blocks: dict[int, Outliers] = {}
     matrices: dict[tuple[int, str], Outliers] = {}
     for (measured,) in walk.blocks(len(windows), (rounding.dtype,)):
@@ -213,19 +214,14 @@ def _plan(source: Source, windows: Tensor, device: str | torch.device) -> _Walk:
 def _choose(walk: _Walk, taus: Sequence[float], scope: str) -> Rounding:
     """bfloat16 where it is fast, saves anything, and moves no block's LOD; see `rounding`."""
     if walk.device is None:
-        return fp32("a model that is run as a whole is run as it is")
+        return Rounding("a model that is run as a whole is run as it is")
     if not has_bf16_units(walk.device):
-        return fp32(f"{walk.device} has no bfloat16 units")
+        return Rounding(f"{walk.device} has no bfloat16 units")
     if walk.windows < WORTHWHILE:
-        return fp32(f"{walk.windows} windows take no longer than to see whether bfloat16 is safe")
-    return judge(_compared(walk.blocks(PROBE_WINDOWS, (torch.float32, torch.bfloat16)), taus[:1], scope))
-
-
-def _compared(both: Blocks, taus: Sequence[float], scope: str) -> Iterator[tuple[int, Outliers, Outliers]]:
-    """The size of each block and its outliers in both precisions."""
-    for exact, rounded in both:
-        size = sum(m.weight.numel() for m in exact.maps)
-        yield size, block_outliers(exact, taus, scope)[0], block_outliers(rounded, taus, scope)[0]
+        return Rounding(f"{walk.windows} windows take no longer than to see whether bfloat16 is safe")
+    both = walk.blocks(PROBE_WINDOWS, (torch.float32, torch.bfloat16))
+    count = partial(block_outliers, taus=taus[:1], scope=scope)
+    return judge((exact.size, count(exact)[0], count(rounded)[0]) for exact, rounded in both)
 
 
 def _load(source: Source, device: str | torch.device) -> nn.Module:
@@ -281,11 +277,6 @@ def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
     reads = getattr(model, "main_input_name", "input_ids")
     if reads != "input_ids":
         raise BadInput(f"got a {type(model).__name__}, which reads {reads}, expected a model that reads text")
-    access = getattr(model, "get_input_embeddings", None)
-    try:
-        table = access() if access is not None else None
-    except NotImplementedError:  # a model of several towers has none of its own
-        table = None
-    rows = getattr(table, "num_embeddings", None)
+    rows = getattr(input_embeddings(model), "num_embeddings", None)
     if rows is not None and int(windows.max()) >= rows:
         raise BadInput(f"tokenizer: got token {int(windows.max())}, expected ids below {rows}; it is another model's")

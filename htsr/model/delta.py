@@ -12,9 +12,9 @@ import numpy as np
 from htsr.errors import BadInput
 from htsr.model.adapter import COPIED, AdapterSource
 from htsr.model.parts import flat_shape
-from htsr.model.reading import read_block
+from htsr.model.reading import read_slice
 from htsr.model.source import Source, TensorInfo
-from htsr.numerics.spectrum import plan_blocks
+from htsr.numerics.spectrum import plan_slices
 
 if TYPE_CHECKING:
     import torch
@@ -47,24 +47,15 @@ class _OnBase(Source):
         """Whether a tensor may differ from the base's."""
         return True
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        shape = self.info(name).shape
-        height, width = flat_shape(shape)
-        per = height // shape[0]
-        values = self.window(name, (start * per, stop * per), (0, width)).astype(np.float32)
-        return torch.from_numpy(values).reshape(stop - start, *shape[1:])
-
     def relative_change(self, view: LayerView) -> float | None:
         if not self.has_changed(view.stored):
             return 0.0
         if view.stored not in self._in_base:
             return None
         moved = total = 0.0
-        for block in plan_blocks(view.rows, view.cols):
-            before = read_block(self.base, view, block).astype(np.float64)
-            after = read_block(self, view, block)
+        for block in plan_slices(view.rows, view.cols):
+            before = read_slice(self.base, view, block).astype(np.float64)
+            after = read_slice(self, view, block)
             moved += float(np.sum((after if self.is_delta else after - before) ** 2))
             total += float(np.sum(before**2))
         return float(np.sqrt(moved / total)) if total else None
@@ -116,12 +107,11 @@ class MergedSource(_OnBase):
     def __init__(self, adapter: AdapterSource, base: Source) -> None:
         self.adapter, self.base = adapter, base
         self.id, self.path = adapter.id, base.path
-        names = {t.name for t in base.tensors}
-        self.changed = {self._meet(name, names): name for name in adapter.changes if not adapter.why_not(name)}
-        self.replaced = {self._meet(name, names, new=True): name for name in adapter.whole if COPIED not in name}
+        self.changed = {self._base_name(name): name for name in adapter.changes if not adapter.why_not(name)}
+        self.replaced = {self._base_name(name, new=True): name for name in adapter.replacements if COPIED not in name}
         self._scales: dict[str, np.ndarray] = {}
         infos = [self._info(t) for t in base.tensors]
-        infos += [self._info(adapter.info(at)) for at in self.replaced if at not in names]
+        infos += [self._info(adapter.info(at)) for at in self.replaced if at not in self._in_base]
         self.tensors = tuple(infos)
 
     @property
@@ -130,7 +120,7 @@ class MergedSource(_OnBase):
 
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
         if name in self.replaced:
-            return self.adapter.stored.window(self.adapter.whole[self.replaced[name]], rows, cols)
+            return self.adapter.stored.window(self.adapter.replacements[self.replaced[name]], rows, cols)
         if name not in self.changed:
             return self.base.window(name, rows, cols)
         values = self._sum(name, rows, cols)
@@ -146,7 +136,7 @@ class MergedSource(_OnBase):
         if name in self.changed:
             return super().rows(name, start, stop)
         if name in self.replaced:
-            return self.adapter.stored.rows(self.adapter.whole[self.replaced[name]], start, stop)
+            return self.adapter.stored.rows(self.adapter.replacements[self.replaced[name]], start, stop)
         return self.base.rows(name, start, stop)
 
     def raw(self, name: str) -> Iterator[memoryview]:
@@ -172,9 +162,8 @@ class MergedSource(_OnBase):
             height, width = flat_shape(self.info(name).shape)
             axis = 0 if self._outputs_across(name) else 1
             squares = np.zeros((height, width)[1 - axis])
-            for block in plan_blocks(height, width):
-                rows = (block.start, block.stop) if block.axis == 0 else (0, height)
-                cols = (0, width) if block.axis == 0 else (block.start, block.stop)
+            for block in plan_slices(height, width):
+                rows, cols = block.window(height, width)
                 taken = slice(*(cols if axis == 0 else rows))
                 squares[taken] += np.sum(self._sum(name, rows, cols) ** 2, axis=axis)
             magnitude = self.adapter.magnitude(self.changed[name])
@@ -182,9 +171,9 @@ class MergedSource(_OnBase):
             self._scales[name] = magnitude / np.sqrt(squares)
         return self._scales[name]
 
-    def _meet(self, name: str, names: set[str], *, new: bool = False) -> str:
+    def _base_name(self, name: str, *, new: bool = False) -> str:
         """The base's name of a weight that the adapter calls `name`: files may leave out what heads put in front."""
-        ends = [known for known in names if known == name or name.endswith(f".{known}") or known.endswith(f".{name}")]
+        ends = [each for each in self._in_base if f".{name}".endswith(f".{each}") or each.endswith(f".{name}")]
         if name in ends:
             return name
         if len(ends) == 1:
@@ -197,7 +186,7 @@ class MergedSource(_OnBase):
 
     def _info(self, tensor: TensorInfo) -> TensorInfo:
         if tensor.name in self.replaced:
-            kept = self.adapter.stored.info(self.adapter.whole[self.replaced[tensor.name]])
+            kept = self.adapter.stored.info(self.adapter.replacements[self.replaced[tensor.name]])
             return replace(kept, name=tensor.name)
         if tensor.name not in self.changed or not tensor.readable:
             return tensor

@@ -12,10 +12,15 @@ INPUTS_FIRST = {"gpt_oss": True, "llama4": False, "llama4_text": False}  # exper
 BY_HEAD = ("gpt_neox", "gpt_neox_japanese", "bloom", "persimmon")  # q k v of head 0, q k v of head 1, ...
 
 
+def text_config(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The configuration of the text model where `config` has several, else `config` itself; empty for None."""
+    nested = (config or {}).get("text_config")
+    return nested if isinstance(nested, dict) else config or {}
+
+
 def model_type(config: Mapping[str, Any] | None) -> str:
     """`model_type` of a configuration, of its text model where it has several."""
-    text = (config or {}).get("text_config")
-    return str((text if isinstance(text, dict) else config or {}).get("model_type", ""))
+    return str(text_config(config).get("model_type", ""))
 
 
 def qkv_parts(outputs: int, config: Mapping[str, Any] | None, *, concatenated: bool) -> dict[str, Runs]:
@@ -23,8 +28,7 @@ def qkv_parts(outputs: int, config: Mapping[str, Any] | None, *, concatenated: b
 
     concatenated: the file format itself puts q, k and v one after the other, whatever the model did.
     """
-    text = dict(config or {})
-    text = {**text, **text.get("text_config", {})} if isinstance(text.get("text_config"), dict) else text
+    text = {**(config or {}), **text_config(config)}
     kind = str(text.get("model_type"))
     heads, size = _heads(text)
     if not heads or not size:
@@ -53,9 +57,7 @@ def _heads(text: Mapping[str, Any]) -> tuple[int, int]:
 
 def _groups(text: Mapping[str, Any], kind: str, heads: int) -> int:
     """The number of key and value heads."""
-    if kind == "gpt_bigcode":
-        return 1 if text.get("multi_query") else heads
-    if kind == "falcon" and not text.get("new_decoder_architecture"):
+    if kind == "gpt_bigcode" or (kind == "falcon" and not text.get("new_decoder_architecture")):
         return 1 if text.get("multi_query") else heads
     nested = text.get("attn_config")
     inner = _number(nested, "kv_n_heads") if isinstance(nested, Mapping) else 0
@@ -80,8 +82,8 @@ def gate_up_parts(rows: int, cols: int, axis: int, *, interleaved: bool) -> dict
         "gate": Runs(start=0, width=1, stride=2, count=half) if interleaved else run(0, half),
         "up": Runs(start=1, width=1, stride=2, count=half) if interleaved else run(half, half),
     }
-    whole = run(0, (rows, cols)[1 - axis])
-    return {name: (chosen, whole) if axis == 0 else (whole, chosen) for name, chosen in halves.items()}
+    across = run(0, (rows, cols)[1 - axis])
+    return {name: (chosen, across) if axis == 0 else (across, chosen) for name, chosen in halves.items()}
 
 
 def expert_gate_up(gate_up: tuple[int, ...], down: tuple[int, ...] | None, kind: str) -> dict[str, tuple[Runs, Runs]]:

@@ -26,20 +26,17 @@ class GgufSource(Source):
     """A .gguf file. Shapes are those of the matrices (rows first), names are the file's own."""
 
     def __init__(self, path: Path, id_: str) -> None:
-        gguf = import_gguf(path)
+        self._gguf = import_gguf(path)
         self.id, self.path = id_, path
         self._file = inside(path.parent, path)
         try:
-            tensors = gguf.GGUFReader(self._file).tensors
+            tensors = self._gguf.GGUFReader(self._file).tensors
         except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
             raise BadInput(
                 f"{path.name}: got a damaged GGUF file ({error}), expected one that llama.cpp reads"
             ) from error
         self._stored = {t.name: (t.tensor_type, int(t.data_offset), int(t.n_bytes)) for t in tensors}
-        self.tensors = tuple(
-            TensorInfo(name=t.name, shape=tuple(int(n) for n in reversed(t.shape)), dtype=_label(t.tensor_type.name))
-            for t in tensors
-        )
+        self.tensors = tuple(map(_info, tensors))
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
@@ -53,9 +50,7 @@ class GgufSource(Source):
 
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
         _, width = flat_shape(self.info(name).shape)
-        import gguf
-
-        values, _ = gguf.GGML_QUANT_SIZES[self._stored[name][0]]
+        values, _ = self._gguf.GGML_QUANT_SIZES[self._stored[name][0]]
         low = cols[0] // values * values  # whole quantisation blocks
         high = min(-(-cols[1] // values) * values, width)
         window = self._dequantise(name, width, *rows, low, high)
@@ -63,16 +58,14 @@ class GgufSource(Source):
 
     def _dequantise(self, name: str, cols: int, r0: int, r1: int, c0: int, c1: int) -> np.ndarray:
         """Rows r0:r1, columns c0:c1 (multiples of the type's own block) of a tensor seen as a matrix `cols` wide."""
-        import gguf
-
         kind, offset, _ = self._stored[name]
-        values, size = gguf.GGML_QUANT_SIZES[kind]  # this many values lie in this many bytes
+        values, size = self._gguf.GGML_QUANT_SIZES[kind]  # this many values lie in this many bytes
         row_bytes = cols // values * size
         mapped = np.memmap(self._file, np.uint8, "r", offset + r0 * row_bytes, (r1 - r0, row_bytes))
         data = np.array(mapped[:, c0 // values * size : -(-c1 // values) * size], order="C")
         if kind.name in ("F64", "F32", "F16"):
             return data.view(PLAIN[kind.name])
-        return gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)
+        return self._gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -106,5 +99,6 @@ def import_gguf(path: Path) -> Any:
     return gguf
 
 
-def _label(kind: str) -> str:
-    return PLAIN.get(kind, DEQUANTISED + kind)
+def _info(tensor: Any) -> TensorInfo:
+    kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
+    return TensorInfo(name=tensor.name, shape=shape, dtype=PLAIN.get(kind, DEQUANTISED + kind))

@@ -16,7 +16,7 @@ from htsr.model.names import (
     role_of,
     stored_transposed,
 )
-from htsr.model.parts import Part, flat_shape, kernel_parts, run
+from htsr.model.parts import Part, Runs, flat_shape, kernel_parts, run
 from htsr.model.reasons import too_small, why_not
 
 if TYPE_CHECKING:
@@ -58,24 +58,24 @@ def views(source: Source) -> list[LayerView]:
     A stack of experts has a view for each expert's matrices instead. A fused q, k and v (or gate and up) has its own
     view, and one for each of its parts where the configuration tells where they lie.
     """
-    places = locate_blocks([t.name for t in source.tensors], numbered=source.numbered)
-    tail_roles = distinct_roles([(t.name, *places[t.name]) for t in source.tensors if len(t.shape) in (2, 4)])
-    roles = {n: tail_roles.get(n, role_of(rest)) for n, (_, rest) in places.items()}
+    locations = locate_blocks([t.name for t in source.tensors], numbered=source.numbered)
+    tail_roles = distinct_roles([(t.name, *locations[t.name]) for t in source.tensors if len(t.shape) in (2, 4)])
+    roles = {n: tail_roles.get(n, role_of(rest)) for n, (_, rest) in locations.items()}
     roles.update(plain_gguf_roles(source.tensors, roles))
     transposed = stored_transposed(source.tensors)
-    stacks = {(places[t.name][0], roles[t.name]): t.shape for t in source.tensors if len(t.shape) == 3}
+    stacks = {(locations[t.name][0], roles[t.name]): t.shape for t in source.tensors if len(t.shape) == 3}
     result: list[LayerView] = []
     for tensor in source.tensors:
-        block, rest = places[tensor.name]
-        whole = _view(tensor, block, roles[tensor.name], tensor.name in transposed)
-        if whole.reason:
-            result.append(whole)
+        block, rest = locations[tensor.name]
+        view = _view(tensor, block, roles[tensor.name], tensor.name in transposed)
+        if view.reason:
+            result.append(view)
         elif len(tensor.shape) == 3:
-            result += _experts(whole, rest, tensor.shape, stacks.get((block, "down")), source.config)
+            result += _experts(view, rest, tensor.shape, stacks.get((block, "down")), source.config)
         elif len(tensor.shape) == 4:
-            result.append(replace(whole, pool=tuple(kernel_parts(tensor.name, tensor.shape))))
+            result.append(replace(view, pool=tuple(kernel_parts(tensor.name, tensor.shape))))
         else:
-            result += [whole, *_fused_parts(whole, source.config)]
+            result += [view, *_fused_parts(view, source.config)]
     return sorted(result, key=_order)
 
 
@@ -100,7 +100,7 @@ def _view(tensor: TensorInfo, block: int | None, role: str, transposed: bool) ->
 
 
 def _experts(
-    whole: LayerView, rest: str, shape: tuple[int, ...], down: tuple[int, ...] | None, config: Mapping[str, Any] | None
+    view: LayerView, rest: str, shape: tuple[int, ...], down: tuple[int, ...] | None, config: Mapping[str, Any] | None
 ) -> Iterator[LayerView]:
     """The matrices of a stack (experts, rows, cols): one an expert, or gate and up of each where they are fused."""
     _, height, width = shape
@@ -110,44 +110,34 @@ def _experts(
         role = expert_role(rest, index)
         for share, (rows, cols) in (shares or {"": (run(0, height), run(0, width))}).items():
             rows = replace(rows, start=rows.start + index * height)
-            yield replace(
-                whole,
-                tensor=f"{whole.tensor}[{index}]" + (f"[{share}]" if share else ""),
-                role=role.removesuffix("gate_up") + share if share else role,
-                rows=rows.size,
-                cols=cols.size,
-                part=Part(tensor=whole.tensor, rows=rows, cols=cols),
-                reason=too_small(rows.size, cols.size),
-            )
+            name = f"{view.tensor}[{index}]" + (f"[{share}]" if share else "")
+            yield _part_view(view, name, role.removesuffix("gate_up") + share if share else role, rows, cols)
 
 
-def _fused_parts(whole: LayerView, config: Mapping[str, Any] | None) -> Iterator[LayerView]:
+def _fused_parts(view: LayerView, config: Mapping[str, Any] | None) -> Iterator[LayerView]:
     """q, k and v, or gate and up, of a fused matrix; nothing for any other and where they lie uncertainly."""
-    axis = 1 if whole.transposed else 0
-    outputs, inputs = (whole.rows, whole.cols) if axis == 0 else (whole.cols, whole.rows)
-    if whole.role.endswith("qkv"):
-        thirds = whole.tensor.endswith("in_proj_weight") and outputs == 3 * inputs  # nn.MultiheadAttention
+    axis = 1 if view.transposed else 0
+    outputs, inputs = (view.rows, view.cols) if axis == 0 else (view.cols, view.rows)
+    if view.role.endswith("qkv"):
+        thirds = view.tensor.endswith("in_proj_weight") and outputs == 3 * inputs  # nn.MultiheadAttention
         heads = {"model_type": "mpt", "num_attention_heads": 1, "hidden_size": inputs} if thirds else config
-        along = qkv_parts(outputs, heads, concatenated="attn_qkv" in whole.tensor)
+        along = qkv_parts(outputs, heads, concatenated="attn_qkv" in view.tensor)
         across = run(0, inputs)
         shares = {n: (chosen, across) if axis == 0 else (across, chosen) for n, chosen in along.items()}
-        stem = whole.role.removesuffix("qkv")
-    elif whole.role.endswith("gate_up"):
-        shares = gate_up_parts(whole.rows, whole.cols, axis, interleaved=False)
-        stem = whole.role.removesuffix("gate_up")
+        stem = view.role.removesuffix("qkv")
+    elif view.role.endswith("gate_up"):
+        shares = gate_up_parts(view.rows, view.cols, axis, interleaved=False)
+        stem = view.role.removesuffix("gate_up")
     else:
         return
     for share, (rows, cols) in shares.items():
-        yield replace(
-            whole,
-            tensor=f"{whole.tensor}[{share}]",
-            role=stem + share,
-            rows=rows.size,
-            cols=cols.size,
-            part=Part(tensor=whole.tensor, rows=rows, cols=cols),
-            part_of=whole.tensor,
-            reason=too_small(rows.size, cols.size),
-        )
+        yield replace(_part_view(view, f"{view.tensor}[{share}]", stem + share, rows, cols), part_of=view.tensor)
+
+
+def _part_view(view: LayerView, tensor: str, role: str, rows: Runs, cols: Runs) -> LayerView:
+    """The view of the chosen rows and columns of a tensor, under a name and a role of their own."""
+    part, reason = Part(tensor=view.tensor, rows=rows, cols=cols), too_small(min(rows.size, cols.size))
+    return replace(view, tensor=tensor, role=role, rows=rows.size, cols=cols.size, part=part, reason=reason)
 
 
 def _order(view: LayerView) -> tuple[Any, ...]:

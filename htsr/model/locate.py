@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import BadInput, NotFound, first_line
+from htsr.files import read_json
 
 DEMO = Path(__file__).parents[1] / "assets" / "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -50,19 +51,41 @@ def inside(root: Path, file: Path) -> Path:
 
     Raises BadInput when a link leads elsewhere or it is no regular file, NotFound when it does not exist.
     """
-    home, real = root.resolve(), file.resolve()
+    directory, real = root.resolve(), file.resolve()
     if not real.exists():
         raise BadInput(f"{file.name}: the model's directory has no such file (or its link leads nowhere)")
-    allowed = [home]
-    for parent in home.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            allowed.append(parent.parent / "blobs")
-            break
-    if not any(real.is_relative_to(place) for place in allowed):
+    snapshot = next((path for path in (directory, *directory.parents) if snapshot_revision(path)), None)
+    allowed = [directory] if snapshot is None else [directory, snapshot.parents[1] / "blobs"]
+    if not any(real.is_relative_to(path) for path in allowed):
         raise BadInput(f"{file.name}: got a link that leads out of the model's directory; copy the file into it")
     if not real.is_file():
         raise BadInput(f"{file.name}: got something that is not a regular file, expected weights or JSON")
     return real
+
+
+def read_object(root: Path, file: Path, *, expected: str) -> dict[str, Any]:
+    """The JSON object in a file of a model's directory.
+
+    Args:
+        root: the directory, which the file may not lead out of (`inside`).
+        file: the path of the file.
+        expected: names the kind of file in the messages.
+
+    Raises:
+        BadInput: the file cannot be used, or holds something else than an object.
+    """
+    value = read_json(inside(root, file), expected=expected)
+    if not isinstance(value, dict):
+        raise BadInput(f"{file.name}: got a {type(value).__name__}, expected an object")
+    return value
+
+
+def read_config(path: Path) -> dict[str, Any] | None:
+    """config.json of the model's directory `path`; None where there is none, and for a lone file."""
+    file = path / "config.json"
+    if not (file.exists() or file.is_symlink()):
+        return None
+    return read_object(path, file, expected="a model's configuration")
 
 
 def _hub_snapshot(name: str, revision: str | None, allow_pickle: bool) -> Path:

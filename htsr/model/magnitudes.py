@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from htsr.model.reading import read_block
-from htsr.numerics.spectrum import Block
+from htsr.model.reading import read_slice
+from htsr.numerics.spectrum import MatrixSlice
 from htsr.taus import tau_column
 from htsr.workers import run
 
@@ -49,9 +49,9 @@ def _pool_shares(source: Source, pool: Sequence[LayerView], taus: Sequence[float
     def sizes(view: LayerView) -> Iterable[np.ndarray]:
         return _sizes(source, view) if kept is None else kept[view.tensor]
 
-    whole = [view for view in pool if not view.part_of] or pool
-    total = sum(float(part.sum(dtype=np.float64)) for view in whole for part in sizes(view))
-    mean = total / sum(view.rows * view.cols for view in whole)
+    counted = [view for view in pool if not view.part_of] or pool
+    total = sum(float(part.sum(dtype=np.float64)) for view in counted for part in sizes(view))
+    mean = total / sum(view.rows * view.cols for view in counted)
     limits = [tau * mean for tau in taus]
     return {view.tensor: _percents_above(sizes(view), view.rows * view.cols, limits) for view in pool}
 
@@ -75,4 +75,4 @@ def _sizes(source: Source, view: LayerView) -> Iterator[np.ndarray]:
     """|W|, some rows at a time."""
     step = max(SLICE_ELEMENTS // view.cols, 1)
     for start in range(0, view.rows, step):
-        yield np.abs(read_block(source, view, Block(axis=0, start=start, stop=min(start + step, view.rows))))
+        yield np.abs(read_slice(source, view, MatrixSlice(start, min(start + step, view.rows))))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from htsr.errors import BadInput
-from htsr.files import read_json
-from htsr.model.locate import inside
+from htsr.model.locate import inside, read_config
 from htsr.model.parts import flat_shape
 from htsr.model.source import Source, TensorInfo, without_tied
 
@@ -30,7 +29,10 @@ class ModuleSource(Source):
         state = model.state_dict() if isinstance(model, nn.Module) else model
         self._tensors = distinct_tensors(state)
         self.id = id_ or _name(self.module)
-        infos = [TensorInfo(name=n, shape=tuple(t.shape), dtype=_dtype(t)) for n, t in self._tensors.items()]
+        infos = [
+            TensorInfo(name=n, shape=tuple(t.shape), dtype=str(t.dtype).removeprefix("torch."))
+            for n, t in self._tensors.items()
+        ]
         self.tensors = without_tied(infos, self.config)
 
     @cached_property
@@ -76,10 +78,7 @@ class PickleSource(ModuleSource):
     @cached_property
     def config(self) -> dict[str, Any] | None:
         assert self.path is not None
-        file = self.path / "config.json"
-        if not file.is_file():
-            return None
-        return read_json(inside(self.path, file), expected="a model's configuration")
+        return read_config(self.path)
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
@@ -118,10 +117,6 @@ def distinct_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not distinct:
         raise BadInput("got a model without tensors, expected weights")
     return distinct
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _name(module: nn.Module | None) -> str:

@@ -34,6 +34,11 @@ class MeasuredBlock:
     index: int
     maps: list[MeasuredMap]
 
+    @property
+    def size(self) -> int:
+        """The number of weights of all maps."""
+        return sum(each.weight.numel() for each in self.maps)
+
 
 class InputMeter:
     """Sums the squares of what enters each linear map of a block, while its context is open.
@@ -98,15 +103,15 @@ class ExpertMeter(TorchFunctionMode):
         self.sums: dict[tuple[tuple[int, int], int], Tensor] = {}
         self.transposed: dict[int, bool] = {}
 
-    def listening(self) -> contextlib.AbstractContextManager[Any]:
+    def when_needed(self) -> contextlib.AbstractContextManager[Any]:
         """This mode when there is anything to hear, else nothing: it costs a little on every operation."""
         return self if self.stacks else contextlib.nullcontext()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is nn.functional.linear:
-            self._hear(args[0], args[1], transposed=False)
+            self._record(args[0], args[1], transposed=False)
         elif function in MATRIX_PRODUCTS:
-            self._hear(args[0], args[1], transposed=True)
+            self._record(args[0], args[1], transposed=True)
         return function(*args, **(kwargs or {}))
 
     def maps(self, block: nn.Module) -> Iterator[MeasuredMap]:
@@ -116,23 +121,21 @@ class ExpertMeter(TorchFunctionMode):
             BadInput: the experts were not applied one at a time, so that nothing is known about their inputs.
         """
         for name, parameter in _expert_stacks(block):
-            place = parameter.untyped_storage().data_ptr()
-            if place not in self.transposed:
+            storage = parameter.untyped_storage().data_ptr()
+            if storage not in self.transposed:
                 raise BadInput(f"{name}: its experts are not applied one by one, expected that to measure their inputs")
+            # whether gate and up take turns in a fused stack; None where that is not known
+            interleaved = INPUTS_FIRST.get(self.kind) if self.transposed[storage] else False
             for index in range(parameter.shape[0]):
                 weight = parameter.detach()[index]
-                weight = weight.t() if self.transposed[place] else weight
-                sums = _halves(self.sums, (place, index), weight)
-                for role, part in _expert_roles(name, index, weight, self._interleaved(place)):
+                weight = weight.t() if self.transposed[storage] else weight
+                sums = _halves(self.sums, (storage, index), weight)
+                for role, part in _expert_roles(name, index, weight, interleaved):
                     yield MeasuredMap(role=role, weight=part, square_sums=sums)
 
-    def _interleaved(self, place: int) -> bool | None:
-        """Whether gate and up take turns in a fused stack; None where that is not known."""
-        return INPUTS_FIRST.get(self.kind) if self.transposed[place] else False
-
-    def _hear(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
-        place = weight.untyped_storage().data_ptr()
-        stack = self.stacks.get(place)
+    def _record(self, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
+        storage = weight.untyped_storage().data_ptr()
+        stack = self.stacks.get(storage)
         if stack is None or weight.shape not in (stack.shape, stack.shape[1:]):
             return
         if weight.ndim == 3:  # all experts in one batched product
@@ -140,9 +143,9 @@ class ExpertMeter(TorchFunctionMode):
         else:
             inputs = {(weight.storage_offset() - stack.storage_offset()) // stack.stride(0): x}
         for index, tokens in inputs.items():
-            squares, key = square_sums(tokens), ((place, index), self.half)
+            squares, key = square_sums(tokens), ((storage, index), self.half)
             self.sums[key] = self.sums[key] + squares if key in self.sums else squares
-            self.transposed[place] = transposed
+            self.transposed[storage] = transposed
 
 
 MATRIX_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)

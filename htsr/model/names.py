@@ -12,8 +12,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from htsr.model.fused import text_config
+
 if TYPE_CHECKING:
     from htsr.model.source import TensorInfo
+
+Split = tuple[str, int, str]  # what is before the outermost integer of a name, that integer, what is after it
 
 # (pattern at the end of a name, canonical role); the first that matches wins
 _ROLES = [
@@ -38,10 +42,8 @@ _ROLES = [
         (r"lm_head|embed_out|output|cls\.predictions\.decoder|score|classifier|qa_outputs", "head"),
         (r"embed_positions|wpe|position_embeddings|position_embd|position_embed", "position_embeddings"),
         (r"token_type_embeddings|token_types", "token_type_embeddings"),
-        (
-            r"embed_tokens|wte|word_embeddings|token_embd|embed_in|tok_embeddings|shared|embeddings|embedding",
-            "embeddings",
-        ),
+        (r"embed_tokens|wte|word_embeddings|token_embd|embed_in|tok_embeddings", "embeddings"),
+        (r"shared|embeddings|embedding", "embeddings"),
     ]
 ]
 _NORM = re.compile(r"(norm|(^|[._])ln)", re.IGNORECASE)
@@ -49,7 +51,7 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 _SHARED = re.compile(r"shared_experts?\.|_shexp")
 _CROSS = re.compile(r"cross_?att|encdecattention|encoder_attn", re.IGNORECASE)
 _WRAPPERS = re.compile(r"(?<![^.])(?:base_layer|_orig_mod|module)\.")
-_ENCODER = re.compile(r"(?<![A-Za-z])(?:encoder|enc)(?![A-Za-z])")
+_ENCODER, _DECODER = (re.compile(rf"(?<![A-Za-z])(?:{side}oder|{side})(?![A-Za-z])") for side in ("enc", "dec"))
 
 
 def locate_blocks(names: Iterable[str], *, numbered: bool = False) -> dict[str, tuple[int | None, str]]:
@@ -60,29 +62,24 @@ def locate_blocks(names: Iterable[str], *, numbered: bool = False) -> dict[str, 
     or, if `numbered`, by the integers themselves.
     """
     split = {name: _split_at_integer(name) for name in names}
-    stacks, number = _stacks(_families(split), numbered=numbered)
+    stacks, number = _stacks(split.values(), numbered=numbered)
     return {
-        name: (number[place[0], place[1]], place[2]) if place is not None and place[0] in stacks else (None, name)
-        for name, place in split.items()
+        name: (number[parts[0], parts[1]], parts[2]) if parts is not None and parts[0] in stacks else (None, name)
+        for name, parts in split.items()
     }
 
 
 def count_blocks(names: Iterable[str], *, numbered: bool = False) -> int:
     """How many blocks the names make up."""
-    _, number = _stacks(_families(names), numbered=numbered)
+    _, number = _stacks(map(_split_at_integer, names), numbered=numbered)
     return max(number.values()) + 1 if number else 0
 
 
-def _families(names: Iterable[str]) -> list[tuple[str, int]]:
-    """(prefix, integer) of every name that holds an integer."""
-    return [place[:2] for place in map(_split_at_integer, names) if place is not None]
-
-
-def _stacks(places: Iterable[tuple[str, int]], *, numbered: bool) -> tuple[list[str], dict[tuple[str, int], int]]:
-    """The prefixes that number blocks, and (prefix, integer) -> block."""
+def _stacks(names: Iterable[Split | None], *, numbered: bool) -> tuple[list[str], dict[tuple[str, int], int]]:
+    """The prefixes that number blocks, and (prefix, integer) -> block, of names as `_split_at_integer` splits them."""
     families: dict[str, set[int]] = defaultdict(set)
     members: Counter[str] = Counter()
-    for prefix, integer in places:
+    for prefix, integer, _ in filter(None, names):
         families[prefix].add(integer)
         members[prefix] += 1
     stacks = choose_stacks(families, members)
@@ -95,7 +92,7 @@ def _stacks(places: Iterable[tuple[str, int]], *, numbered: bool) -> tuple[list[
     return stacks, number
 
 
-def _split_at_integer(name: str) -> tuple[str, int, str] | None:
+def _split_at_integer(name: str) -> Split | None:
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if part.isdecimal() and part.isascii() and len(part) < 10:
@@ -109,18 +106,10 @@ def choose_stacks(families: Mapping[str, set[int]], members: Mapping[str, int]) 
         return []
     longest = max(families, key=lambda p: (len(families[p]), members[p]))
     if _ENCODER.search(longest):
-        encoder, decoder = longest, _swap_encoder(longest)
+        encoder, decoder = longest, _ENCODER.sub(lambda word: word.group().replace("enc", "dec"), longest)
     else:
-        encoder, decoder = _swap_decoder(longest), longest
+        encoder, decoder = _DECODER.sub(lambda word: word.group().replace("dec", "enc"), longest), longest
     return [p for p in dict.fromkeys((encoder, decoder)) if p in families]
-
-
-def _swap_encoder(prefix: str) -> str:
-    return re.sub(_ENCODER, lambda m: "decoder" if m.group() == "encoder" else "dec", prefix)
-
-
-def _swap_decoder(prefix: str) -> str:
-    return re.sub(r"(?<![A-Za-z])dec(oder)?(?![A-Za-z])", lambda m: "encoder" if m.group(1) else "enc", prefix)
 
 
 def role_of(name: str) -> str:
@@ -143,19 +132,19 @@ def role_of(name: str) -> str:
 
 
 def expert_role(path: str, index: int) -> str:
-    """The role of one matrix of a stack from the stack's name inside its block: that of a name of the expert's own."""
-    own = re.sub(r"(^|\.)experts(?=\.)", rf"\1experts.{index}", path, count=1)
-    if own != path:
-        return role_of(own)
+    """The role of one matrix of a stack from the stack's name inside its block, as if each expert had a tensor."""
+    numbered_path = re.sub(r"(^|\.)experts(?=\.)", rf"\1experts.{index}", path, count=1)
+    if numbered_path != path:
+        return role_of(numbered_path)
     role = role_of(path)
     return f"experts.{index}.{role}" if role in ("gate", "up", "down", "gate_up", "fc1", "fc2") else f"{role}.{index}"
 
 
-def distinct_roles(places: list[tuple[str, int | None, str]]) -> dict[str, str]:
+def distinct_roles(locations: list[tuple[str, int | None, str]]) -> dict[str, str]:
     """Roles of matrices, with the path inside the block instead where two of one block would share a role."""
-    count = Counter((block, role_of(rest)) for _, block, rest in places)
+    count = Counter((block, role_of(rest)) for _, block, rest in locations)
     roles = {}
-    for name, block, rest in places:
+    for name, block, rest in locations:
         role = role_of(rest)
         roles[name] = rest.removesuffix(".weight") if block is not None and count[block, role] > 1 else role
     return roles
@@ -187,9 +176,7 @@ def stored_transposed(tensors: Iterable[TensorInfo]) -> set[str]:
 
 def tied_copies(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None) -> set[str]:
     """Heads that a file stores although the configuration ties them to the embeddings (loading ignores them)."""
-    text = (config or {}).get("text_config")
-    tied = (config or {}).get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    if not tied:
+    if not any(each.get("tie_word_embeddings") for each in (config or {}, text_config(config))):
         return set()
     outside = [t for t in tensors if len(t.shape) == 2 and _split_at_integer(t.name) is None]
     embeddings = {(t.shape, t.dtype) for t in outside if role_of(t.name) == "embeddings"}

@@ -87,23 +87,20 @@ def block_outliers(
         for m in measured.maps
         for role, outputs in (shares or {}).get((measured.index, m.role), ())
     ]
-    pooled = _limits(members, levels)
-    limits = [pooled if scope == "block" else _limits([member], levels) for member in (*members, *parts)]
-    counts = [_counts(member, levels, limit) for member, limit in zip((*members, *parts), limits, strict=True)]
-    sizes = [member.weight.numel() for member in (*members, *parts)]
-    each = {
-        member.role: _outliers(count, size, limit, taus)
-        for member, count, size, limit in zip((*members, *parts), counts, sizes, limits, strict=True)
-    }
-    whole = slice(len(members))
-    total = np.sum(counts[whole], axis=0), sum(sizes[whole]), np.sum(limits[whole], axis=0)
-    return _outliers(*total, taus), each
+    pooled, every = _limits(members, levels), [*members, *parts]
+    limits = [pooled if scope == "block" else _limits([member], levels) for member in every]
+    counts = [_counts(member, levels, limit) for member, limit in zip(every, limits, strict=True)]
+    sizes = [member.weight.numel() for member in every]
+    each = [_outliers(*found, taus) for found in zip(counts, sizes, limits, strict=True)]
+    n = len(members)
+    block = _outliers(np.sum(counts[:n], axis=0), sum(sizes[:n]), np.sum(limits[:n], axis=0), taus)
+    return block, {member.role: outliers for member, outliers in zip(every, each, strict=True)}
 
 
 def _member(role: str, weight: Tensor, square_sums: Tensor) -> _Member:
     halves = square_sums.to(torch.float64)
     norms = torch.stack([halves.sum(dim=0), torch.ones_like(halves[0]), *halves]).sqrt()
-    return _Member(role, weight, norms, column_sums([weight]))
+    return _Member(role, weight, norms, column_sums(weight))
 
 
 def _limits(pool: Sequence[_Member], levels: Levels) -> Floats:
@@ -117,7 +114,7 @@ def _counts(member: _Member, levels: Levels, limits: Floats) -> NDArray[np.int64
     """How many of a matrix's weights are above each level's limit."""
     dtype = compared_in(member.weight)
     columns = [thresholds(limit, member.norms[whose], dtype) for (whose, _), limit in zip(levels, limits, strict=True)]
-    return count_above([member.weight], columns)
+    return count_above(member.weight, columns)
 
 
 def _outliers(counts: NDArray[np.int64], size: int, limits: Floats, taus: Sequence[float]) -> Outliers:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from htsr.model.parts import Part
-from htsr.numerics.spectrum import Block
+from htsr.numerics.spectrum import MatrixSlice
 
 if TYPE_CHECKING:
     from htsr.model.layers import LayerView
@@ -16,17 +16,16 @@ if TYPE_CHECKING:
 WINDOW_ELEMENTS = 1 << 21  # what is read at once where only some of the columns are wanted
 
 
-def read_block(source: Source, view: LayerView, block: Block) -> np.ndarray:
+def read_slice(source: Source, view: LayerView, block: MatrixSlice) -> np.ndarray:
     """Rows or columns of the matrix that a view stands for."""
     if view.part is None:
         return source.array(view.tensor, block)
     return read_part(source, view.part, block)
 
 
-def read_part(source: Source, part: Part, block: Block) -> np.ndarray:
+def read_part(source: Source, part: Part, block: MatrixSlice) -> np.ndarray:
     """Rows or columns (`block.axis` 0 or 1) of a part, a C-contiguous array."""
-    rows = (block.start, block.stop) if block.axis == 0 else (0, part.rows.size)
-    cols = (0, part.cols.size) if block.axis == 0 else (block.start, block.stop)
+    rows, cols = block.window(part.rows.size, part.cols.size)
     strips = [_columns(source, part, stretch, cols) for stretch in part.rows.pieces(*rows)]
     return strips[0] if len(strips) == 1 else np.concatenate(strips)
 

@@ -29,14 +29,12 @@ def why_not(tensor: TensorInfo, *, convolution: bool, bias: bool) -> str:
         return f"{len(shape)}-D (a convolution): only matrices and 2-D convolutions are analysed"
     values = min(shape) if len(shape) == 2 else min(shape[1:] if len(shape) == 3 else shape[:2])
     values *= math.prod(shape[2:]) if len(shape) == 4 else 1
-    if values < MIN_SIDE:
-        each = " in each matrix of the stack" if len(shape) == 3 else ""
-        plural = "" if values == 1 else "s"
-        return f"only {values} singular value{plural}{each}, at least {MIN_SIDE} make a spectrum"
-    return ""
+    return too_small(values, " in each matrix of the stack" if len(shape) == 3 else "")
 
 
-def too_small(rows: int, cols: int) -> str:
-    """Why a matrix of this size has no spectrum; empty when it has one."""
-    least = min(rows, cols)
-    return f"only {least} singular values, at least {MIN_SIDE} make a spectrum" if least < MIN_SIDE else ""
+def too_small(values: int, where: str = "") -> str:
+    """Why a matrix with this many singular values has no spectrum; empty when it has one."""
+    if values >= MIN_SIDE:
+        return ""
+    plural = "" if values == 1 else "s"
+    return f"only {values} singular value{plural}{where}, at least {MIN_SIDE} make a spectrum"

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from htsr.model.outlier_pooling import Outliers
+from htsr.numerics.bf16 import cpu_flags
 
 PROBE_WINDOWS = 2
 MOST_SHARE = 0.007  # of a block's share of the table, relative
@@ -26,30 +26,23 @@ WORTHWHILE = 8  # windows from which bfloat16 saves more than the probe costs
 UNITS = ("avx512_bf16", "amx_bf16")  # as Linux reports them; without, bfloat16 is emulated and slow
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Rounding:
     """The precision that the text runs in, and why."""
 
-    dtype: torch.dtype
     why: str
+    dtype: torch.dtype = torch.float32
 
     def record(self) -> dict[str, Any]:
         """What scan.json keeps of it."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "why": self.why}
 
 
-def fp32(why: str) -> Rounding:
-    """float32, and why."""
-    return Rounding(dtype=torch.float32, why=why)
-
-
 def has_bf16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text(errors="replace").split() if device.type == "cpu" and info.exists() else []
-    return any(unit in flags for unit in UNITS)
+    return device.type == "cpu" and not cpu_flags().isdisjoint(UNITS)
 
 
 def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
@@ -62,16 +55,16 @@ def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
         exact.append(true.lod)
         rounded.append(got.lod)
         if not (count := true.lod / 100 * size) >= FEWEST:
-            return fp32(f"block {block} has {count:.0f} outliers, too few to see a change of {MOST_SHARE:.1%}")
+            return Rounding(f"block {block} has {count:.0f} outliers, too few to see a change of {MOST_SHARE:.1%}")
         change = relative_change(true.lod, got.lod)
         if not change <= MOST_LOD:
-            return fp32(f"in bfloat16 the LOD of block {block} moves by {change:.2%}, more than {MOST_LOD:.1%}")
+            return Rounding(f"in bfloat16 the LOD of block {block} moves by {change:.2%}, more than {MOST_LOD:.1%}")
     changes = [relative_change(a / sum(exact), b / sum(rounded)) for a, b in zip(exact, rounded, strict=True) if a]
     largest = max(changes, default=0.0)
     if not largest <= MOST_SHARE:
-        return fp32(f"in bfloat16 a block's share of the table moves by {largest:.2%}, more than {MOST_SHARE:.1%}")
+        return Rounding(f"in bfloat16 a block's share of the table moves by {largest:.2%}, more than {MOST_SHARE:.1%}")
     why = f"on the first windows no block's share of the table is further than {largest:.2%} from float32's"
-    return Rounding(dtype=torch.bfloat16, why=why)
+    return Rounding(why, dtype=torch.bfloat16)
 
 
 def relative_change(true: float, got: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import numpy as np
 
 from htsr.errors import BadInput
-from htsr.files import read_json
-from htsr.model.locate import inside
+from htsr.files import refuse_constant
+from htsr.model.locate import inside, read_config
 from htsr.model.parts import flat_shape
 from htsr.model.source import ITEM_BYTES, Source, TensorInfo, without_tied
 
 if TYPE_CHECKING:
     import torch
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 MAX_INDEX_BYTES = 64_000_000
 MAX_TENSORS = 500_000
@@ -53,8 +54,8 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: Path, id_: str, revision: str | None = None) -> None:
         self.id, self.revision, self.path = id_, revision, path
-        self._root = path if path.is_dir() else path.parent
-        files = named_files(path) if path.is_dir() else {path.name: inside(self._root, path)}
+        index = read_index(path) if path.is_dir() else {}
+        files = named_files(path, index) if path.is_dir() else {path.name: inside(path.parent, path)}
         self._held = threading.local()
         self._entries: dict[str, Entry] = {}
         # The entries of each file by the file's own name (the Hub cache's have others), in the order of their bytes.
@@ -65,19 +66,16 @@ class SafetensorsSource(Source):
                 if entry.info.name in self._entries:
                     _refuse(file, f"tensor {entry.info.name!r} is in another file too", "each tensor once")
                 self._entries[entry.info.name] = entry
-        if path.is_dir():
-            check_index(path, {name: entry.file for name, entry in self._entries.items()})
+        for tensor, name in index.items():
+            if tensor not in self._entries or self._entries[tensor].file != files[name]:
+                expected = "a file that holds it; the download may be incomplete"
+                _refuse(path / INDEX, f"tensor {tensor!r} placed in {name}", expected)
         self.tensors = without_tied([e.info for e in self._entries.values()], self.config)
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        file = self._root / "config.json"
-        if self.path == self._root and (file.exists() or file.is_symlink()):
-            config = read_json(inside(self._root, file), expected="a model's configuration")
-            if not isinstance(config, dict):
-                _refuse(file, f"a {type(config).__name__}", "an object")
-            return config
-        return None
+        assert self.path is not None
+        return read_config(self.path)
 
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
         dtype = self.info(name).dtype
@@ -90,8 +88,8 @@ class SafetensorsSource(Source):
     def _read_window(self, entry: Entry, rows: tuple[int, int], cols: tuple[int, int], dtype: np.dtype) -> np.ndarray:
         height, width = flat_shape(entry.info.shape)
         if getattr(self._held, "name", None) == entry.info.name:
-            whole = self._held.bytes.view(dtype).reshape(height, width)
-            return np.ascontiguousarray(whole[rows[0] : rows[1], cols[0] : cols[1]])
+            matrix = self._held.bytes.view(dtype).reshape(height, width)
+            return np.ascontiguousarray(matrix[rows[0] : rows[1], cols[0] : cols[1]])
         out = np.empty((rows[1] - rows[0], cols[1] - cols[0]), dtype)
         with entry.file.open("rb", buffering=0) as handle:
             if out.shape[1] == width:
@@ -133,36 +131,27 @@ class SafetensorsSource(Source):
         return out
 
 
-def named_files(directory: Path) -> dict[str, Path]:
+def named_files(directory: Path, index: Mapping[str, str]) -> dict[str, Path]:
     """The weight files of a directory by name: model.safetensors, else the index's shards, else every *.safetensors."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists() or single.is_symlink():
-        return {single.name: inside(directory, single)}
-    if index.exists() or index.is_symlink():
-        names = sorted(set(read_index(directory, index).values()))
-        return {name: inside(directory, directory / name) for name in names}
-    files = sorted(directory.glob("*.safetensors"))
-    if [f.name for f in files] == ["adapter_model.safetensors"]:
-        _refuse(files[0], "the low-rank factors of an adapter", "its adapter_config.json beside them, or full weights")
-    if not files:
-        raise BadInput(f"{directory.name}: got a directory without model.safetensors or its index, expected weights")
-    return {file.name: inside(directory, file) for file in files}
+    names = [SINGLE] if _there(directory / SINGLE) else sorted(set(index.values()))
+    names = names or sorted(file.name for file in directory.glob("*.safetensors"))
+    if names == ["adapter_model.safetensors"]:
+        expected = "its adapter_config.json beside them, or full weights"
+        _refuse(directory / names[0], "the low-rank factors of an adapter", expected)
+    if not names:
+        raise BadInput(f"{directory.name}: got a directory without {SINGLE} or its index, expected weights")
+    return {name: inside(directory, directory / name) for name in names}
 
 
-def check_index(directory: Path, found: dict[str, Path]) -> None:
-    """Every tensor that an index names must lie in the file it names."""
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").exists() or not index.exists():
-        return
-    for tensor, name in read_index(directory, index).items():
-        if found.get(tensor) != inside(directory, directory / name):
-            _refuse(
-                index, f"tensor {tensor!r} placed in {name}", "a file that holds it; the download may be incomplete"
-            )
+def read_index(directory: Path) -> dict[str, str]:
+    """Which file holds a tensor, by name, as the index says; empty where all are in one file or there is no index.
 
-
-def read_index(directory: Path, index: Path) -> dict[str, str]:
-    """tensor name -> file name of an index, every file name checked to be a plain name of a safetensors file."""
+    Raises:
+        BadInput: the index is damaged, or a file name in it is not the plain name of a safetensors file.
+    """
+    index = directory / INDEX
+    if _there(directory / SINGLE) or not _there(index):
+        return {}
     file = inside(directory, index)
     if file.stat().st_size > MAX_INDEX_BYTES:
         _refuse(index, f"{file.stat().st_size} bytes", f"at most {MAX_INDEX_BYTES}")
@@ -172,7 +161,7 @@ def read_index(directory: Path, index: Path) -> dict[str, str]:
         _refuse(index, "no weight_map", "an object from tensor names to files")
     if len(weight_map) > MAX_TENSORS:
         _refuse(index, f"{len(weight_map)} tensors", f"at most {MAX_TENSORS}")
-    for name in set(map(_hashable, weight_map.values())):
+    for name in weight_map.values():
         plain = isinstance(name, str) and not any(part in name for part in ("/", "\\", "..", ":", "\0"))
         if not plain or not name.endswith(".safetensors"):
             _refuse(index, f"the file name {name!r}", "the plain name of a .safetensors file in the same directory")
@@ -204,10 +193,9 @@ def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> Ent
     if not begin <= end <= size - data_start:
         _refuse(file, f"tensor {name!r} at bytes {begin}..{end}", f"offsets within {size - data_start} bytes of data")
     dtype = DTYPES.get(code, code.lower())
-    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        _refuse(
-            file, f"tensor {name!r} with {end - begin} bytes", f"{math.prod(shape) * ITEM_BYTES[dtype]} for {shape}"
-        )
+    wanted = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
+    if end - begin != wanted:
+        _refuse(file, f"tensor {name!r} with {end - begin} bytes", f"{wanted} for {shape}")
     info = TensorInfo(name=name, shape=shape, dtype=dtype)
     return Entry(info=info, file=file, offset=data_start + begin, num_bytes=end - begin)
 
@@ -215,7 +203,7 @@ def _entry(file: Path, name: str, value: Any, data_start: int, size: int) -> Ent
 def parse_json(file: Path, data: bytes) -> Any:
     """JSON without duplicate keys, NaN or bottomless nesting; BadInput otherwise."""
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BadInput(
             f"{file.name}: got no valid JSON ({error}), expected a header or index; the file is damaged"
@@ -229,12 +217,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str) else repr(value) + " (not a string)"
+def _there(file: Path) -> bool:
+    return file.exists() or file.is_symlink()  # a link that leads nowhere is refused later, not overlooked
 
 
 def _read_into(handle: BinaryIO, offset: int, out: Any) -> None:

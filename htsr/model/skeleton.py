@@ -95,13 +95,18 @@ class TokenRows(nn.Module):
         return nn.functional.embedding(torch.searchsorted(self.known, ids), self.weight)
 
 
+def input_embeddings(model: nn.Module) -> Any:
+    """The module that token ids are looked up in; None for a model without one of its own."""
+    access = getattr(model, "get_input_embeddings", None)
+    try:
+        return access() if access is not None else None
+    except NotImplementedError:  # raised by a model of several towers
+        return None
+
+
 def _token_table(model: nn.Module) -> str | None:
     """The name of the table that token ids are looked up in; None where it is not a plain one."""
-    access: Any = getattr(model, "get_input_embeddings", None)
-    try:
-        table = access() if access is not None else None
-    except NotImplementedError:  # a model of several towers has none of its own
-        return None
+    table = input_embeddings(model)
     plain = type(table) is nn.Embedding and table.max_norm is None
     return next((name for name, module in model.named_modules() if plain and module is table), None)
 
@@ -145,9 +150,9 @@ def model_config(source: Source) -> Any:
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    own = getattr(source.module, "config", None)
-    if isinstance(own, PretrainedConfig):
-        return copy.deepcopy(own)
+    config = getattr(source.module, "config", None)
+    if isinstance(config, PretrainedConfig):
+        return copy.deepcopy(config)
     if source.config is None:
         raise BadInput(f"{source.id}: no configuration (config.json), expected one beside the weights to calibrate")
     kind = str(source.config.get("model_type"))
@@ -250,9 +255,9 @@ def _experts(
     stored = {view.stored for members in experts for view in members}
     if len(stored) == 1 and source.info(name := stored.pop()).shape == shape:
         return name
-    whole = all(view.part is None and view.cols == shape[2] for members in experts for view in members)
+    complete = all(view.part is None and view.cols == shape[2] for members in experts for view in members)
     tall = all(sum(view.rows for view in members) == shape[1] for members in experts)
-    return [[view.tensor for view in members] for members in experts] if whole and tall else None
+    return [[view.tensor for view in members] for members in experts] if complete and tall else None
 
 
 def _set(module: nn.Module, local: str, weights: Tensor) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from htsr.errors import NotFound
 from htsr.model.names import tied_copies
 from htsr.model.parts import flat_shape
-from htsr.numerics.spectrum import Block
+from htsr.numerics.spectrum import MatrixSlice
 
 if TYPE_CHECKING:
     import torch
@@ -109,11 +109,9 @@ class Source(ABC):
         A C-contiguous float array of a type NumPy knows.
         """
 
-    def array(self, name: str, block: Block) -> np.ndarray:
+    def array(self, name: str, block: MatrixSlice) -> np.ndarray:
         """Rows or columns of a tensor seen as a matrix."""
-        rows, cols = flat_shape(self.info(name).shape)
-        chosen = (block.start, block.stop)
-        return self.window(name, chosen, (0, cols)) if block.axis == 0 else self.window(name, (0, rows), chosen)
+        return self.window(name, *block.window(*flat_shape(self.info(name).shape)))
 
     def in_memory(self, name: str) -> torch.Tensor | None:
         """A tensor seen as a matrix, in its own dtype and on its own device, where it is in memory already."""
@@ -127,9 +125,15 @@ class Source(ABC):
         """||W - W_base|| / ||W_base|| of a matrix, for a source that knows a base which has it, else None."""
         return None
 
-    @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Slice `start` to `stop` of dimension 0 in the stored dtype (float32 when dequantised)."""
+        """Slice `start` to `stop` of dimension 0 in the stored dtype (float32 when computed or dequantised)."""
+        import torch
+
+        shape = self.info(name).shape
+        height, width = flat_shape(shape)
+        per = height // shape[0]
+        values = self.window(name, (start * per, stop * per), (0, width)).astype(np.float32)
+        return torch.from_numpy(values).reshape(stop - start, *shape[1:])
 
     @abstractmethod
     def raw(self, name: str) -> Iterator[memoryview]:

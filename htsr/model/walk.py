@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def record_calls(skeleton: Skeleton, windows: Tensor) -> Recorder:
     else:
         raise CannotStreamError("its blocks are not called one after the other on hidden states")
     shifted = _pass(skeleton, probe, as_tuple, shift=1.0)
-    if shifted is None or not _same(_arguments(recording), _arguments(shifted)):
+    if shifted is None or not _same(list(map(vars, recording.calls)), list(map(vars, shifted.calls))):
         raise CannotStreamError("a block is called with what an earlier block returned beside the hidden states")
     if skeleton.missing and not recording.hidden.isfinite().all():
         raise CannotStreamError(f"the file has no tensor for parameter {skeleton.missing[0]}")
@@ -66,15 +66,17 @@ class Recorder:
     batches: Sequence[Batch]
     as_tuple: bool
 
-    def recordings(self, count: int) -> Iterator[tuple[Batch, Recording]]:
-        """The first batches, as many as hold `count` windows, with how the blocks are called on them."""
+    @torch.no_grad()
+    def recordings(self, count: int) -> list[tuple[int, Recording]]:
+        """The halves of the first batches, as many as hold `count` windows, and how the blocks are called on them."""
+        found: list[tuple[int, Recording]] = []
         for batch in self.batches:
-            if count <= 0:
-                return
-            recording = _pass(self.skeleton, batch.ids, self.as_tuple, shift=0.0)
-            assert recording is not None  # `record_calls` has seen it
-            yield batch, recording
+            if count > 0:
+                recording = _pass(self.skeleton, batch.ids, self.as_tuple, shift=0.0)
+                assert recording is not None  # `record_calls` has run this batch
+                found.append((batch.half, recording))
             count -= len(batch.ids)
+        return found
 
 
 def stream_blocks(
@@ -86,11 +88,10 @@ def stream_blocks(
     rounded (autocast): hidden states and norms stay in float32.
     """
     skeleton = recorder.skeleton
-    with torch.no_grad():
-        batches = list(recorder.recordings(count))
-    hidden = {dtype: [recording.hidden for _, recording in batches] for dtype in dtypes}
-    calls = [(batch.half, recording.calls) for batch, recording in batches]
-    del batches  # the hidden states of the embeddings go when the first block has read them
+    recordings = recorder.recordings(count)
+    hidden = {dtype: [recording.hidden for _, recording in recordings] for dtype in dtypes}
+    calls = [(half, recording.calls) for half, recording in recordings]
+    del recordings  # the hidden states of the embeddings go when the first block has read them
     for index in range(len(skeleton.stack.modules)):
         with skeleton.filled(index) as block:
             measured = tuple(_measure(skeleton, block, index, dtype, calls, hidden[dtype]) for dtype in dtypes)
@@ -110,7 +111,7 @@ def _measure(
 ) -> MeasuredBlock:
     """Block `index` over every batch, (half, its calls); its outputs take the place of `hidden`."""
     meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
-    with meter, experts.listening(), _products_in(dtype, skeleton.device):
+    with meter, experts.when_needed(), _products_in(dtype, skeleton.device):
         for position, (half, batch) in enumerate(calls):
             meter.half = experts.half = half
             hidden[position] = batch[index].run(block, hidden[position])
@@ -129,7 +130,7 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
     arguments, experts = _call_arguments(model), ExpertMeter(stack, _kind(model))
     try:
         model.eval()
-        with experts.listening(), ExitStack() as hooks, torch.no_grad():
+        with experts.when_needed(), ExitStack() as hooks, torch.no_grad():
             meters = [hooks.enter_context(InputMeter(block)) for block in stack]
             for batch in batched(windows.to(device)):
                 experts.half = batch.half
@@ -178,58 +179,43 @@ class Recording:
     calls: Sequence[Call]
 
 
-@dataclass
-class _Plan:
-    """What a stand-in returns in a recording pass, and what the stand-ins saw."""
+def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> Recording | None:
+    """Run the model once with every block's forward replaced by one that records its call and passes its input on.
 
-    as_tuple: bool
-    shift: float
-    hidden: list[Any] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    Args:
+        skeleton: the model; its blocks are as before afterwards.
+        batch: token ids, shape (n, T).
+        as_tuple: whether the replacement returns (hidden states,), as some models' blocks do, or the tensor.
+        shift: a number that the replacement adds to the hidden states.
 
+    Returns:
+        The calls; None when the model failed, or its blocks were not called once each on hidden states of one shape.
+    """
+    seen: list[Any] = []
+    calls: list[Call] = []
 
-class _StandIn(nn.Module):
-    """In a block's place: notes its call and passes the hidden states on; other attributes are the block's."""
-
-    def __init__(self, block: nn.Module, plan: _Plan) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a child: its parameters stay out of the model's
-        object.__setattr__(self, "_plan", plan)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_block"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def record(*args: Any, **kwargs: Any) -> Any:
         by_name = not args
         hidden = kwargs.pop("hidden_states") if by_name else args[0]
-        self._plan.hidden.append(hidden)
-        self._plan.calls.append(Call(args[1:], kwargs, by_name))
-        passed = hidden + self._plan.shift if self._plan.shift else hidden
-        return (passed,) if self._plan.as_tuple else passed
+        seen.append(hidden)
+        calls.append(Call(args[1:], kwargs, by_name))
+        passed = hidden + shift if shift else hidden
+        return (passed,) if as_tuple else passed
 
-
-def _pass(skeleton: Skeleton, batch: Tensor, as_tuple: bool, shift: float) -> Recording | None:
-    """One forward pass with stand-ins; None when hidden states did not come through all of them unharmed."""
-    places = list(zip(skeleton.stack.names, skeleton.stack.modules, strict=True))
-    plan = _Plan(as_tuple, shift)
+    blocks = skeleton.stack.modules
     try:
-        for name, block in places:
-            skeleton.model.set_submodule(name, _StandIn(block, plan))
+        for block in blocks:
+            vars(block)["forward"] = record
         skeleton.model(input_ids=batch)
-    except (AttributeError, TypeError, IndexError, RuntimeError, ValueError) as error:
+    except (AttributeError, TypeError, LookupError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return None  # tensors and tuples are told apart by what the model can do with them
+        return None  # whether blocks return a tensor or a tuple shows in what the model can do with it
     finally:
-        for name, block in places:
-            skeleton.model.set_submodule(name, block)
-    tensors = all(isinstance(hidden, Tensor) for hidden in plan.hidden)
-    whole = tensors and len(plan.calls) == len(places) and len({hidden.shape for hidden in plan.hidden}) == 1
-    return Recording(plan.hidden[0], plan.calls) if whole else None
-
-
-def _arguments(recording: Recording) -> list[Any]:
-    return [(call.args, call.kwargs) for call in recording.calls]
+        for block in blocks:
+            vars(block).pop("forward", None)
+    chained = all(isinstance(hidden, Tensor) for hidden in seen) and len({hidden.shape for hidden in seen}) == 1
+    return Recording(seen[0], calls) if chained and len(calls) == len(blocks) else None
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -251,10 +237,9 @@ def _kind(model: nn.Module) -> str:
 
 def _call_arguments(model: nn.Module) -> dict[str, Any]:
     """How the model is called: None marks where the token ids go."""
-    known = inspect.signature(model.forward).parameters
     arguments: dict[str, Any] = {"input_ids": None}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = None
-    if "use_cache" in known:
+    if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     return arguments

@@ -74,6 +74,6 @@ LAPACK = Backend(
     reduce=_reduce,
     residuals=residual_norms,
     ritz=ritz_values,
-    full_rank=lambda A, dtype: has_full_rank(as_array(A, dtype), dtype),
+    full_rank=has_full_rank,
     exact=_exact_values,
 )

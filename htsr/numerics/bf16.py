@@ -26,10 +26,15 @@ _LOCK = threading.Lock()
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """The words of /proc/cpuinfo, among them the CPU's instruction sets; empty on other systems than Linux."""
+    info = Path("/proc/cpuinfo")
+    return frozenset(info.read_text(errors="replace").split() if info.exists() else ())
+
+
 def has_matrix_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX, as Linux reports it)."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "amx_bf16" in info.read_text(errors="replace")
+    return "amx_bf16" in cpu_flags()
 
 
 def holds_bf16(block: np.ndarray) -> bool:
@@ -39,13 +44,17 @@ def holds_bf16(block: np.ndarray) -> bool:
 
 
 @contextlib.contextmanager
-def medium_precision() -> Iterator[None]:
-    """torch's float32 products at precision "medium" inside, and as they were outside."""
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Compute torch's float32 products at `precision` while the context is open; one thread at a time has it open.
+
+    Args:
+        precision: "medium" (bfloat16), "high" (TF32) or "highest", as `torch.set_float32_matmul_precision` takes it.
+    """
     import torch
 
     with _LOCK:
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
+        torch.set_float32_matmul_precision(precision)
         try:
             yield
         finally:
@@ -61,7 +70,7 @@ def medium_gram(slices: Iterable[Any], side: int) -> np.ndarray:
         S = as_array(block, np.float32)
         if holds_bf16(S):
             tensor = torch.from_numpy(np.ascontiguousarray(S))
-            with medium_precision():
+            with matmul_precision("medium"):
                 product = (tensor.T @ tensor).numpy()
         else:
             product = gram([S], side, np.float32)

@@ -91,13 +91,12 @@ def _lowest_rival(
     log_z, boxes = np.log(z), None
     for i in suspects[suspects != best]:
         if errors[i] < COARSE:
-            if candidate(z, log_z, int(i))[1] - errors[i] > limit:
-                continue
+            bound = candidate(z, log_z, int(i))[1] - errors[i]
         else:
             boxes = boxes or Boxes(z, r, cut)
-            if boxes.lower_bound(int(i)) > limit:
-                continue
-        return int(i)
+            bound = boxes.lower_bound(int(i))
+        if not bound > limit:
+            return int(i)
     return -1
 
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from htsr.errors import BadInput
 from htsr.numerics.backend import Backend
+from htsr.numerics.bf16 import matmul_precision
 from htsr.numerics.certified import EXACT_SIDE
 from htsr.numerics.fullrank import has_full_rank
-from htsr.numerics.spectrum import as_array, without_noise
+from htsr.numerics.spectrum import require_finite, without_noise
 
 BEYOND_TF32 = 0x1FFF  # the bits of a float32 that TF32 drops
 FULL_RATE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities; of the others 1/32 and less is float64's
@@ -70,18 +71,6 @@ def prepare(device: str) -> None:
             _READY.add(device)
 
 
-@contextlib.contextmanager
-def products(precision: str) -> Iterator[None]:
-    """torch's float32 products at this precision ("high": TF32, "highest") inside, and as they were outside."""
-    with _LOCK:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
 @dataclass(frozen=True)
 class Decomposed:
     """Eigenvalues (float64, on the CPU) and eigenvectors (on the device) of a float32 Gram matrix."""
@@ -114,11 +103,11 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
         return (to_device(block, dtype, device) for block in slices)
 
     def reduce(slices: Iterable[Any], side: int, scale: float) -> Decomposed:
-        with own_stream(device):
+        with thread_stream(device):
             G = torch.zeros(side, side, device=device)
             for S in on_device(slices, torch.float32):
                 scaled = S * scale  # a power of two
-                with products("high" if holds_tf32(S) else "highest"):
+                with matmul_precision("high" if holds_tf32(S) else "highest"):
                     G += scaled.T @ scaled
             if not bool(torch.isfinite(G).all()):
                 raise BadInput("got a matrix that leaves the range of float32, expected one of moderate size")
@@ -126,7 +115,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return Decomposed(values.double().cpu().numpy(), basis)
 
     def residuals(slices: Iterable[Any], V: Tensor, values: np.ndarray) -> np.ndarray:
-        with own_stream(device):
+        with thread_stream(device):
             Q = V.double()
             AQ = torch.zeros_like(Q)
             for S in on_device(slices, torch.float64):
@@ -135,7 +124,7 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return (off.norm(dim=0) / Q.norm(dim=0)).cpu().numpy()
 
     def ritz(slices: Iterable[Any], V: Tensor) -> np.ndarray:
-        with own_stream(device):
+        with thread_stream(device):
             Q = torch.linalg.qr(V.double())[0]
             K = torch.zeros(Q.shape[1], Q.shape[1], dtype=torch.float64, device=device)
             for S in on_device(slices, torch.float64):
@@ -144,19 +133,18 @@ def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
             return torch.linalg.eigvalsh(K).cpu().numpy()
 
     def exact(slices: Iterable[Any], side: int) -> tuple[np.ndarray, None]:
-        with own_stream(device):
+        with thread_stream(device):
             G = torch.zeros(side, side, dtype=torch.float64, device=device)
             for S in on_device(slices, torch.float64):
                 G.addmm_(S.T, S)
-            if not bool(torch.isfinite(G).all()):
-                raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
+            require_finite(G)
             return without_noise(torch.linalg.eigvalsh(G).cpu().numpy(), np.float64), None
 
     return Backend(
         reduce=reduce,
         residuals=residuals,
         ritz=ritz,
-        full_rank=lambda A, dtype: has_full_rank(as_array(A, dtype), dtype),
+        full_rank=has_full_rank,
         exact=exact,
         exact_side=exact_side(device) if exact_up_to is None else exact_up_to,
     )
@@ -166,7 +154,7 @@ _STREAMS = threading.local()
 
 
 @contextlib.contextmanager
-def own_stream(device: str) -> Iterator[None]:
+def thread_stream(device: str) -> Iterator[None]:
     """This thread's stream of a CUDA device, so that several small matrices overlap; nothing elsewhere."""
     if torch.device(device).type != "cuda":
         yield

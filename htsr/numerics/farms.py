@@ -1,6 +1,6 @@
 """FARMS: the Hill exponent of many submatrices of one fixed shape, so that the aspect ratio of a layer drops out.
 
-Windows of 100 rows and 200 columns at ten evenly spread places along each side of the stored (out x in) matrix, all
+Windows of 100 rows and 200 columns at ten evenly spread positions along each side of the stored (out x in) matrix, all
 their eigenvalues pooled, those above 1e-5 kept, then PL_Alpha_Hill. A matrix too small for such a window gets
 windows of the same proportion that fit. Reference: Hu et al. 2025, arXiv 2506.06280.
 """
@@ -25,14 +25,14 @@ def alpha_farms(W: np.ndarray, cut: float = EIGENVALUE_CUT) -> float:
         return np.nan
     found = [
         _window_eigenvalues(np.asarray(W[r : r + height, c : c + ASPECT * height], dtype=np.float64))
-        for r in places(rows, height)
-        for c in places(cols, ASPECT * height)
+        for r in window_starts(rows, height)
+        for c in window_starts(cols, ASPECT * height)
     ]
     values = np.sort(np.concatenate(found))
     return alpha_hill(values[values > cut])
 
 
-def places(side: int, window: int) -> range:
+def window_starts(side: int, window: int) -> range:
     """Where windows start: at most ten, a fixed step apart, the first at 0."""
     step = max(1, (side - window) // (PLACES - 1))
     return range(0, min(PLACES, (side - window) // step + 1) * step, step)

@@ -7,7 +7,11 @@ above what the factorisation got wrong, or the question stays open.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from htsr.numerics.spectrum import as_array
 
 STEPS = 6  # of inverse iteration
 SAFETY = 0.1  # singular matrices of side 1500 have 0.002 and less in its place, and AGREEMENT 50 and more
@@ -16,7 +20,7 @@ PROBES = 4
 CHUNK = 256  # rows converted to float64 at a time
 
 
-def has_full_rank(A: np.ndarray, dtype: type = np.float32) -> bool:
+def has_full_rank(A: Any, dtype: type = np.float32) -> bool:
     """True when the square matrix A clearly has full numerical rank; False when it has not, or it cannot be shown.
 
     A' is A scaled, in `dtype`, and x the right singular vector of the smallest singular value s of E + A' = L U, by
@@ -26,15 +30,13 @@ def has_full_rank(A: np.ndarray, dtype: type = np.float32) -> bool:
     overstates that), and |A' x| in float64 is s up to a factor AGREEMENT.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what is singular up to rounding overflows on the way
-        return _has_full_rank(np.asarray(A, dtype))
+        return _has_full_rank(as_array(A, dtype))
 
 
 def _has_full_rank(A: np.ndarray) -> bool:
-    from scipy.linalg import lapack
+    from scipy.linalg import get_lapack_funcs
 
-    single = A.dtype == np.float32
-    getrf, getrs = (lapack.sgetrf, lapack.sgetrs) if single else (lapack.dgetrf, lapack.dgetrs)
-
+    getrf, getrs = get_lapack_funcs(("getrf", "getrs"), (A,))
     scaled_A = scaled(A)
     if scaled_A is None:
         return False
@@ -72,12 +74,7 @@ def scaled(A: np.ndarray) -> np.ndarray | None:
 
 def _apply(lu: np.ndarray, pivots: np.ndarray, X: np.ndarray) -> np.ndarray:
     """P L U X."""
-    from scipy.linalg.blas import dtrmm, strmm
+    from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-    trmm = strmm if lu.dtype == np.float32 else dtrmm
-    Y = trmm(1.0, lu, X)
-    Y = trmm(1.0, lu, Y, lower=1, diag=1)
-    for i in range(len(pivots) - 1, -1, -1):
-        if pivots[i] != i:
-            Y[[i, pivots[i]]] = Y[[pivots[i], i]]
-    return Y
+    trmm, laswp = get_blas_funcs("trmm", (lu,)), get_lapack_funcs("laswp", (lu,))
+    return laswp(trmm(1.0, lu, trmm(1.0, lu, X), lower=1, diag=1), pivots, inc=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from htsr.errors import BadInput
+from htsr.numerics.spectrum import require_finite
 
 
 def product_eigenvalues(B: np.ndarray, A: np.ndarray) -> np.ndarray:
@@ -14,8 +14,8 @@ def product_eigenvalues(B: np.ndarray, A: np.ndarray) -> np.ndarray:
     matrix: O((n + m) r^2) instead of O(n^2 m), and the small ones are as accurate as the factors.
     Raises BadInput when a factor holds a NaN or an infinity.
     """
-    if not (np.isfinite(B).all() and np.isfinite(A).all()):
-        raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
+    require_finite(B)
+    require_finite(A)
     side, rank = min(len(B), A.shape[1]), B.shape[1]
     R_b, R_a = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (B, A.T))
     core = R_b @ R_a.T

@@ -13,7 +13,7 @@ Reference: Yin et al. 2024 (OWL), section 3; Li et al. 2024 (OwLore) use tau = 1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor
 SLICE_ELEMENTS = 1 << 18  # 1 MB as float32, 2 MB as float64: stays in cache
 
 
-def column_sums(slices: Iterable[Tensor]) -> Tensor:
-    """sum_i |W_ij| over the row slices (rows, in) of one matrix that together cover it once; shape (in,), float64."""
-    parts = [part.abs().to(torch.float64).sum(dim=0) for part in _pieces(slices)]
+def column_sums(W: Tensor) -> Tensor:
+    """sum_i |W_ij| of a matrix (out, in); shape (in,), float64."""
+    parts = [part.abs().to(torch.float64).sum(dim=0) for part in _row_slices(W)]
     return torch.stack(parts).sum(dim=0)
 
 
@@ -44,10 +44,10 @@ def thresholds(limit: float, norms: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(n == 0, infinite, t)
 
 
-def count_above(slices: Iterable[Tensor], levels: Sequence[Tensor]) -> NDArray[np.int64]:
-    """Number of |W_ij| strictly above t_j, for each row of thresholds t (in,) in `levels`, in one pass over W."""
+def count_above(W: Tensor, levels: Sequence[Tensor]) -> NDArray[np.int64]:
+    """Count the |W_ij| strictly above t_j, for each row of thresholds t (in,) in `levels`, in one pass over W."""
     counts = np.zeros(len(levels), dtype=np.int64)
-    for part in _pieces(slices):
+    for part in _row_slices(W):
         sizes = part.abs().to(levels[0].dtype)
         counts += [int(torch.count_nonzero(sizes > t)) for t in levels]
     return counts
@@ -63,8 +63,7 @@ def percent(count: int, numel: int, limit: float) -> float:
     return 100.0 * count / numel if np.isfinite(limit) else float("nan")
 
 
-def _pieces(slices: Iterable[Tensor]) -> Iterator[Tensor]:
-    for part in slices:
-        if part.ndim != 2:
-            raise ValueError(f"slices: got shape {tuple(part.shape)}, expected rows of a matrix (rows, in)")
-        yield from part.split(max(1, SLICE_ELEMENTS // max(1, part.shape[1])))
+def _row_slices(W: Tensor) -> Sequence[Tensor]:
+    if W.ndim != 2:
+        raise ValueError(f"weights: got shape {tuple(W.shape)}, expected a matrix (out, in)")
+    return W.split(max(1, SLICE_ELEMENTS // max(1, W.shape[1])))

@@ -61,16 +61,12 @@ class PowerLawFit:
     sigma = (alpha - 1) / sqrt(points in the fit); n_tail: the number of eigenvalues >= xmin.
     """
 
-    alpha: float
-    xmin: float
-    ks_d: float
-    sigma: float
-    n_tail: int
+    alpha: float = np.nan
+    xmin: float = np.nan
+    ks_d: float = np.nan
+    sigma: float = np.nan
+    n_tail: int = 0
     status: FitStatus = FitStatus.OK
-
-
-def _failed(status: FitStatus) -> PowerLawFit:
-    return PowerLawFit(alpha=np.nan, xmin=np.nan, ks_d=np.nan, sigma=np.nan, n_tail=0, status=status)
 
 
 def fit_power_law(eigenvalues: Sequence[float] | np.ndarray) -> PowerLawFit:
@@ -87,16 +83,16 @@ def fit_power_law(eigenvalues: Sequence[float] | np.ndarray) -> PowerLawFit:
     """
     x = np.sort(np.asarray(eigenvalues, dtype=np.float64).ravel())
     if len(x) < 2:
-        return _failed(FitStatus.TOO_FEW)
+        return PowerLawFit(status=FitStatus.TOO_FEW)
     if not np.isfinite(x).all():
-        return _failed(FitStatus.NOT_FINITE)
+        return PowerLawFit(status=FitStatus.NOT_FINITE)
     if x[0] <= 0:
-        return _failed(FitStatus.NOT_POSITIVE)
+        return PowerLawFit(status=FitStatus.NOT_POSITIVE)
     log_x = np.log(x)
     with np.errstate(divide="ignore", over="ignore"):
         best = _search_small(x, log_x) if len(x) < SMALL_SAMPLE else search(x, log_x)
     if best is None or not 1 < best[1] < ALPHA_LIMIT:
-        return _failed(FitStatus.DEGENERATE)
+        return PowerLawFit(status=FitStatus.DEGENERATE)
     i, alpha, ks_d = best
     return PowerLawFit(
         alpha=float(alpha),
@@ -168,13 +164,9 @@ def _search_small(x: np.ndarray, log_x: np.ndarray) -> tuple[int, float, float] 
     starts = [i for i in range(N - 1) if N - i >= SMALL_TAIL and _log_sum(log_x, i) > MIN_LOG_SUM]
     if not starts and _log_sum(log_x, 0) > MIN_LOG_SUM:
         starts = [0]
-    best = None
-    for i in starts:
-        alpha = 1.0 + (N - i - 1.0) / _log_sum(log_x, i)
-        ks_d = float(_distance(x, i, alpha))
-        if best is None or ks_d < best[2]:
-            best = (i, alpha, ks_d)
-    return best
+    alphas = [1.0 + (N - i - 1.0) / _log_sum(log_x, i) for i in starts]
+    fits = [(i, alpha, float(_distance(x, i, alpha))) for i, alpha in zip(starts, alphas, strict=True)]
+    return min(fits, key=lambda fit: fit[2], default=None)
 
 
 def _log_sum(log_x: np.ndarray, i: int) -> float:

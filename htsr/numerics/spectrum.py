@@ -8,7 +8,7 @@ dtype policy: everything is computed in float64 unless float32 is asked for; the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,24 +26,29 @@ REDUCED_AT_ONCE = 16  # columns, on the way to a tridiagonal matrix
 BAND_SIDE = {np.dtype(np.float64): 2560, np.dtype(np.float32): 3584}  # from here on two stages are faster than one
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Rows (`axis` 0) or columns (`axis` 1) `start` to `stop` of a matrix."""
+@dataclass(frozen=True)
+class MatrixSlice:
+    """Rows (`axis` 0) or columns (`axis` 1) `start` to `stop` of a matrix, `stop` exclusive."""
 
-    axis: int
     start: int
     stop: int
+    axis: int = 0
+
+    def window(self, rows: int, cols: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(first, last) row and (first, last) column of the slice in a rows x cols matrix; the last is exclusive."""
+        chosen = (self.start, self.stop)
+        return (chosen, (0, cols)) if self.axis == 0 else ((0, rows), chosen)
 
 
-def plan_blocks(rows: int, cols: int) -> list[Block]:
+def plan_slices(rows: int, cols: int) -> list[MatrixSlice]:
     """Cut a rows x cols matrix along its longer side; a function of the shape alone, so every source agrees bitwise."""
     longer, side = max(rows, cols), min(rows, cols)
     axis = 0 if rows >= cols else 1
     budget = max(BLOCK_ELEMENTS, side * side // 4)
     if rows * cols <= budget:
-        return [Block(axis=0, start=0, stop=rows)]
+        return [MatrixSlice(0, rows)]
     step = max(budget // max(side, 1) // BLOCK_MULTIPLE, 1) * BLOCK_MULTIPLE
-    return [Block(axis=axis, start=i, stop=min(i + step, longer)) for i in range(0, longer, step)]
+    return [MatrixSlice(i, min(i + step, longer), axis=axis) for i in range(0, longer, step)]
 
 
 def as_array(block: Any, dtype: type = np.float64) -> np.ndarray:
@@ -99,9 +104,9 @@ def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
     return without_noise(values, G.dtype.type)
 
 
-def require_finite(G: np.ndarray) -> None:
-    """Raise BadInput when a Gram matrix, and so the matrix that it was made of, is not finite."""
-    if not np.isfinite(G).all():
+def require_finite(G: Any) -> None:
+    """Raise BadInput when a Gram matrix (an array or a tensor), and so the matrix behind it, is not finite."""
+    if not (np.isfinite(G) if isinstance(G, np.ndarray) else G.isfinite()).all():
         raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no spectrum")
 
 
@@ -115,12 +120,26 @@ def without_noise(values: np.ndarray, dtype: type) -> np.ndarray:
     return np.where(values > noise, values, 0.0).astype(np.float64)
 
 
-def matrix_slices(W: Any) -> Iterable[Any]:
-    """The slices of a matrix in memory, each with min(rows, cols) columns, as `gram` wants them."""
-    rows, cols = W.shape
-    for block in plan_blocks(rows, cols):
-        part = W[block.start : block.stop] if block.axis == 0 else W[:, block.start : block.stop]
-        yield part if rows >= cols else part.T
+def read_slices(read: Callable[[MatrixSlice], Any], rows: int, cols: int) -> Iterator[Any]:
+    """Read a matrix in the slices that `gram` takes, each with min(rows, cols) columns: those of a wide one transposed.
+
+    Args:
+        read: returns the rows or columns that a slice names.
+        rows: number of rows of the matrix.
+        cols: number of columns.
+    """
+    for block in plan_slices(rows, cols):
+        yield read(block) if rows >= cols else read(block).T
+
+
+def matrix_slices(W: Any) -> Iterator[Any]:
+    """The slices of a matrix in memory, an array or a tensor, as `gram` takes them."""
+
+    def read(block: MatrixSlice) -> Any:
+        rows, cols = block.window(*W.shape)
+        return W[slice(*rows), slice(*cols)]
+
+    return read_slices(read, *W.shape)
 
 
 def eigenvalues(W: Any, precision: type = np.float64) -> np.ndarray:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from htsr.errors import BadInput
-from htsr.numerics.spectrum import gram
+from htsr.numerics.spectrum import gram, require_finite
 
 Slices = Callable[[], Iterable[np.ndarray]]  # the matrix once more, in slices of `side` columns
 
@@ -22,8 +21,7 @@ def leading_vectors(slices: Slices, side: int, rank: int) -> tuple[np.ndarray, n
     from scipy.linalg import eigh
 
     G = gram(slices(), side)
-    if not np.isfinite(G).all():
-        raise BadInput("got a matrix with NaN or infinite entries, expected finite numbers; it has no singular vectors")
+    require_finite(G)
     first = max(side - rank, 0)
     values, V = eigh(G, subset_by_index=[first, side - 1], overwrite_a=True, check_finite=False)
     kept = values > side * np.finfo(np.float64).eps * max(values[-1], 0.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from htsr.errors import NotFound, UsageError
-from htsr.store import check_target
+from htsr.files import check_output_directory
 from owlore.config import TrainConfig
 from owlore.io import checkpoint
 
@@ -54,7 +54,7 @@ def find_directory(config: TrainConfig, model_slug: str) -> RunDirectory:
             f"{directory} holds a run with a complete checkpoint (step {checkpoint.step_of(found[-1])}): "
             "go on with --resume, or name another --out"
         )
-    check_target(directory)
+    check_output_directory(directory)
     if directory.is_dir() and _foreign(directory):
         raise UsageError(f"{directory} exists and is not a run directory: name another --out")
     return RunDirectory(path=directory, saved=None, existed=directory.exists())

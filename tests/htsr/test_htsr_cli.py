@@ -171,12 +171,12 @@ def test_verify_agrees_with_weightwatcher_row_by_row(htsr: Any, tmp_path: Path) 
 
 
 def test_verify_fails_when_a_row_differs(htsr: Any, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = ww.whole
+    read = ww.full_weights
 
     def planted(source: Any, view: Any) -> Any:
         return read(source, view) * (1.001 if view.tensor == "model.layers.1.mlp.up_proj.weight" else 1)
 
-    monkeypatch.setattr(ww, "whole", planted)
+    monkeypatch.setattr(ww, "full_weights", planted)
     done = htsr("verify", model, "--json")
     assert done.code == 1
     assert "1 of 23 matrices differ from weightwatcher" in done.err

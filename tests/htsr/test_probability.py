@@ -97,6 +97,8 @@ def test_temperature_flattens_and_sharpens() -> None:
     assert probabilities(scores, 2).tolist() == pytest.approx([1 / 3, 2 / 3])
     assert probabilities(scores, 0.5).tolist() == pytest.approx([1 / 17, 16 / 17])
     assert probabilities([1e-200, 1e200], 0.01).tolist() == [0.0, 1.0]
+    assert probabilities([1.0, 10.0], 0.002).tolist() == [0.0, 1.0]  # 10^500 would be infinite
+    assert probabilities([0.0, 3.0, 1.0]).tolist() == [0.0, 0.75, 0.25]  # one zero does not make all alike
 
 
 def test_rules_score_the_blocks_as_documented() -> None:

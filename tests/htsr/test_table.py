@@ -49,7 +49,7 @@ def test_a_block_is_the_mean_of_its_matrices_and_its_lod_is_pooled() -> None:
         lod_weight=[2.0, 0.0, np.nan, 4.0, np.nan],
         status=["ok", "ok", "skipped", "failed", "ok"],
     )
-    blocks = aggregate_blocks(frame)
+    blocks = aggregate_blocks(frame, {})
     assert blocks.columns.tolist() == list(BLOCK_COLUMNS[:9])
     first, second = blocks.to_dict("records")
     assert first == {
@@ -68,13 +68,13 @@ def test_a_block_is_the_mean_of_its_matrices_and_its_lod_is_pooled() -> None:
 
 
 def test_every_block_of_the_model_has_a_row_even_when_nothing_is_known() -> None:
-    blocks = aggregate_blocks(rows(block=[1], tensor=["a"], alpha=[2.0]), num_blocks=3)
+    blocks = aggregate_blocks(rows(block=[1], tensor=["a"], alpha=[2.0]), {}, num_blocks=3)
     assert blocks["block"].tolist() == [0, 1, 2]
     assert blocks["alpha"].isna().tolist() == [True, False, True]
 
 
 def test_blocks_put_together_from_matrices_equal_the_measured_ones(scanned: ScanResult) -> None:
-    again = aggregate_blocks(scanned.frame)
+    again = aggregate_blocks(scanned.frame, {})
     measured = scanned.blocks[again.columns.tolist()]
     assert measured["lod"].iloc[:2].gt(0).all()
     pd.testing.assert_frame_equal(again, measured, check_exact=False, rtol=1e-12)

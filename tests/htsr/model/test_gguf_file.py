@@ -13,8 +13,8 @@ import torch
 from htsr.errors import BadInput
 from htsr.model.layers import num_blocks, views
 from htsr.model.open import open_source
-from htsr.model.reading import read_block
-from htsr.numerics.spectrum import Block, eigenvalues
+from htsr.model.reading import read_slice
+from htsr.numerics.spectrum import MatrixSlice, eigenvalues
 from htsr.scanner import scan
 
 gguf = pytest.importorskip("gguf")
@@ -57,7 +57,7 @@ def test_values_are_dequantised_and_labelled(file: Path, kind: str) -> None:
     assert source.info(name).shape == (24, 512)
     assert np.array_equal(source.read(name).float().numpy(), expected)
     assert source.read(name).dtype == getattr(torch, LABELS.get(kind, "float32"))
-    for block in (Block(axis=0, start=3, stop=9), Block(axis=1, start=256, stop=512), Block(axis=1, start=0, stop=256)):
+    for block in (MatrixSlice(3, 9), MatrixSlice(256, 512, axis=1), MatrixSlice(0, 256, axis=1)):
         part = expected[block.start : block.stop] if block.axis == 0 else expected[:, block.start : block.stop]
         assert np.array_equal(source.array(name, block).astype(np.float32), part)
 
@@ -121,9 +121,9 @@ def test_experts_and_fused_projections_are_read_out_of_quantised_stacks(tmp_path
     expected = gguf.quants.dequantize(gguf.quants.quantize(stack + 1, kind), kind)
     view = found[1, "experts.2.up"]
     assert (view.tensor, view.rows, view.cols) == ("blk.1.ffn_up_exps.weight[2]", 24, 64)
-    for block in (Block(axis=0, start=3, stop=24), Block(axis=1, start=5, stop=40)):
+    for block in (MatrixSlice(3, 24), MatrixSlice(5, 40, axis=1)):
         part = expected[2][block.start : block.stop] if block.axis == 0 else expected[2][:, block.start : block.stop]
-        assert np.array_equal(read_block(source, view, block), part)
+        assert np.array_equal(read_slice(source, view, block), part)
     frame = scan(tmp_path / "moe.gguf", calibration=None, quiet=True).frame.set_index("tensor")
     values = eigenvalues(expected[2])
     assert frame.loc[view.tensor, "lambda_max"] == pytest.approx(values[-1], rel=1e-12)

@@ -21,10 +21,10 @@ from htsr import scan as scan_function
 from htsr.model.layers import LayerView, views
 from htsr.model.open import open_source
 from htsr.model.parts import Part, Runs, run
-from htsr.model.reading import read_block, read_part
+from htsr.model.reading import read_part, read_slice
 from htsr.model.source import Source
 from htsr.numerics.lowrank import product_eigenvalues
-from htsr.numerics.spectrum import Block, plan_blocks
+from htsr.numerics.spectrum import MatrixSlice, plan_slices
 
 NUMBERS = ["alpha", "ks_d", "xmin", "n_tail", "alpha_hill", "log10_norm", "stable_rank", "entropy", "lod_weight"]
 SIZES: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -36,12 +36,8 @@ def frame_of(model: Any, **options: Any) -> pd.DataFrame:
 
 def matrix(source: Source, view: LayerView) -> np.ndarray:
     """A view read in blocks of both kinds, which must agree."""
-    height = [
-        read_block(source, view, Block(axis=0, start=i, stop=min(i + 5, view.rows))) for i in range(0, view.rows, 5)
-    ]
-    width = [
-        read_block(source, view, Block(axis=1, start=i, stop=min(i + 7, view.cols))) for i in range(0, view.cols, 7)
-    ]
+    height = [read_slice(source, view, MatrixSlice(i, min(i + 5, view.rows))) for i in range(0, view.rows, 5)]
+    width = [read_slice(source, view, MatrixSlice(i, min(i + 7, view.cols), axis=1)) for i in range(0, view.cols, 7)]
     assert np.array_equal(np.concatenate(height), np.concatenate(width, axis=1))
     return np.concatenate(height)
 
@@ -66,7 +62,7 @@ def test_a_part_is_a_choice_of_rows_and_columns(seed: int, tmp_path: Path) -> No
             for start in range(size):
                 for stop in range(start + 1, size + 1):
                     wanted = expected[start:stop] if axis == 0 else expected[:, start:stop]
-                    assert np.array_equal(read_part(source, part, Block(axis=axis, start=start, stop=stop)), wanted)
+                    assert np.array_equal(read_part(source, part, MatrixSlice(start, stop, axis=axis)), wanted)
 
 
 @pytest.mark.parametrize("budget", [8, 1 << 20])
@@ -74,7 +70,7 @@ def test_distant_columns_are_read_a_few_rows_at_a_time(budget: int, monkeypatch:
     monkeypatch.setattr("htsr.model.reading.WINDOW_ELEMENTS", budget)
     stored = torch.arange(12.0 * 20).reshape(12, 20)
     part = Part(tensor="w", rows=run(2, 8), cols=Runs(start=1, width=1, stride=2, count=9))
-    found = read_part(open_source({"w": stored}), part, Block(axis=0, start=0, stop=8))
+    found = read_part(open_source({"w": stored}), part, MatrixSlice(0, 8))
     assert np.array_equal(found, stored[2:10, 1:19:2].numpy())
 
 
@@ -307,5 +303,5 @@ def test_blocks_of_a_part_are_those_of_a_matrix_of_its_shape() -> None:
     stored = torch.randn(3 * 64, 32, generator=makers.generator(1))
     source = open_source({"w": stored})
     part = Part(tensor="w", rows=run(64, 64), cols=run(0, 32))
-    blocks = [read_part(source, part, block) for block in plan_blocks(64, 32)]
+    blocks = [read_part(source, part, block) for block in plan_slices(64, 32)]
     assert np.array_equal(np.concatenate(blocks), stored[64:128].numpy())

@@ -15,6 +15,7 @@ from htsr.model.calibration import calibrate
 from htsr.model.open import open_source
 from htsr.model.outlier_pooling import Outliers
 from htsr.model.rounding import judge, relative_change
+from htsr.numerics import bf16
 
 
 def lods(*values: float) -> list[Outliers]:
@@ -111,7 +112,8 @@ def test_without_units_or_with_little_text_it_stays_in_fp32_and_says_why(
 
 def test_units_are_what_linux_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(rounding, "Path", lambda _: info)
+    monkeypatch.setattr(bf16, "Path", lambda _: info)
+    monkeypatch.setattr(rounding, "cpu_flags", bf16.cpu_flags.__wrapped__)
     for flags, expected in [("fpu avx512_bf16 sse", True), ("amx_bf16", True), ("avx512f avx_bf16x", False)]:
         info.write_text(f"flags : {flags}\n")
         assert rounding.has_bf16_units(torch.device("cpu")) is expected

@@ -17,7 +17,7 @@ from torch import nn
 
 from htsr.errors import BadInput, NotFound
 from htsr.model.open import open_source
-from htsr.numerics.spectrum import Block
+from htsr.numerics.spectrum import MatrixSlice
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_slices_are_the_tensor(dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(source.rows("w", 5, 17), W[5:17])
         assert source.rows("w", 5, 17).dtype == dtype
         assert source.read("scalar") == 2
-        for block, part in ((Block(axis=0, start=5, stop=17), W[5:17]), (Block(axis=1, start=4, stop=9), W[:, 4:9])):
+        for block, part in ((MatrixSlice(5, 17), W[5:17]), (MatrixSlice(4, 9, axis=1), W[:, 4:9])):
             found = source.array("w", block)
             assert found.flags.c_contiguous
             assert np.array_equal(found.astype(np.float64), part.double().numpy())
@@ -119,9 +119,9 @@ def test_the_demo_is_in_the_package() -> None:
 
 def test_listing_and_reading_for_spectra_imports_no_torch(directory: Path) -> None:
     code = (
-        "import sys; from htsr.model.open import open_source; from htsr.numerics.spectrum import Block\n"
+        "import sys; from htsr.model.open import open_source; from htsr.numerics.spectrum import MatrixSlice\n"
         f"s = open_source({str(directory)!r}); s.weights_sha256()\n"
-        "s.array(s.tensors[0].name, Block(axis=0, start=0, stop=2)); assert 'torch' not in sys.modules"
+        "s.array(s.tensors[0].name, MatrixSlice(0, 2)); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -57,9 +57,9 @@ def test_the_setting_is_restored_even_after_an_exception(before: str) -> None:
     kept = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(before)
-        with bf16.medium_precision():
+        with bf16.matmul_precision("medium"):
             assert torch.get_float32_matmul_precision() == "medium"
-        with pytest.raises(RuntimeError), bf16.medium_precision():
+        with pytest.raises(RuntimeError), bf16.matmul_precision("high"):
             raise RuntimeError
         with pytest.raises(ValueError, match=r"shapes|dimension|size|broadcast"):
             bf16.medium_gram([np.ones((4, 5), np.float32)], 6)

@@ -17,7 +17,7 @@ from htsr.numerics.metrics import spectrum_metrics
 from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.ritz import residual_norms, ritz_values
 from htsr.numerics.spectrum import gram, matrix_slices
-from htsr.numerics.tridiagonal import Tridiagonal
+from htsr.numerics.tridiagonal import Tridiagonal, reduce
 
 SIDE = 280
 
@@ -106,6 +106,16 @@ def test_tridiagonal_gives_eigenvalues_and_chosen_vectors() -> None:
     V = reduced.vectors(chosen)
     assert np.abs(np.sum(V * vectors[:, chosen], axis=0)) == pytest.approx(np.ones(5), abs=1e-3)
     assert len(reduced.vectors(np.arange(20, 150)).T) == 130  # several groups
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 33, 70])
+def test_a_tridiagonal_reduction_has_one_reflector_fewer_than_rows(side: int) -> None:
+    W = heavy(90, side, 5)
+    G = gram([W], side)
+    d, e, tau = reduce(G.copy(order="F"))
+    assert (d.shape, e.shape, tau.shape) == ((side,), (side - 1,), (side - 1,))
+    T = np.diag(d) + np.diag(e, 1) + np.diag(e, -1)
+    assert np.linalg.eigvalsh(T) == pytest.approx(np.linalg.eigvalsh(G), rel=1e-9, abs=1e-9)
 
 
 def test_radii_of_merged_values_shrink_with_the_distance_to_the_rest() -> None:

@@ -15,7 +15,8 @@ from htsr.model.memory import ModuleSource
 from htsr.model.open import open_source
 from htsr.numerics import certified
 from htsr.numerics.backend import Backend
-from htsr.numerics.device import exact_side, holds_tf32, largest_exact, products, torch_backend
+from htsr.numerics.bf16 import matmul_precision
+from htsr.numerics.device import exact_side, holds_tf32, largest_exact, torch_backend
 from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.spectrum import matrix_slices
 
@@ -144,7 +145,7 @@ def test_tf32_is_allowed_for_exact_values_alone(dtype: str, expected: str, monke
 
 def test_the_setting_is_restored_after_an_exception() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(RuntimeError), products("high"):
+    with pytest.raises(RuntimeError), matmul_precision("high"):
         raise RuntimeError
     assert torch.get_float32_matmul_precision() == before
 

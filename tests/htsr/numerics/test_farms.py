@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from htsr.numerics.farms import alpha_farms, places
+from htsr.numerics.farms import alpha_farms, window_starts
 from htsr.numerics.metrics import alpha_hill
 
 
@@ -48,7 +48,7 @@ def test_small_matrices_get_smaller_windows_or_none() -> None:
 
 def test_windows_stay_inside() -> None:
     for side in (100, 101, 108, 109, 110, 1000, 4096):
-        starts = list(places(side, 100))
+        starts = list(window_starts(side, 100))
         assert starts[0] == 0
         assert starts[-1] + 100 <= side
         assert len(starts) == len(set(starts)) <= 10

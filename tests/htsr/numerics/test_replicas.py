@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from htsr.numerics import replicas
 from htsr.numerics.powerlaw import fit_power_law
 from htsr.numerics.replicas import fit_replicas
 
@@ -35,6 +36,17 @@ def test_the_batch_does_not_change_a_fit() -> None:
     log_x = np.sort(np.random.default_rng(0).exponential(size=(300, 1000)), axis=1)  # several batches
     together, alone = fit_replicas(log_x), fit_replicas(log_x[250:251])
     assert (together.alpha[250], together.ks_d[250]) == (alone.alpha[0], alone.ks_d[0])
+
+
+@pytest.mark.parametrize("probes", [1, 2, 40])
+def test_the_number_of_probes_changes_no_fit(probes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_x = np.sort(np.random.default_rng(1).exponential(size=(20, 200)), axis=1)
+    usual = fit_replicas(log_x)
+    monkeypatch.setattr(replicas, "NUM_PROBES", probes)
+    found = fit_replicas(log_x)
+    assert np.array_equal(found.start, usual.start)
+    assert np.array_equal(found.alpha, usual.alpha)
+    assert found.ks_d == pytest.approx(usual.ks_d, abs=1e-14)
 
 
 def test_equal_points_are_never_a_tail() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from htsr.numerics.smallend import depth, small_end
+from htsr.numerics.smallend import CLEAR, depth, small_end
 from htsr.numerics.spectrum import gram, matrix_slices
 from htsr.numerics.tridiagonal import Tridiagonal
 
@@ -85,6 +85,14 @@ def test_a_power_of_two_changes_nothing(power: int) -> None:
 
 def test_a_value_at_the_limit_of_the_rank_gets_no_answer() -> None:
     assert solved(planted([SIDE * EPS, 1e-4], SIDE), 2) is None
+
+
+def test_a_value_clearly_below_the_limit_is_zero_up_to_and_with_half_of_it() -> None:
+    W = np.diag([2.0**-30, *np.ones(15)])
+    found = small_end(lambda: [W], np.eye(16)[:, :1], lambda R, _: R, following=1.0, shift=1e-7, limit=CLEAR * 2.0**-30)
+    assert found is not None
+    assert found.values.tolist() == [0.0]
+    assert found.products == 1
 
 
 def test_a_missed_vector_gets_no_answer() -> None:

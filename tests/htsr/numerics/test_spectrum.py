@@ -8,7 +8,7 @@ import torch
 
 from htsr.errors import BadInput
 from htsr.numerics import spectrum
-from htsr.numerics.spectrum import Block, eigenvalues, gram, plan_blocks
+from htsr.numerics.spectrum import MatrixSlice, eigenvalues, gram, plan_slices
 
 EPS = np.finfo(np.float64).eps
 
@@ -32,13 +32,13 @@ def test_blocks_change_nothing_beyond_rounding(shape: tuple[int, int], monkeypat
     W = random(*shape)
     whole = eigenvalues(W)
     monkeypatch.setattr(spectrum, "BLOCK_ELEMENTS", 8000)
-    assert len(plan_blocks(*shape)) > 1
+    assert len(plan_slices(*shape)) > 1
     assert eigenvalues(W) == pytest.approx(whole, rel=1e-9, abs=1e-12 * whole[-1])
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (49152, 576), (576, 49152), (4096, 11008), (11008, 4096), (8192, 28672)])
 def test_plan_covers_the_matrix_once_within_its_budget(shape: tuple[int, int]) -> None:
-    blocks = plan_blocks(*shape)
+    blocks = plan_slices(*shape)
     axis = blocks[0].axis
     assert {b.axis for b in blocks} == {axis}
     assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
@@ -50,7 +50,7 @@ def test_plan_covers_the_matrix_once_within_its_budget(shape: tuple[int, int]) -
 
 
 def test_a_small_matrix_is_one_block() -> None:
-    assert plan_blocks(1536, 576) == [Block(axis=0, start=0, stop=1536)]
+    assert plan_slices(1536, 576) == [MatrixSlice(0, 1536)]
 
 
 @pytest.mark.parametrize("side", [60, 1030])
