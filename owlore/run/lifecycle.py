@@ -1,4 +1,4 @@
-"""A built run from its first step to what it leaves behind, and the model as it came when it fails."""
+"""A built run from its first step to the files it leaves; a run that fails leaves the model without patches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run_inputs(inputs: RunInputs, started: float) -> Run:
     if inputs.ranks.leads:
         _write_results(inputs, trainer, run)
     inputs.ranks.wait()
-    if not loaded.origins:  # it lay in memory as a whole before: put it together again at once
+    if not loaded.origins:  # the caller gave a module in memory, and gets it back in one piece
         _ = run.model
     return run
 
@@ -93,7 +93,7 @@ def _train(inputs: RunInputs, trainer: Trainer) -> None:
 
 
 def _keeps_on_the_heap(inputs: RunInputs, trainer: Trainer) -> bool:
-    """Whether activations that autograd saves stay in the C heap until backward comes by."""
+    """Whether activations that autograd saves stay in the C heap until backward frees them."""
     recomputed = isinstance(trainer.backend, StreamedBackend) or recomputes(inputs.config, inputs.parts)
     return trainer.device.type == "cpu" and not recomputed and not inputs.config.compile
 

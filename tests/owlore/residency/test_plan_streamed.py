@@ -108,7 +108,6 @@ def hyper(blocks, drawn, **settings):
     return StrategyConfig(
         **{
             "seed": 0,
-            "every": 10,
             "draw": "exact",
             "inclusion": inclusion,
             "always_on": (),
