@@ -210,6 +210,22 @@ def flag_name(name: str) -> str:
     return name.upper() if SETTINGS[name].metadata.get("argument") else "--" + name.replace("_", "-")
 
 
+def shown(value: Any) -> str:
+    """A value as it is typed on the command line: lists with commas, numbers without zeros at the end."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return ",".join(value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def as_typed(settings: Mapping[str, Any]) -> str:
+    """Settings as they are typed on the command line; True is a bare flag."""
+    return " ".join(
+        flag_name(name) if value is True else f"{flag_name(name)} {shown(value)}" for name, value in settings.items()
+    )
+
+
 def known_name(name: Any) -> str:
     """The field that a key names (seq-len and seq_len alike).
 

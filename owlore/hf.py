@@ -24,7 +24,7 @@ from htsr.errors import UsageError
 from htsr.model.open import open_source
 from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
-from owlore.layer_table import find_table, run_inclusion, scanned_table
+from owlore.layer_table import find_table, scanned_table
 from owlore.optim import RotatingOptimizer
 from owlore.settings import master_policy, resolve, strategy_config
 from owlore.strategies import PeriodLog
@@ -73,7 +73,7 @@ def bridge(
             model, tokenizer, weights_sha256=open_source(model).weights_sha256(), notify=notify, quiet=quiet
         ),
     )
-    inclusion = None if found is None else run_inclusion(found, active=config.active, floor=config.floor)
+    strategy = strategy_class(parts, strategy_config(config, found))
     if (before := _BRIDGED.get(model)) is not None:  # of a training that was broken off
         before.remove()
     freeze(model)
@@ -85,7 +85,7 @@ def bridge(
     )
     _BRIDGED[model] = inner
     rotation = Rotation(
-        strategy=strategy_class(parts, strategy_config(config, inclusion, None)),
+        strategy=strategy,
         optimizer=inner,
         every=config.every if "every" in strategy_class.accepted_options else None,
     )

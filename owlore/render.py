@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from owlore.config import SETTINGS, flag_name
+from owlore.config import SETTINGS, as_typed, flag_name, shown
 
 
 def size_text(size: float) -> str:
@@ -144,27 +144,19 @@ def method_text(name: str, facts: dict[str, Any]) -> str:
     lines += [f"trains {facts['share']}", f"holds  {facts['memory']}", ""]
     lines.append("options it reads beyond the common ones:" if facts["options"] else "it reads the common options only")
     for key, value in facts["options"].items():
-        default = "" if value is None else f" [default: {_shown(value)}]"
+        default = "" if value is None else f" [default: {shown(value)}]"
         help_text = SETTINGS[key].metadata["help"].split(" [default")[0]
         lines.append(f"  {flag_name(key):<14} {help_text}{default}")
     if facts["set"]:
         lines += ["", "its own options, each as --set KEY=VALUE:"]
     for key, one in facts["set"].items():
-        default = "" if one["default"] is None else f" [default: {_shown(one['default'])}]"
+        default = "" if one["default"] is None else f" [default: {shown(one['default'])}]"
         lines.append(f"  {key:<14} {one['values']}: {one['help']}{default}")
     if facts["preset"]:
-        general = [f"{flag_name(k)} {_shown(v)}" for k, v in facts["preset"].items() if k != "set"]
-        own = [f"--set {k}={_shown(v)}" for k, v in facts["preset"].get("set", {}).items()]
-        lines += ["", "--preset paper: " + " ".join(general + own)]
+        general = as_typed({k: v for k, v in facts["preset"].items() if k != "set"})
+        own = [f"--set {k}={shown(v)}" for k, v in facts["preset"].get("set", {}).items()]
+        lines += ["", "--preset paper: " + " ".join([general, *own])]
     return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return ",".join(value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def merge_text(made: dict[str, Any]) -> str:

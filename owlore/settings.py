@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from htsr.errors import UsageError
 from owlore.blocks import ModelParts
 from owlore.config import TrainConfig, refuse_unaccepted
 from owlore.injection import InjectedAdapter
+from owlore.layer_table import run_inclusion
 from owlore.optim import MasterPolicy
 from owlore.options import read_method_options
 from owlore.residency.placement import Placement
 from owlore.strategies import STRATEGIES, Strategy, StrategyConfig
+
+if TYPE_CHECKING:
+    from htsr import LayerTable
 
 CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing auto` recomputes activations
 
@@ -19,24 +23,43 @@ CHECKPOINTING_FROM = 1_000_000_000  # parameters from which `--checkpointing aut
 def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
     """Fill in what the user left open: the preset's value if asked for, else the method's default.
 
-    Raises: UsageError for an option that the method does not read.
+    Args:
+        config: the settings.
+
+    Returns:
+        The settings, with all of the method's own options spelled out, and the method.
+
+    Raises:
+        UsageError: an option that the method does not accept was given.
     """
     strategy = STRATEGIES[config.method]
     refuse_unaccepted(config, config.given, strategy.accepted_options)
     check_placement(config, adapts=strategy.adapts)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
-    own = read_method_options(strategy.method_options, {**preset.get("set", {}), **(config.set or {})}, strategy.name)
+    options = {**preset.get("set", {}), **(config.set or {})}
+    options = read_method_options(strategy.method_options, options, strategy.name)
     general = {**table, **strategy.defaults, **preset}
     general.pop("set", None)
-    return config.with_defaults(general).with_method_options(own), strategy
+    return config.with_defaults(general).with_method_options(options), strategy
 
 
-def strategy_config(config: TrainConfig, inclusion: Any, injected: InjectedAdapter | None = None) -> StrategyConfig:
-    """What strategies read of the configuration, and of what they prepared."""
+def strategy_config(
+    config: TrainConfig, table: LayerTable | None, injected: InjectedAdapter | None = None
+) -> StrategyConfig:
+    """The settings that strategies read.
+
+    Args:
+        config: the settings, resolved.
+        table: the layer table; None where nothing is sampled.
+        injected: the adapter that the method put into the model, if any.
+
+    Raises:
+        UsageError: `--active` or `--floor` do not fit the table.
+    """
+    inclusion: Any = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
     return StrategyConfig(
         seed=config.seed,
-        every=config.every,
         draw=config.draw,
         inclusion=inclusion,
         always_on=config.always_on,
@@ -66,7 +89,7 @@ def recomputes(config: TrainConfig, parts: ModelParts) -> bool:
 
 
 def placement_of(config: TrainConfig) -> Placement:
-    """Where the configuration wants frozen blocks to live."""
+    """Where frozen blocks are kept, and in which format."""
     return Placement(
         residency=config.residency,
         resident_share=config.resident_share,

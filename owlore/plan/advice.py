@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from htsr.errors import HtsrError
-from owlore.config import SETTINGS, TrainConfig, flag_name
+from owlore.config import SETTINGS, TrainConfig, as_typed
 from owlore.strategies import STRATEGIES
 
-
-class Planned(Protocol):
-    """Of a plan: bytes by kind, `total` among them."""
-
-    @property
-    def bytes(self) -> dict[str, int]: ...
+if TYPE_CHECKING:
+    from owlore.plan.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """One change of settings. saves: bytes of the planned peak, above 0. price: what it costs in return."""
+    """A change of settings that lowers the planned peak.
+
+    Attributes:
+        change: the changed settings as they are typed on the command line.
+        saves: bytes of the planned peak, above 0.
+        price: what it costs in return.
+    """
 
     change: str
     saves: int
     price: str
 
 
-def advise(config: TrainConfig, now: Planned, plan: Callable[[TrainConfig], Planned]) -> tuple[Advice, ...]:
-    """The changes that lower the planned peak, the largest saving first; each alone, the others as they are."""
+def advise(config: TrainConfig, now: Plan, plan: Callable[[TrainConfig], Plan]) -> tuple[Advice, ...]:
+    """Plan single changes of settings and rank those that lower the peak.
+
+    Args:
+        config: the settings, resolved.
+        now: their plan.
+        plan: plans other settings.
+
+    Returns:
+        The changes, the largest saving first; each is planned alone, the others as they are.
+    """
     found = []
     for change, price in _changes(config):
         try:
@@ -36,17 +47,16 @@ def advise(config: TrainConfig, now: Planned, plan: Callable[[TrainConfig], Plan
         except HtsrError:  # settings that do not go together are no advice
             continue
         if saves > 0:
-            words = " ".join(f"{flag_name(name)} {_word(value)}".rstrip() for name, value in change.items())
-            found.append(Advice(change=words, saves=saves, price=price))
+            found.append(Advice(change=as_typed(change), saves=saves, price=price))
     return tuple(sorted(found, key=lambda advice: -advice.saves))
 
 
 def _changes(config: TrainConfig) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes that this method can make and that are not made yet, each with its price."""
-    reads = STRATEGIES[config.method].accepted_options
+    """Changes of settings that the method accepts and that are not made yet, each with its price."""
+    accepted = STRATEGIES[config.method].accepted_options
     for change, price in _every_change(config):
-        unread = {name for name in change if SETTINGS[name].metadata.get("method") and name not in reads}
-        if not unread and any(getattr(config, name) != value for name, value in change.items()):
+        refused = {name for name in change if SETTINGS[name].metadata.get("method") and name not in accepted}
+        if not refused and any(getattr(config, name) != value for name, value in change.items()):
             yield change, price
 
 
@@ -70,9 +80,3 @@ def _every_change(config: TrainConfig) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"offload_activations": True}, "activations wait in host memory"
     if config.dtype in ("auto", "float32") and config.weights != "fp32":
         yield {"dtype": "bfloat16"}, "16-bit forward and backward; fp32 masters for what is trained"
-
-
-def _word(value: Any) -> str:
-    if value is True:
-        return ""
-    return (",".join(value) or "none") if isinstance(value, tuple) else str(value)

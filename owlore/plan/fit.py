@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from owlore.config import SETTINGS, TrainConfig, flag_name
+from owlore.config import TrainConfig, as_typed
 from owlore.plan.plan import Plan
 from owlore.plan.planner import planner_of
 from owlore.plan.traffic import Rates
@@ -22,83 +22,92 @@ LEVELS = ("every bit stays as it is", "states and weights are rounded more coars
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """changes: settings to give beside the user's own. level: index into `LEVELS`. None as plan: nothing fits."""
+    """Settings under which a run fits a device, or nearly does.
+
+    Attributes:
+        limit: bytes that the peak may take.
+        changes: settings to give beside the user's own.
+        level: index into `LEVELS`, what the changes cost.
+        plan: the plan with these changes.
+    """
 
     limit: int
     changes: dict[str, Any]
     level: int
     plan: Plan
-    fits: bool
 
     @property
-    def options(self) -> str:
-        """The changes as they are typed."""
-        words = []
-        for name, value in self.changes.items():
-            words.append(flag_name(name) if value is True else f"{flag_name(name)} {value}")
-        return " ".join(words)
+    def fits(self) -> bool:
+        """Whether the peak is within the limit."""
+        return self.plan.bytes["total"] <= self.limit
 
     def to_dict(self) -> dict[str, Any]:
-        return {"limit": self.limit, "fits": self.fits, "changes": self.changes, "options": self.options,
+        """The changes and their cost as JSON."""
+        return {"limit": self.limit, "fits": self.fits, "changes": self.changes, "options": as_typed(self.changes),
                 "cost": LEVELS[self.level]}  # fmt: skip
 
 
-def fit_from_config(config: TrainConfig, limit: int, notify: Callable[[str], None], rates: Rates | None = None) -> Fit:
-    """The cheapest settings with which the peak is at most `limit` bytes; where none fits, the smallest found.
+def fit_from_config(
+    config: TrainConfig,
+    limit: int,
+    notify: Callable[[str], None],
+    rates: Rates = Rates(),  # noqa: B008 - frozen
+) -> Fit:
+    """Find the cheapest settings with which the peak is within a limit.
 
     What the user gave stays; only settings that were left open are changed (`--batch` may be split into `--accum`).
+
+    Args:
+        config: the settings.
+        limit: bytes that the peak may take.
+        notify: is given what the user should know, one line at a time.
+        rates: bandwidth and speed of the device.
+
+    Returns:
+        The cheapest settings; where none is within the limit, those with the smallest peak.
     """
     config, strategy = resolve(config)
-    planner = planner_of(config, strategy, notify, rates or Rates())
-    smallest: Fit | None = None
+    planner = planner_of(config, strategy, notify, rates)
+    fits: list[Fit] = []
     tried: list[dict[str, Any]] = []
     for level in range(len(LEVELS)):
-        found = []
         for changes in _candidates(config, level, adapts=strategy.adapts):
-            if changes in tried:
-                continue
-            tried.append(changes)
-            plan = planner.plan(replace(config, **changes))
-            fit = Fit(limit=limit, changes=changes, level=level, plan=plan, fits=plan.bytes["total"] <= limit)
-            if fit.fits:
-                found.append(fit)
-            if smallest is None or plan.bytes["total"] < smallest.plan.bytes["total"]:
-                smallest = fit
-        if found:
+            if changes not in tried:
+                tried.append(changes)
+                plan = planner.plan(replace(config, **changes))
+                fits.append(Fit(limit=limit, changes=changes, level=level, plan=plan))
+        if found := [
+            fit for fit in fits if fit.fits
+        ]:  # of this level: one of an earlier level would have been returned
             return min(found, key=_cost)
-    assert smallest is not None
-    return smallest
+    return min(fits, key=lambda fit: fit.plan.bytes["total"])
 
 
 def _cost(fit: Fit) -> tuple[float, int, int]:
+    """What is minimised among settings of a level: seconds, then the number of changes, then bytes."""
     return (round(fit.plan.traffic.step_seconds, 4), len(fit.changes), fit.plan.bytes["total"])
 
 
 def _candidates(config: TrainConfig, level: int, *, adapts: bool) -> Iterator[dict[str, Any]]:
     """Settings to try at a level, as changes to the configuration."""
-    open_ = {name for name in SETTINGS if name not in config.fixed}
-
-    def choices(name: str, *values: Any) -> list[Any]:
-        now = getattr(config, name)
-        return list(dict.fromkeys([now, *values])) if name in open_ else [now]
-
-    placement = {
-        "residency": choices("residency", "host"),
-        "resident_share": choices("resident_share", 0.25, 0.5, 0.75),
-        "offload_activations": choices("offload_activations", True),
-    }
+    wanted: dict[str, tuple[Any, ...]] = {"checkpointing": ("on",)}
+    if not adapts:
+        wanted |= {"residency": ("host",), "resident_share": (0.25, 0.5, 0.75), "offload_activations": (True,)}
+    if level >= 1:
+        wanted |= {"state_bits": (8,), "weights": ("bf16-sr",)}
+    if level >= 2 and not adapts:
+        wanted["frozen"] = ("int8", "nf4")
     options = {
-        "checkpointing": choices("checkpointing", "on"),
-        **({} if adapts else placement),
-        "state_bits": choices("state_bits", 8) if level >= 1 else [config.state_bits],
-        "weights": choices("weights", "bf16-sr") if level >= 1 else [config.weights],
-        "frozen": choices("frozen", "int8", "nf4") if level >= 2 and not adapts else [config.frozen],
+        name: dict.fromkeys([getattr(config, name), *values])
+        for name, values in wanted.items()
+        if name not in config.fixed
     }
     for values in itertools.product(*options.values()):
         chosen = dict(zip(options, values, strict=True))
-        if chosen.get("resident_share") and chosen["residency"] != "host":
+        placement = placement_of(replace(config, **chosen))
+        if placement.resident_share and placement.residency != "host":
             continue
-        if placement_of(replace(config, **chosen)).streams and chosen["checkpointing"] != config.checkpointing:
+        if placement.streams and chosen.get("checkpointing", config.checkpointing) != config.checkpointing:
             continue  # a streamed block is recomputed whatever is asked for
         changed = {name: value for name, value in chosen.items() if value != getattr(config, name)}
         for batch, accum in _splits(config):

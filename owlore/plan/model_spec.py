@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,17 @@ from owlore.strategies import PrepareContext, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A model known by its configuration: parts on the meta device and what a sequence costs.
+    """A model known by its configuration, without its weights.
 
-    parameters: of the model alone; `injected` is what the method put into it.
+    Attributes:
+        parts: the model's parts, on the meta device, with what the method put into it.
+        parameters: number of parameters of the model alone.
+        injected: the adapter that the method put into it; None where it trains the model's own weights.
+        footprint: bytes that autograd saves for a sequence.
+        dtype: dtype of the weights.
+        hidden: size of the hidden states.
+        vocabulary: rows of the embedding table.
+        positions: most tokens of a sequence; None where the configuration names no limit.
     """
 
     parts: ModelParts
@@ -37,18 +46,34 @@ class ModelSpec:
     positions: int | None
 
 
-def model_spec(config: TrainConfig, device: str = "cpu", *, strategy: type[Strategy] = Strategy) -> ModelSpec:
-    """The model that `config.model` names, without its weights, as the method prepares it.
+def model_files(config: TrainConfig) -> tuple[Path, dict[str, str]]:
+    """Where the files of `config.model` are: a directory, and the keywords by which transformers finds a GGUF in it.
 
-    Raises: NotFound, BadInput (no configuration of a causal language model).
+    Raises:
+        NotFound: there is no such model.
+    """
+    path = locate(str(config.model))
+    return (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+
+
+def spec_of_files(config: TrainConfig, device: str, *, strategy: type[Strategy]) -> ModelSpec:
+    """Describe the model that `config.model` names, as the method prepares it.
+
+    Args:
+        config: the settings.
+        device: type of the device that it would be trained on; the dtype of a GGUF depends on it.
+        strategy: the method.
+
+    Raises:
+        NotFound: there is no such model.
+        BadInput: it has no configuration of a causal language model.
     """
     from transformers import AutoConfig
 
-    path = locate(str(config.model))
-    gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    directory, gguf = model_files(config)
     try:
         with quiet_libraries():
-            described = AutoConfig.from_pretrained(path.parent if gguf else path, **gguf)
+            described = AutoConfig.from_pretrained(directory, **gguf)
         return spec_of_config(described, _dtype(config, described, bool(gguf), device), config, strategy)
     except HtsrError:
         raise
@@ -57,7 +82,14 @@ def model_spec(config: TrainConfig, device: str = "cpu", *, strategy: type[Strat
 
 
 def spec_of_config(described: Any, dtype: torch.dtype, config: TrainConfig, strategy: type[Strategy]) -> ModelSpec:
-    """The shape of the model that a transformers configuration describes; no weights are made."""
+    """Describe the model of a transformers configuration; no weights are made.
+
+    Args:
+        described: the transformers configuration.
+        dtype: dtype of the weights.
+        config: the settings.
+        strategy: the method.
+    """
     from transformers import AutoModelForCausalLM
 
     with quiet_libraries(), torch.device("meta"):
@@ -73,19 +105,27 @@ def spec_of_model(
     options: Mapping[str, Any] | None = None,
     packed: bool = False,
 ) -> ModelSpec:
-    """The shape of a model object, which the method prepares; its parameters may be on the meta device."""
+    """Describe a model object, into which the method's adapter is put.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        attn: attention implementation.
+        strategy: the method.
+        options: the method's own options by name.
+        packed: whether sequences hold several rows.
+    """
     text = model.config.get_text_config()
     dtype = next(model.parameters()).dtype
     parameters = sum(p.numel() for p in model.parameters())
-    start = PrepareContext(options=options or {}, seed=0)
+    context = PrepareContext(options=options or {}, seed=0)
 
-    def names(toy: nn.Module) -> frozenset[str] | None:
-        injected = strategy.prepare(toy, start)
+    def trained_names(toy: nn.Module) -> frozenset[str] | None:
+        injected = strategy.prepare(toy, context)
         return None if injected is None else injected.trained
 
-    prepare = names if strategy.adapts else None
+    prepare = trained_names if strategy.adapts else None
     footprint = measure_footprint(model.config, dtype=dtype, attn=attn, prepare=prepare, packed=packed)
-    injected = strategy.prepare(model, start)
+    injected = strategy.prepare(model, context)
     return ModelSpec(
         parts=find_parts(model),
         parameters=parameters,
@@ -99,19 +139,17 @@ def spec_of_model(
 
 
 def weight_bytes(model: nn.Module, injected: InjectedAdapter | None) -> int:
-    """Bytes of the weights; with an adapter also of what it keeps in buffers (frozen first values, codes, indexes)."""
-    held = _bytes(model.parameters())
-    return held if injected is None else held + _bytes(stored_buffers(model)) - injected.saves_bytes
+    """Bytes of the weights; with an adapter also of the buffers that belong to the model's state.
 
-
-def stored_buffers(model: nn.Module) -> list[torch.Tensor]:
-    """Buffers that belong to the state of a model; what it computes anew (rotary frequencies) is left out."""
-    names = model.state_dict().keys()
-    return [buffer for name, buffer in model.named_buffers() if name in names]
-
-
-def _bytes(parameters: Any) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    An adapter keeps its first values, codes and indexes in buffers. Buffers that are computed anew (rotary frequencies)
+    are not counted.
+    """
+    tensors: list[torch.Tensor] = list(model.parameters())
+    if injected is not None:
+        names = model.state_dict().keys()
+        tensors += [buffer for name, buffer in model.named_buffers() if name in names]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return held if injected is None else held - injected.saves_bytes
 
 
 def _dtype(config: TrainConfig, described: Any, gguf: bool, device: str) -> torch.dtype:

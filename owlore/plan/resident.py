@@ -1,124 +1,102 @@
-"""Bytes that come and go within a step whose blocks are all on the device; `streaming_plan` has the other kind."""
+"""Bytes that come and go within a step whose blocks are all on the device; `streamed` has the other kind."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from owlore.blocks import ModelParts
-from owlore.kernels.cross_entropy import chunk_rows
 from owlore.optim import UpdateSpec
 from owlore.plan.model_spec import ModelSpec
-from owlore.plan.streamed import gathered_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResidentPeak:
-    """Bytes that come and go within a step, and the larger of the two moments that can be the peak."""
-
-    gradients: int
-    arriving: int
-    activations: int
-    block: int
-    logits: int
-    head: int  # gradient of a trained head: made with the loss, before any activation goes
-    recompute: bool
-    accumulates: bool
-
-    @property
-    def in_backward(self) -> int:
-        """Beyond what was kept: gradients of a block's activations, about a third of what it saves; and, when
-        activations are recomputed, one block's own."""
-        return self.block // 3 + (self.block if self.recompute else 0)
-
-    @property
-    def peak(self) -> int:
-        """At the loss all activations and a chunk of logits are held. In backward, activations go as gradients come:
-        the larger of the two counts. What earlier micro-batches gathered stands through all of a later one."""
-        if self.accumulates:
-            return self.gradients + self.activations + max(self.logits, self.in_backward)
-        kept = max(self.activations + (0 if self.recompute else self.arriving), self.gradients)
-        return max(self.activations + self.logits + self.head, kept + self.in_backward)
+from owlore.plan.step_bytes import PeakBytes, accumulated_bytes, arriving_bytes, logits_bytes
 
 
 def resident_peak(
-    shape: ModelSpec,
+    model_spec: ModelSpec,
     parameters: Mapping[str, nn.Parameter],
     specs: Mapping[str, UpdateSpec],
     *,
-    low: int,
+    lowest: int,
     drawn: int,
     batch: int,
+    accum: int,
     tokens: int,
-    accumulates: bool,
-    together: int,
+    processes: int,
     recompute: bool,
-) -> ResidentPeak:
-    """Those of a step that trains `parameters` in `drawn` blocks, the lowest of them `low`.
+) -> PeakBytes:
+    """Bytes of a step in one of its processes.
 
-    together: micro-batches, of all processes, that a new basis has to see; above one it waits for their sum.
+    At the loss all activations and a chunk of logits are held. In backward, activations are freed as gradients come, so
+    that the larger of the two counts. What earlier micro-batches accumulated is held during all of a later one.
+
+    Args:
+        model_spec: the model.
+        parameters: trained parameters by name.
+        specs: how each of them is updated.
+        lowest: index of the lowest block that backward reaches.
+        drawn: number of trained blocks.
+        batch: sequences of a micro-batch.
+        accum: micro-batches of a step in each process.
+        tokens: tokens of a sequence.
+        processes: processes that train together.
+        recompute: whether activations are recomputed in backward.
     """
-    trained = shape.footprint.trained
-    return ResidentPeak(
-        gradients=gradient_bytes(parameters, specs, together),
-        arriving=arriving_bytes(parameters, specs),
-        activations=_activations(shape, low, drawn, batch, tokens, recompute),
-        block=int(batch * trained(tokens) + trained.fixed),
-        logits=logits_bytes(shape, batch * tokens),
-        head=_head_gradient(shape.parts, parameters),
-        recompute=recompute,
-        accumulates=accumulates,
+    several = accum > 1 or processes > 1  # a new basis is found from the sum over all micro-batches of all processes
+    trained = model_spec.footprint.trained
+    arriving = _largest_arriving(parameters, specs)
+    gradients = _accumulated(parameters, specs, several=several) + arriving
+    activations = _saved_activations(model_spec, lowest, drawn, batch, tokens, recompute)
+    logits = logits_bytes(model_spec, batch * tokens)
+    block = int(batch * trained(tokens) + trained.fixed)
+    # Gradients of a block's activations, about a third of what it saves; and one recomputed block's own activations.
+    in_backward = block // 3 + (block if recompute else 0)
+    if accum > 1:
+        peak = gradients + activations + max(logits, in_backward)
+    else:
+        kept = max(activations + (0 if recompute else arriving), gradients)
+        at_loss = activations + logits + _head_gradient(model_spec.parts, parameters)
+        peak = max(at_loss, kept + in_backward)
+    return PeakBytes(gradients=gradients, activations=activations + in_backward, logits=logits, peak=peak)
+
+
+def _accumulated(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec], *, several: bool) -> int:
+    """Bytes of accumulated gradients.
+
+    A step that finds new bases from several micro-batches holds those matrices' sums of full gradients; so does every
+    step of a full-rank update, beside the projected one.
+    """
+    return sum(
+        4 * parameter.numel() if several and not specs[name].full_rank else accumulated_bytes(specs[name], parameter)
+        for name, parameter in parameters.items()
     )
 
 
-def gradient_bytes(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec], accum: int) -> int:
-    """Most bytes of gradients at once: what is gathered, and the one matrix that is arriving.
-
-    A step that looks for new bases with accumulation gathers those matrices' sums whole; so does every step of an
-    update of full rank, beside the projected one.
-    """
-    gathered = 0
-    for name, parameter in parameters.items():
-        spec = specs[name]
-        together = accum > 1 and not spec.full_rank
-        gathered += 4 * parameter.numel() if together else gathered_bytes(spec, parameter)
-    return gathered + arriving_bytes(parameters, specs)
-
-
-def arriving_bytes(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
-    """The largest gradient that exists for the moment of its hook: as autograd made it, and in fp32."""
+def _largest_arriving(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
+    """The most bytes of a gradient while its hook runs; a dense fp32 gradient is accumulated without a copy."""
     sizes = [
-        p.numel() * (p.element_size() + (0 if p.dtype == torch.float32 else 4))
-        for name, p in parameters.items()
-        if specs[name].projects(p.shape) or p.dtype != torch.float32
+        arriving_bytes(p) for name, p in parameters.items() if specs[name].projects(p.shape) or p.dtype != torch.float32
     ]
     return max(sizes, default=0)
 
 
-def _activations(shape: ModelSpec, low: int, active: int, batch: int, tokens: int, recompute: bool) -> int:
-    """Saved for backward when the forward is done."""
-    footprint, blocks = shape.footprint, shape.parts.num_blocks - low
+def _saved_activations(model_spec: ModelSpec, lowest: int, drawn: int, batch: int, tokens: int, recompute: bool) -> int:
+    """Bytes saved for backward when the forward is done."""
+    footprint, blocks = model_spec.footprint, model_spec.parts.num_blocks - lowest
     if recompute:
         kept, fixed = blocks * footprint.boundary(tokens), 0.0
     else:
-        kept = active * footprint.trained(tokens) + max(0, blocks - active) * footprint.frozen(tokens)
-        fixed = active * footprint.trained.fixed + max(0, blocks - active) * footprint.frozen.fixed
+        kept = drawn * footprint.trained(tokens) + max(0, blocks - drawn) * footprint.frozen(tokens)
+        fixed = drawn * footprint.trained.fixed + max(0, blocks - drawn) * footprint.frozen.fixed
     return int(batch * (kept + footprint.outside(tokens)) + fixed)
 
 
-def logits_bytes(shape: ModelSpec, tokens: int) -> int:
-    """One chunk of logits in fp32 (and, for a moment, in 16 bits), and the hidden states that are given to the head
-    with their gradient."""
-    size = torch.empty((), dtype=shape.dtype).element_size()
-    rows = min(chunk_rows(shape.vocabulary), tokens)
-    return rows * shape.vocabulary * (4 if size == 4 else 4 + size) + 2 * tokens * shape.hidden * size
-
-
 def _head_gradient(parts: ModelParts, trained: Mapping[str, nn.Parameter]) -> int:
-    """Bytes of the head's gradient while the loss is computed, summed in fp32; in 16 bits a chunk's part beside it."""
+    """Bytes of a trained head's gradient, which is made with the loss, before any activation is freed.
+
+    It is summed in fp32; in 16 bits a chunk's part exists beside it.
+    """
     sizes = [p.numel() * (4 if p.element_size() == 4 else 4 + p.element_size())
              for name, p in parts.groups["head"] if name in trained]  # fmt: skip
     return sum(sizes)

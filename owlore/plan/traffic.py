@@ -22,7 +22,7 @@ DRAWS_FOR_LOADS = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """How fast the device is fed and multiplies.
+    """How fast a device copies and multiplies.
 
     Attributes:
         bus: bytes a second from the host to the device.
@@ -72,9 +72,11 @@ class Traffic:
 
     @property
     def step_seconds(self) -> float:
+        """Seconds of a step."""
         return self.compute_seconds + self.stall_seconds
 
     def to_dict(self) -> dict[str, Any]:
+        """Fields and `step_seconds`, as JSON."""
         return asdict(self) | {"step_seconds": self.step_seconds}
 
 

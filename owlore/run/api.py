@@ -19,16 +19,22 @@ from owlore.training.distributed import join
 def train(model: Any, data: Any, *, tokenizer: Any = None, table: Any = None, **settings: Any) -> Run:
     """Fine-tune a causal language model; the Python form of `owlore train`.
 
-    model: Hugging Face id, directory, GGUF file, `demo`, or an `nn.Module` (with `tokenizer`). data: path, name, list
-    of dicts, DataFrame or Dataset. table: `auto`, `uniform`, a file or a `htsr.LayerTable`. settings: any other option
-    of the command line by its Python name (`steps=60`, `method="owlore"`, `lr=3e-4` ...).
-
-    Nothing is said aloud (`quiet=False` shows the data, the steps and what is noteworthy as the command does).
-
-    A module is trained as it lies; afterwards, and after an error, it is in evaluation mode and none of its parameters
+    A module is trained in place; afterwards, and after an error, it is in evaluation mode and none of its parameters
     requires a gradient. An adapter stays in it (`run.model` is PEFT's model around it).
 
-    Raises: the errors of `htsr.errors`, whose classes are also ValueError, FileNotFoundError and so on.
+    Args:
+        model: Hugging Face id, directory, GGUF file, `demo`, or an `nn.Module` (with `tokenizer`).
+        data: path, name of a data set, list of dicts, DataFrame or Dataset.
+        tokenizer: the tokenizer of a module; None for the model's own.
+        table: `auto`, `uniform`, a file or a `htsr.LayerTable`; None for the method's default.
+        **settings: any other option of the command line by its Python name (`steps=60`, `method="owlore"`, `lr=3e-4`).
+            Nothing is printed unless `quiet=False` is among them.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        HtsrError: a subclass of `htsr.errors`, each of which is a builtin error too (ValueError, FileNotFoundError).
     """
     named: dict[str, Any] = {"quiet": True, **settings}
     named |= {"model": model if isinstance(model, str | Path) else "(model in memory)"}
@@ -49,11 +55,17 @@ def train_from_config(
     """Run what a configuration describes.
 
     Nothing is written before the model, the data and the table are known to be usable. Under torchrun every process
-    works on the run and returns it; the first one writes and speaks.
+    works on the run and returns it; the first one writes files and prints.
 
     Args:
         config: the settings.
-        model, data, tokenizer, table: objects that stand for what the fields of the same name call them.
+        model: a module that replaces `config.model`; None for what `config` names.
+        data: rows that replace `config.data`; None for what `config` names.
+        tokenizer: the tokenizer; None for the model's own.
+        table: a layer table that replaces `config.table`; None for what `config` names.
+
+    Returns:
+        The finished run.
 
     Raises:
         HtsrError: the subclass whose exit code fits.

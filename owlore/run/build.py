@@ -13,7 +13,6 @@ from owlore.activations.compiled import compile_blocks
 from owlore.config import TrainConfig
 from owlore.data.arrange import Arrangement
 from owlore.io.metrics import MetricsLog
-from owlore.layer_table import run_inclusion
 from owlore.optim import RotatingOptimizer
 from owlore.patches import PatchStack
 from owlore.run.directory import check_same_run
@@ -27,7 +26,7 @@ from owlore.training.rotation import Rotation
 from owlore.training.streamed import StreamedBackend, open_streamed_backend
 from owlore.training.trainer import LoopConfig, RunStats, Trainer
 
-FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are gathered
+FP16_SCALE = 1024.0  # keeps small fp16 gradients above underflow; divided out before they are accumulated
 
 
 def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
@@ -38,23 +37,20 @@ def build_trainer(inputs: RunInputs, patches: PatchStack) -> Trainer:
         patches: everything that is put onto the model is registered here; it is closed when this fails.
 
     Raises:
-        HtsrError: settings, model and data do not go together. The model is left as it came.
+        HtsrError: settings, model and data do not go together. The model has no patches then.
     """
     config, parts, loaded, ranks = inputs.config, inputs.parts, inputs.loaded, inputs.ranks
-    inclusion = None
-    if inputs.table is not None:
-        inclusion = run_inclusion(inputs.table, active=config.active, floor=config.floor)
+    strategy = inputs.strategy_class(parts, strategy_config(config, inputs.table, inputs.injected))
     identity = {
         "weights_sha256": loaded.weights_sha256,
         "data_sha256": inputs.prepared.provenance["train"]["sha256"],
-        "inclusion": None if inclusion is None else inclusion.tolist(),
+        "inclusion": None if inputs.table is None else strategy.config.inclusion.tolist(),
         "processes": ranks.size,
         "config": config.to_dict(),
     }
     ranks.agree("weights, data, table or settings", json.dumps(identity))
     if inputs.directory.saved is not None:
         check_same_run(identity, inputs.directory.saved.state["identity"])
-    strategy = inputs.strategy_class(parts, strategy_config(config, inclusion, inputs.injected))
     # The optimizer looks for plain linear maps, so it is made before any forward is replaced.
     optimizer = _optimizer(inputs, patches)
     # What is put onto the model last runs first, so the order of these lines is that of the forwards from the inside.
@@ -123,7 +119,15 @@ def _trainer(
 
 
 def reassemble_module(inputs: RunInputs, backend: Backend | None, patches: PatchStack) -> None:
-    """After a failure, put a streamed module of the caller's together again; a model read from files is dropped."""
+    """After a failure, close the patches and put a streamed module that the caller gave into one piece.
+
+    A streamed model that was read from files stays in parts, because the caller has no reference to it.
+
+    Args:
+        inputs: what the run started from.
+        backend: the backend, if it was made.
+        patches: everything that was put onto the model.
+    """
     patches.close()
     if backend is not None and not inputs.loaded.origins:
         backend.reassemble(torch.device("cpu"))

@@ -22,7 +22,13 @@ MAY_CHANGE = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
-    """A run directory; `saved` is the checkpoint that the run goes on from, None for a new run."""
+    """A run directory.
+
+    Attributes:
+        path: the directory.
+        saved: the checkpoint that the run goes on from; None for a new run.
+        existed: whether the directory was there before the run.
+    """
 
     path: Path
     saved: checkpoint.Checkpoint | None
@@ -30,14 +36,21 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """Where the checkpoints are written."""
         return self.path / "checkpoints"
 
 
 def find_directory(config: TrainConfig, model_slug: str) -> RunDirectory:
-    """Where the run is written.
+    """Find where the run is written.
 
-    Raises: UsageError when `--out` already holds a run (a complete checkpoint) and `--resume` was not given, or holds
-    something else; NotFound when there is nothing to resume.
+    Args:
+        config: the settings.
+        model_slug: the model's name as part of a path.
+
+    Raises:
+        UsageError: `--out` already holds a run (a complete checkpoint) and `--resume` was not given, or holds other
+            files.
+        NotFound: there is nothing to resume.
     """
     named = Path(config.resume) if isinstance(config.resume, str) else None
     if named is not None and named.parent.name == "checkpoints":
@@ -63,24 +76,27 @@ def find_directory(config: TrainConfig, model_slug: str) -> RunDirectory:
 def check_same_run(identity: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuse to continue with other settings, data or weights than the checkpoint's.
 
-    Raises: UsageError that names the first difference.
+    Args:
+        identity: of the run that goes on: hashes of weights and data, inclusion probabilities, number of processes and
+            settings.
+        saved: the same of the checkpoint, as read from JSON.
+
+    Raises:
+        UsageError: they differ; the message names the first difference.
     """
     what = {"weights_sha256": "model's weights differ", "data_sha256": "data differ",
             "inclusion": "layer table differs", "processes": "number of processes differs"}  # fmt: skip
-    for part in (*what, "config"):
-        ours, theirs = _json(identity[part]), saved.get(part)
-        if part == "config":
-            ours = {key: value for key, value in ours.items() if key not in MAY_CHANGE}
-            theirs = {key: value for key, value in dict(theirs or {}).items() if key not in MAY_CHANGE}
-            differing = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-            if differing:
-                key = differing[0]
-                raise UsageError(
-                    f"--resume: {key} is {ours.get(key)!r} and the checkpoint was made with {theirs.get(key)!r}; "
-                    "give the same settings, or start a new run"
-                )
-        elif ours != theirs:
-            raise UsageError(f"--resume: the {what[part]} from the checkpoint's; give the same, or start a new run")
+    ours = json.loads(json.dumps(identity))  # as a checkpoint holds it
+    for part, text in what.items():
+        if ours[part] != saved.get(part):
+            raise UsageError(f"--resume: the {text} from the checkpoint's; give the same, or start a new run")
+    asked, earlier = ours["config"], saved.get("config") or {}
+    for key in sorted((asked.keys() | earlier.keys()) - MAY_CHANGE):
+        if asked.get(key) != earlier.get(key):
+            raise UsageError(
+                f"--resume: {key} is {asked.get(key)!r} and the checkpoint was made with {earlier.get(key)!r}; "
+                "give the same settings, or start a new run"
+            )
 
 
 def _free(model_slug: str, method: str) -> Path:
@@ -94,8 +110,3 @@ def _free(model_slug: str, method: str) -> Path:
 def _foreign(directory: Path) -> bool:
     """Not empty, and without the file that every run directory begins with."""
     return any(directory.iterdir()) and not (directory / "config.yaml").is_file()
-
-
-def _json(value: Any) -> Any:
-    """As it looks after a round trip through JSON, which is what a checkpoint holds."""
-    return json.loads(json.dumps(value))

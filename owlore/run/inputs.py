@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class RunInputs:
         parts: the model's parts, the adapter among them.
         table: the layer table, None where nothing is sampled.
         ranks: the processes that train together.
-        notify: is told what is noteworthy.
+        notify: is given what the user should know, one line at a time.
     """
 
     config: TrainConfig
@@ -69,21 +70,25 @@ class RunInputs:
 
 
 def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tokenizer: Any, table: Any) -> RunInputs:
-    """Load and check what `config` names; the objects, where given, stand for its fields of the same name.
+    """Load and check what `config` names; nothing is written.
 
-    Nothing is written. Rank 0 prepares data and table first, and the others find them in its caches.
+    Rank 0 prepares data and table first, and the others find them in its caches.
+
+    Args:
+        config: the settings.
+        ranks: the processes that train together.
+        model: a module, or a name that replaces `config.model`; None for what `config` names.
+        data: rows, or a name that replaces `config.data`; None for what `config` names.
+        tokenizer: the tokenizer; None for the model's own.
+        table: a layer table; None for what `config` names.
 
     Raises:
         HtsrError: the subclass whose exit code fits: a wrong setting, a model, data or table that cannot be used.
     """
     model = config.model if model is None else model
     data = config.data if data is None else data
-    if not ranks.leads:
-        config = replace(config, quiet=True)
-
-    def notify(message: str) -> None:
-        notice(message, quiet=config.quiet)
-
+    notify = partial(notice, quiet=config.quiet or not ranks.leads)
+    config = replace(config, quiet=config.quiet or not ranks.leads)
     config, strategy_class = resolve(config)
     check_trackers(config.log_to)
     for named in (data, config.eval_data):
@@ -112,7 +117,7 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
         for line in prepared.report.shown():
             notify(line)
     prepared = _within_vocabulary(prepared, loaded.model.get_input_embeddings().weight.shape[0])
-    injected = _attach(config, strategy_class, loaded, prepared, directory, device)
+    injected = _inject(config, strategy_class, loaded, prepared, directory, device)
     parts = find_parts(loaded.model)
     with ranks.lead_first():
         found = find_table(
@@ -135,7 +140,13 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
 
 
 def arrange(config: TrainConfig, prepared: Prepared, processes: int = 1) -> Arrangement:
-    """Which rows each step sees; the processes divide its micro-batches among themselves."""
+    """Decide which rows each step sees.
+
+    Args:
+        config: the settings.
+        prepared: the encoded data.
+        processes: processes that divide a step's micro-batches among themselves.
+    """
     epochs = config.epochs if config.epochs is not None else (None if config.steps is not None else 1.0)
     lengths, accum = np.diff(prepared.train.offsets), config.accum * processes
     if config.packing:
@@ -145,7 +156,7 @@ def arrange(config: TrainConfig, prepared: Prepared, processes: int = 1) -> Arra
     return kind(lengths, seed=config.seed, batch=config.batch, accum=accum, epochs=epochs)
 
 
-def _attach(
+def _inject(
     config: TrainConfig,
     strategy_class: type[Strategy],
     loaded: Loaded,
@@ -162,31 +173,31 @@ def _attach(
             yield collated(prepared.train, part).on(device)
 
     saved = None if directory.saved is None else directory.saved.state.get("notes")
-    start = PrepareContext(
+    context = PrepareContext(
         options=config.set or {}, seed=config.seed, batches=batches, loss=_mean_loss(loaded.model), saved=saved
     )
-    injected = strategy_class.prepare(loaded.model, start)
+    injected = strategy_class.prepare(loaded.model, context)
     freeze(loaded.model)
     return injected
 
 
 def _mean_loss(model: Any) -> Callable[[torch.nn.Module, Any], torch.Tensor]:
-    """Mean loss a trained token of the model as it is now; other models are not taken."""
-    causal: list[CausalLoss] = []
+    """The mean loss a trained token, as a function of this model and a batch."""
+    causal = lru_cache(CausalLoss)  # made when it is first needed: most methods need no loss before step 1
 
     def loss(asked: torch.nn.Module, batch: Any) -> torch.Tensor:
         assert asked is model
-        causal[:] = causal or [CausalLoss(model)]  # made when it is first needed
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
-        return causal[0](**batch) / max(1, tokens)
+        return causal(model)(**batch) / max(1, tokens)
 
     return loss
 
 
 def _within_vocabulary(prepared: Prepared, rows: int) -> Prepared:
-    """The data for a model with that many embeddings. Padding is read by nobody: one beyond them becomes the last.
+    """The data for a model with `rows` embeddings; a padding token beyond them, which is masked, becomes the last one.
 
-    Raises: BadInput when a token is beyond them; a GPU would say no more than that an assertion failed.
+    Raises:
+        BadInput: a token is beyond them. (A GPU would report a failed assertion.)
     """
 
     def checked(encoded: Encoded) -> Encoded:
@@ -203,7 +214,7 @@ def _within_vocabulary(prepared: Prepared, rows: int) -> Prepared:
 
 
 def _seq_len(config: TrainConfig, loaded: Loaded, notify: Callable[[str], None]) -> int:
-    """The asked length, at most what the model's positions allow."""
+    """`--seq-len`, cut to the model's positions."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.seq_len > limit:
         notify(f"note: --seq-len {config.seq_len} is cut to the model's {limit} positions")

@@ -1,4 +1,4 @@
-"""A built run from its first step to what it leaves behind, and the model as it came when it fails."""
+"""A built run from its first step to the files it leaves; a run that fails leaves the model without patches."""
 
 from __future__ import annotations
 

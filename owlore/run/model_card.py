@@ -6,21 +6,21 @@ from typing import Any
 
 CARD = """---
 library_name: {library}
-base_model: {base}
+base_model: {model[id]}
 tags: [owlore, fine-tuned]
 ---
 
-# {title}
+# {model[id]}, {config[method]}
 
-{base} fine-tuned with `owlore train --method {method}` ({paper}).
+{model[id]} fine-tuned with `owlore train --method {config[method]}` ({paper}).
 
 | | |
 | --- | --- |
-| base model | {base}{revision}, weights sha256 `{weights}` |
-| data | {data}, {rows} rows, sha256 `{data_sha256}` |
+| base model | {model[id]}{revision}, weights sha256 `{model[weights_sha256]:.16}` |
+| data | {data[source]}, {data[rows]} rows, sha256 `{data_sha256:.16}` |
 | layer table | {table} |
-| blocks drawn | {draws} |
-| steps | {steps} of {batch} x {accum} sequences{processes}, at most {seq_len} tokens each, seed {seed} |
+| blocks drawn | {draws} (periods, from the input up) |
+| steps | {steps} of {config[batch]} x {config[accum]} sequences{processes}, at most {config[seq_len]} tokens each, seed {config[seed]} |
 | trained share of parameters, mean over steps | {trainable:.2%} |
 | held-out loss (nats a token) | {losses} |
 | peak memory | {peak:.2f} GB on {device} |
@@ -30,7 +30,7 @@ tags: [owlore, fine-tuned]
 {result} `config.yaml` is the whole
 configuration and can be given back as `--config`; `metrics.jsonl` has one row an optimizer step; `run.json` has the
 draws and the provenance.
-"""
+"""  # noqa: E501
 
 MODEL = "`model/` holds the result; load it with `AutoModelForCausalLM.from_pretrained`."
 ADAPTER = """`model/` holds an adapter; `import owlore.adapters`, load the base model, then
@@ -38,8 +38,15 @@ ADAPTER = """`model/` holds an adapter; `import owlore.adapters`, load the base 
 
 
 def held_out_change(run: dict[str, Any]) -> str | None:
-    """Held-out loss before and after, of the same weights: quantised blocks are told from what was exported. None
-    where it was not measured."""
+    """Held-out loss before and after training, of the same weights.
+
+    Args:
+        run: contents of run.json. Where frozen blocks were quantised, the loss with them and the loss of what was
+            exported are told apart.
+
+    Returns:
+        Text such as `2.3456 -> 2.1234`; None where no loss was measured.
+    """
     before, after = run.get("eval_loss_first"), run.get("eval_loss_last")
     if before is None:
         return None
@@ -50,41 +57,32 @@ def held_out_change(run: dict[str, Any]) -> str | None:
 
 
 def model_card(run: dict[str, Any], *, paper: str, adapter: bool = False) -> str:
-    """The card as Markdown, from the contents of run.json."""
-    config, data = run["config"], run["data"]
+    """The card as Markdown.
+
+    Args:
+        run: contents of run.json.
+        paper: reference of the method.
+        adapter: whether the result is an adapter and not a model.
+    """
     losses = held_out_change(run) or "not measured"
     if run.get("exported_step", run["steps"]) != run["steps"]:
         losses += (
             f"; `model/` is the best evaluation, {run['eval_best']['loss']:.4f} at step {run['eval_best']['step']}"
         )
-    return CARD.format(
-        base=run["model"]["id"],
-        title=f"{run['model']['id']}, {config['method']}",
-        method=config["method"],
-        revision=f" at {run['model']['revision']}" if run["model"].get("revision") else "",
-        table=_table(run.get("table")),
-        draws=" ".join(map(str, run["draws"])) + " (periods, from the input up)",
-        processes=f" in {run['processes']} processes" if run.get("processes", 1) > 1 else "",
-        seed=config["seed"],
-        paper=paper,
-        weights=run["model"]["weights_sha256"][:16],
-        data=data["source"],
-        rows=data["rows"],
-        data_sha256=str(data["sha256"])[:16],
-        steps=run["steps"],
-        batch=config["batch"],
-        accum=config["accum"],
-        seq_len=config["seq_len"],
-        trainable=run["trainable"],
-        losses=losses,
-        peak=run["peak_bytes"] / 1e9,
-        device=run["device"],
-        seconds=run["seconds"],
-        tokens_per_s=run["tokens_per_s"],
-        versions=", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        library="peft" if adapter else "transformers",
-        result=ADAPTER if adapter else MODEL,
-    )
+    texts = {
+        "revision": f" at {run['model']['revision']}" if run["model"].get("revision") else "",
+        "data_sha256": str(run["data"]["sha256"]),
+        "table": _table(run.get("table")),
+        "draws": " ".join(map(str, run["draws"])),
+        "processes": f" in {run['processes']} processes" if run.get("processes", 1) > 1 else "",
+        "losses": losses,
+        "peak": run["peak_bytes"] / 1e9,
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "paper": paper,
+        "library": "peft" if adapter else "transformers",
+        "result": ADAPTER if adapter else MODEL,
+    }
+    return CARD.format(**run | texts)
 
 
 def _table(table: dict[str, Any] | None) -> str:

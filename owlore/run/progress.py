@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar on a terminal, about twenty lines elsewhere; rows go to trackers too."""
+"""Progress of a run: a bar on a terminal, about twenty lines elsewhere; trackers get the rows too."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from owlore.io.trackers import Tracker
 def reporter(
     bar: Any, notify: Callable[[str], None], steps: int, trackers: Sequence[Tracker]
 ) -> Callable[[dict[str, Any]], None]:
-    """A function that passes metrics rows to the trackers and shows them on the bar, or as lines without a terminal."""
+    """Make a function that passes metrics rows to the trackers and shows them.
+
+    Args:
+        bar: a tqdm bar over the steps; where it is disabled, rows are shown as lines.
+        notify: is given what the user should know, one line at a time.
+        steps: steps of the run.
+        trackers: get every row.
+    """
     stride = max(1, steps // 20)
 
     def show(row: dict[str, Any]) -> None:
-        for tracker in trackers if row else ():
+        if not row:
+            return
+        for tracker in trackers:
             tracker.log(row)
-        if row.get("split") == "eval":
+        if row["split"] == "eval":
             weights = row.get("weights", "exact")
-            read = "" if weights == "exact" else f" (frozen blocks in {weights})"
-            notify(f"step {row['step']}: held-out loss {row['loss']:.4f}{read}")
-        elif row:
+            form = "" if weights == "exact" else f" (frozen blocks in {weights})"
+            notify(f"step {row['step']}: held-out loss {row['loss']:.4f}{form}")
+        else:
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
             blocks = spans(row["active_blocks"])
             bar.update(row["step"] - bar.n)

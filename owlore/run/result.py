@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from htsr.errors import HtsrError
+from owlore import plots
 from owlore.config import TrainConfig
 from owlore.io.metrics import memory_peak
 from owlore.models.loading import DTYPES
@@ -32,9 +33,14 @@ if TYPE_CHECKING:
 class Run:
     """A finished run.
 
-    record is the content of run.json. model is the trained model, on its device, in evaluation mode; one whose blocks
-    never lay in memory together is put together when it is first asked for (`give`). leads: whether this process is
-    the one that wrote the directory; the only one unless several train together.
+    Attributes:
+        directory: where the run was written.
+        give: returns the trained model; a streamed model is put into one piece then. Use `model` instead.
+        tokenizer: the model's tokenizer.
+        table: the layer table; None where nothing was sampled.
+        record: the contents of run.json.
+        rows: the rows of metrics.jsonl.
+        leads: whether this process wrote the directory; true of one of the processes that train together.
     """
 
     directory: Path
@@ -52,6 +58,7 @@ class Run:
 
     @cached_property
     def model(self) -> Any:
+        """The trained model, on its device and in evaluation mode; of an adapter PEFT's model around it."""
         return self.give()
 
     @property
@@ -63,40 +70,60 @@ class Run:
 
     @property
     def plot(self) -> RunPlots:
+        """Plots of the run: `run.plot.loss()`, `run.plot.draws()`, `run.plot.draw_counts()`."""
         return RunPlots(self)
 
 
 class RunPlots:
-    """`run.plot.loss()`, `run.plot.draws()`, `run.plot.draw_counts()`: each returns matplotlib Axes."""
+    """Plots of a run; each method draws on matplotlib Axes and returns them.
+
+    Args:
+        run: the finished run.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
 
     def loss(self, ax: Any = None) -> Any:
-        from owlore import plots
+        """Draw training and held-out loss by step.
 
+        Args:
+            ax: matplotlib Axes to draw on; None for Axes of a figure of its own.
+        """
         return plots.plot_loss(self._run.history, _axes(ax))
 
     def draws(self, ax: Any = None) -> Any:
-        from owlore import plots
+        """Draw which blocks each step trained.
 
+        Args:
+            ax: matplotlib Axes to draw on; None for Axes of a figure of its own.
+        """
         return plots.plot_draws(self._run.history, len(self._run.record["draws"]), _axes(ax))
 
     def draw_counts(self, ax: Any = None) -> Any:
-        from owlore import plots
+        """Draw how often each block was drawn, with the expected number.
 
+        Args:
+            ax: matplotlib Axes to draw on; None for Axes of a figure of its own.
+        """
         return plots.plot_draw_counts(self._run.record["draws"], self._run.record["inclusion"], _axes(ax))
 
 
 def run_record(inputs: RunInputs, trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """The content of run.json: provenance, and what was counted and measured."""
+    """The contents of run.json: provenance, and what was counted and measured.
+
+    Args:
+        inputs: what the run started from.
+        trainer: the trainer after its last step.
+        seconds: seconds that the run took.
+    """
     import transformers
 
     import htsr
     import owlore
 
     stats, loaded, prepared, table = trainer.stats, inputs.loaded, inputs.prepared, inputs.table
-    parameters, strategy = loaded.parameters, trainer.rotation.strategy
+    parameters, periods = loaded.parameters, trainer.rotation.strategy.record.to_dict()
     evals = [row["loss"] for row in trainer.metrics.rows if row["split"] == "eval"]
     held = max((row["state_bytes"] for row in trainer.metrics.rows), default=0)
     return {
@@ -112,8 +139,8 @@ def run_record(inputs: RunInputs, trainer: Trainer, seconds: float) -> dict[str,
         "table": None if table is None else {"rule": table.rule, "model": table.model, "gamma": table.gamma},
         "inclusion": trainer.identity["inclusion"],
         "draws": stats.draws,
-        "periods": [finished.to_dict() for finished in strategy.record.past],
-        "tables": strategy.record.tables,
+        "periods": periods["past"],
+        "tables": periods["tables"],
         "trained_parameters": len(trainer.trained),
         "trainable": stats.trainable_steps / max(1, trainer.step) / parameters,
         "steps": trainer.step,
@@ -140,15 +167,11 @@ def run_record(inputs: RunInputs, trainer: Trainer, seconds: float) -> dict[str,
 
 
 def save_plots(run: Run) -> None:
-    """plots/loss.png, draws.png and draw_counts.png."""
-    from matplotlib.figure import Figure
-
+    """Write plots/loss.png, draws.png and draw_counts.png."""
     directory = run.directory / "plots"
     directory.mkdir(exist_ok=True)
     for name in ("loss", "draws", "draw_counts"):
-        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
-        getattr(run.plot, name)(figure.add_subplot())
-        figure.savefig(directory / f"{name}.png")
+        getattr(run.plot, name)().figure.savefig(directory / f"{name}.png", dpi=150)
 
 
 def _axes(ax: Any) -> Any:
@@ -165,7 +188,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | None) -> str:
-    """What is held, as counted, and what other settings would save, as planned; one line."""
+    """A line for a run that does not fit: what is held, as counted, and what other settings would save, as planned.
+
+    Args:
+        trainer: the trainer of the run that failed.
+        config: the settings.
+        table: the layer table; None where nothing is sampled.
+    """
     weights = sum(p.numel() * p.element_size() for p in trainer.parts.model.parameters())
     held = trainer.rotation.optimizer.held()
     peak = memory_peak(trainer.device)["peak_bytes"]
@@ -190,8 +219,9 @@ def _savings(trainer: Trainer, config: TrainConfig, table: LayerTable | None) ->
 
     longest = config.seq_len if config.packing else int(trainer.arrangement.lengths.max())
     planner = Planner(
-        strategy, describe, device=trainer.device.type, table=table, tokens=longest, processes=trainer.ranks.size
-    )
+        strategy=strategy, describe=describe, device=trainer.device.type, table=table, tokens=longest,
+        processes=trainer.ranks.size,
+    )  # fmt: skip
     try:
         advice = planner.advised(config).advice
     except (HtsrError, RuntimeError, ValueError, MemoryError):  # the error that it explains must not be lost over it

@@ -13,7 +13,7 @@ from owlore.strategies.base import PrepareContext, Strategy
 
 
 class AdapterStrategy(Strategy):
-    """Everything is frozen but what `prepare` put into the model; nothing is sampled and nothing projected.
+    """Only what `prepare` put into the model is trained; nothing is sampled and nothing projected.
 
     A block counts as trained when a part of the adapter lies in it, so that backward stops at the lowest such block.
     """
@@ -22,18 +22,22 @@ class AdapterStrategy(Strategy):
     accepted_options = frozenset()
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
-        return inject_adapter(model, cls.adapter_config(model, start), seed=start.seed)
+    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
+        return inject_adapter(model, cls.adapter_config(model, context), seed=context.seed)
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
-        """The PEFT configuration of the method's options."""
+    def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:
+        """The PEFT configuration of the method's options.
+
+        Args:
+            model: the model, frozen.
+            context: what the method may use.
+        """
         raise NotImplementedError
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
         del period
-        holds = {block for name, block in self.parts.block_of().items() if name in self.config.trained}
-        return tuple(sorted(holds))
+        return tuple(sorted({b for name, b in self.parts.block_of().items() if name in self.config.trained}))
 
     def specs_for(self, blocks: Iterable[int]) -> dict[str, UpdateSpec]:
         del blocks

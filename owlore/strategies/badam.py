@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from owlore.strategies.base import SAMPLING, Sampled
+from owlore.strategies.base import Sampled
 
 
 class BAdam(Sampled):
@@ -16,7 +16,5 @@ class BAdam(Sampled):
     summary = "one block at a time in cyclic or shuffled order, AdamW, everything else frozen"
     share = "one of L blocks"
     memory = "weights + AdamW state of one block"
-    table = "uniform"
-    accepted_options = SAMPLING
     defaults = {"active": 1, "draw": "shuffled"}
     preset = {**defaults, "every": 100}  # the paper: min(max(rows / (batch * blocks), 50), 100)

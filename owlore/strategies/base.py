@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ OUTSIDE = frozenset({"always_on"})
 SAMPLING = frozenset({"table", "active", "every", "draw", "floor", "on_switch"}) | OUTSIDE
 PROJECTION = frozenset({"rank", "refresh", "scale", "project_side", "project_always_on"}) | OUTSIDE
 
-
+UPDATES = ("residual", "scaling")  # options that replace the projected update by one of full rank
 LOW_RANK = {
     "residual": MethodOption(
         "none", choice("none", *FIRA), "Add what lies outside the basis, scaled (arXiv 2410.01623)."
@@ -50,13 +50,25 @@ LOW_RANK = {
 class StrategyConfig:
     """The settings that strategies read, already resolved against the model.
 
-    inclusion: probability of each block to be drawn in a period, summing to the number drawn. always_on: groups of
-    `owlore.choices.GROUPS` trained in every period. options: the method's own options by name. trained: names of the
-    parameters that `Strategy.prepare` put into the model. floor: of inclusions, as asked for.
+    Attributes:
+        seed: seed of the run.
+        draw: how blocks are drawn, one of `owlore.choices.DRAWS`.
+        inclusion: probability of each block to be drawn in a period, of shape (blocks,); they sum to the number drawn.
+            None where nothing is sampled.
+        always_on: groups of `owlore.choices.GROUPS` that are trained in every period.
+        rank: rank of projected gradients; None for no projection.
+        refresh: steps between projection bases; None for one basis an activation.
+        scale: factor on projected updates.
+        weight_decay: decoupled weight decay of matrices.
+        state_bits: bits of each optimizer moment, 32 or 8.
+        project_always_on: whether matrices outside the blocks are projected too.
+        project_larger: whether the larger side of a matrix is projected instead of the smaller.
+        floor: lower bound of inclusion probabilities as given; None where it was not.
+        options: the method's own options by name.
+        trained: names of the parameters that `Strategy.prepare` put into the model.
     """
 
     seed: int
-    every: int
     draw: str
     inclusion: NDArray[np.float64]
     always_on: tuple[str, ...]
@@ -74,15 +86,15 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareContext:
-    """What a method may look at before step 1, when it prepares the model.
+    """What a method may use before step 1, when it prepares the model.
 
     Attributes:
         options: the method's own options by name.
         seed: seed of the run.
-        batches: gives the first so many micro-batches of the run as arguments of the model with unshifted labels; None
-            where only shapes are known and no weight may be read (a plan).
+        batches: gives the first micro-batches of the run, as many as it is asked for, as arguments of the model with
+            unshifted labels; None where only shapes are known and no weight may be read (a plan).
         loss: mean loss in nats a trained token of a model and such a batch.
-        saved: the notes that the preparation of this run left in a checkpoint; None in a new run.
+        saved: the adapter's notes from a checkpoint of this run; None in a new run.
     """
 
     options: Mapping[str, Any]
@@ -94,60 +106,69 @@ class PrepareContext:
 
 @dataclass(frozen=True, kw_only=True)
 class PeriodStats:
-    """What a finished period left behind, as run.json and every checkpoint record it.
+    """What a finished period leaves behind, as run.json and every checkpoint record it.
 
-    steps: optimizer steps in which a gradient came. blocks: those drawn. norms: for each of them the root mean square
-    over these steps of the norm of its gradient, before clipping, of the whole batch; of a projected matrix it is the
-    norm in the projected space (the captured part). 0 where no step brought a gradient.
+    Attributes:
+        period: index of the period, from 0.
+        steps: optimizer steps in which a gradient came.
+        blocks: indexes of the blocks that were drawn.
+        norms: for each of them the root mean square, over these steps, of the norm of its gradient of the whole batch
+            before clipping; of a projected matrix it is the norm of the projected gradient. 0 where no gradient came.
     """
 
     period: int
     steps: int
-    blocks: tuple[int, ...]
-    norms: tuple[float, ...]
-
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> PeriodStats:
-        """What `to_dict` gave, back."""
-        return cls(period=saved["period"], steps=saved["steps"], blocks=tuple(saved["blocks"]),
-                   norms=tuple(saved["norms"]))  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {"period": self.period, "steps": self.steps, "blocks": list(self.blocks), "norms": list(self.norms)}
+    blocks: list[int]
+    norms: list[float]
 
 
 @dataclass
 class PeriodLog:
-    """What is recorded of a run's periods: all that an adaptive rule may look at.
+    """What is recorded of a run's periods: all that an adaptive rule may use.
 
-    past: the finished periods in order. tables: inclusion probabilities by period, only where a rule adapts them; the
-    last one belongs to the period that is running.
+    Attributes:
+        finished: the finished periods in order.
+        tables: inclusion probabilities by period, only where a rule adapts them; the last one belongs to the period
+            that is running.
     """
 
-    past: list[PeriodStats] = field(default_factory=list)
+    finished: list[PeriodStats] = field(default_factory=list)
     tables: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> PeriodLog:
-        """What `to_dict` gave, back."""
-        return cls(
-            past=[PeriodStats.from_dict(row) for row in saved["past"]], tables=[list(t) for t in saved["tables"]]
-        )
+        """Rebuild a log from what `to_dict` returned."""
+        finished = [PeriodStats(**row) for row in saved["past"]]
+        return cls(finished=finished, tables=[list(table) for table in saved["tables"]])
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {"past": [finished.to_dict() for finished in self.past], "tables": self.tables}
+        """The log as JSON."""
+        return {"past": [asdict(period) for period in self.finished], "tables": self.tables}
 
 
 class Strategy:
     """Base of the methods; as it stands it trains the model's own weights.
 
-    name, paper, summary: for people; share: of the parameters trained in a step; memory: what is held beside
-    activations. adapts: the result is an adapter and not a model. own: options of this method alone. table: where the
-    block scores come from by default (`auto`, `uniform`, `decrease`), None when nothing is sampled. reads: the options
-    this method looks at beyond the common ones; any other is refused. defaults: options whose default differs from the
-    engine's. preset: the paper's settings.
+    Attributes:
+        name: name on the command line.
+        paper: reference of the method.
+        summary: what it does, in a line.
+        share: share of the parameters that a step trains, in words.
+        memory: what is held beside activations, in words.
+        adapts: whether the result is an adapter and not a model.
+        method_options: options of this method alone.
+        table: default source of the block scores (`auto`, `uniform`, `decrease`); None when nothing is sampled.
+        accepted_options: the options this method reads beside those that all methods share; others are refused.
+        defaults: options whose default is not the one of `TrainConfig`.
+        preset: settings of the paper.
+        record: what finished periods left behind.
+
+    Args:
+        parts: the model's parts.
+        config: the settings.
+
+    Raises:
+        UsageError: two options replace the update.
     """
 
     name: ClassVar[str]
@@ -164,29 +185,44 @@ class Strategy:
 
     def __init__(self, parts: ModelParts, config: StrategyConfig) -> None:
         self.parts, self.config, self.record = parts, config, PeriodLog()
-        if all(config.options.get(key, "none") != "none" for key in ("residual", "scaling")):
+        if all(config.options.get(key, "none") != "none" for key in UPDATES):
             raise UsageError("got --set residual and --set scaling, expected one of them: each replaces the update")
 
     def close(self, period: int, blocks: Sequence[int], squares: Mapping[str, float], steps: int) -> None:
-        """Record a period that ends: `squares` are squared gradient norms by parameter, summed over `steps` updates."""
-        home = self.parts.block_of()
+        """Record a period that ends.
+
+        Args:
+            period: its index.
+            blocks: indexes of the blocks that it trained.
+            squares: squared gradient norms by parameter, summed over the updates.
+            steps: number of updates in which a gradient came.
+        """
+        block_of = self.parts.block_of()
         sums = dict.fromkeys(blocks, 0.0)
         for name, square in squares.items():
-            if name in home:
-                sums[home[name]] += square
-        norms = tuple(math.sqrt(total / max(1, steps)) for total in sums.values())
-        self.record.past.append(PeriodStats(period=period, steps=steps, blocks=tuple(blocks), norms=norms))
+            if name in block_of:
+                sums[block_of[name]] += square
+        norms = [math.sqrt(total / max(1, steps)) for total in sums.values()]
+        self.record.finished.append(PeriodStats(period=period, steps=steps, blocks=list(blocks), norms=norms))
 
     def adapt(self, period: int) -> None:
-        """`period` begins and everything before it is in the record: set its table, in a method whose tables change."""
+        """Set the table of a period that begins, in a method whose tables change; the record has all before it."""
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter | None:
-        """Put what is to be trained into the model, before its parts are found; None where that is its own weights.
+    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter | None:
+        """Put an adapter into the model, before its parts are found, in a method that trains one.
 
-        Raises: UsageError when the options do not fit the model.
+        Args:
+            model: the model, frozen.
+            context: what the method may use.
+
+        Returns:
+            The adapter; None where the model's own weights are trained.
+
+        Raises:
+            UsageError: the options do not fit the model.
         """
-        del model, start
+        del model, context
         return None
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
@@ -207,16 +243,21 @@ class Strategy:
         return specs | {name: self.spec(p.ndim, projectable=project) for name, p in outside.items()}
 
     def spec(self, ndim: int, *, projectable: bool) -> UpdateSpec:
-        """Vectors are not decayed; matrices are projected where the method projects and the place allows it."""
+        """How a parameter is updated; vectors are not decayed.
+
+        Args:
+            ndim: number of dimensions of the parameter.
+            projectable: whether its gradient is projected, in a method that projects.
+        """
         adam, bits = AdamW(decay=self.config.weight_decay if ndim > 1 else 0.0), self.config.state_bits
         if not (projectable and "rank" in self.accepted_options):
             return UpdateSpec(adam=adam, bits=bits)
-        config, own = self.config, self.config.options
+        config, options = self.config, self.config.options
         return UpdateSpec(
             adam=adam, bits=bits, rank=config.rank, scale=config.scale, refresh=config.refresh,
-            larger=config.project_larger, rotate=own.get("moments", "rotate") == "rotate",
-            full_rank=next((own[key] for key in ("residual", "scaling") if own.get(key, "none") != "none"), None),
-            limit=own.get("limit", 1.01),
+            larger=config.project_larger, rotate=options.get("moments", "rotate") == "rotate",
+            full_rank=next((options[key] for key in UPDATES if options.get(key, "none") != "none"), None),
+            limit=options.get("limit", 1.01),
         )  # fmt: skip
 
 
@@ -235,14 +276,18 @@ class Sampled(Strategy):
         return np.array(tables[period]) if period < len(tables) else self.config.inclusion
 
     def adapt(self, period: int) -> None:
-        """Record the table of `period`; one recorded before (the run goes on inside that period) stays."""
+        """Record the table of `period`; a table that a checkpoint inside this period recorded stays."""
         tables = self.record.tables
-        if len(tables) == period and (found := self.next_inclusion(period, self.record.past)) is not None:
+        if len(tables) == period and (found := self.next_inclusion(self.record.finished)) is not None:
             tables.append(found.tolist())
 
-    def next_inclusion(self, period: int, past: Sequence[PeriodStats]) -> NDArray[np.float64] | None:
-        """The table of `period` as a pure function of what the periods before it recorded; for adaptive methods.
+    def next_inclusion(self, finished: Sequence[PeriodStats]) -> NDArray[np.float64] | None:
+        """The table of the next period as a pure function of the finished ones; for adaptive methods.
 
-        It sums to the same whole number of blocks as the run's own table, `self.config.inclusion`. A method that adapts
-        gives one for every period (the run's own where it has nothing to say); None means that it does not adapt.
+        Args:
+            finished: the finished periods in order.
+
+        Returns:
+            Inclusion probabilities that sum to the same whole number of blocks as `self.config.inclusion`, in every
+            period; None in a method that does not adapt.
         """

@@ -44,20 +44,20 @@ class DoTA(AdapterStrategy):
     fixed: ClassVar[dict[str, Any]] = {}
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
+    def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:
         """The tuner's configuration, its bond resolved from the shapes of the targets."""
         from owlore.adapters import DotaConfig
         from owlore.adapters.targets import count_2d, find_targets
         from owlore.kernels.mpo import largest_bond
 
-        given = {key: value for key, value in start.options.items() if key != "bond"}
-        known = start.batches is not None  # else only shapes are: nothing is decomposed
-        config = DotaConfig(task_type="CAUSAL_LM", seed=start.seed, fresh=known, **{**given, **cls.fixed})
+        given = {key: value for key, value in context.options.items() if key != "bond"}
+        fresh = context.batches is not None  # where only shapes are known, nothing is decomposed
+        config = DotaConfig(task_type="CAUSAL_LM", seed=context.seed, fresh=fresh, **{**given, **cls.fixed})
         sides = [target.shape for target in find_targets(model, config)]
         if config.density is not None:
             config.bond = largest_bond(sides, config.num_cores, int(config.density * count_2d(model)))
-        elif start.options["bond"] is not None:
-            config.bond = start.options["bond"]
+        elif context.options["bond"] is not None:
+            config.bond = context.options["bond"]
         else:
             limit = sum(m * n for m, n in sides) // SHARE
             config.bond = min(config.bond, largest_bond(sides, config.num_cores, limit))
@@ -65,7 +65,7 @@ class DoTA(AdapterStrategy):
 
 
 class QDoTA(DoTA):
-    """DoTA on a base in four bits: the residual W - MPO(c0) rests in NF4, the cores in fp32.
+    """DoTA on a base in four bits: the residual W - MPO(c0) is stored in NF4, the cores in fp32.
 
     Reference: Hu et al. 2024, "DoTA", arXiv 2412.20891 (QDoTA). NF4 with double quantisation, 4.127 bits a parameter.
     `alternations` refits the cores to what quantisation lost, as LoftQ does (ours). The base that is saved beside the
@@ -73,7 +73,7 @@ class QDoTA(DoTA):
     """
 
     name = "qdota"
-    summary = "DoTA beside a residual that rests in NF4"
+    summary = "DoTA beside a residual that is stored in NF4"
     memory = "4-bit weights of the targets + cores (twice, once frozen)"
     method_options = OPTIONS | {
         "alternations": MethodOption(0, integer(0), "Rounds of refitting the cores to what NF4 lost.")
@@ -81,12 +81,12 @@ class QDoTA(DoTA):
     fixed: ClassVar[dict[str, Any]] = {"residual": "explicit", "quantise": "nf4"}
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
+    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
         from owlore.adapters.targets import find_targets
         from owlore.kernels.nf4 import planned_bytes
 
-        injected = super().prepare(model, start)
-        if start.batches is not None:
+        injected = super().prepare(model, context)
+        if context.batches is not None:
             return injected
         bases: list[Any] = [target.module.weight for target in find_targets(model, injected.config)]
         saved = sum(w.numel() * w.element_size() - planned_bytes(w.numel()) for w in bases)

@@ -1,4 +1,4 @@
-"""GRASS: draws that follow the gradient norms which training itself shows."""
+"""GRASS: draws that follow the gradient norms of earlier periods."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from owlore.options import MethodOption, number
 from owlore.sampling import inclusion
-from owlore.strategies.base import SAMPLING, PeriodStats, Sampled
+from owlore.strategies.base import PeriodStats, Sampled
 
-FLOOR_SHARE = 0.25  # of uniform inclusion, where --floor says nothing
+FLOOR_SHARE = 0.25  # of uniform inclusion, where no --floor is given
 
 
 class Grass(Sampled):
@@ -34,8 +34,6 @@ class Grass(Sampled):
     summary = "gamma blocks drawn by the gradient norms of earlier periods, AdamW"
     share = "gamma of L blocks"
     memory = "weights + AdamW state of gamma blocks"
-    table = "uniform"
-    accepted_options = SAMPLING
     defaults = {"active": 2, "every": 20}
     method_options = {
         "temperature": MethodOption(
@@ -49,29 +47,35 @@ class Grass(Sampled):
         ),
     }
 
-    def next_inclusion(self, period: int, past: Sequence[PeriodStats]) -> NDArray[np.float64]:
-        del period
-        start, own = self.config.inclusion, self.config.options
-        gamma = round(float(start.sum()))
-        norms = smoothed_norms(past, self.sizes(), smoothing=own["smoothing"], forget=own["forget"])
-        floor = FLOOR_SHARE * gamma / len(start) if self.config.floor is None else self.config.floor
-        return inclusion(start * softmax_weights(norms, own["temperature"]), gamma, floor)
-
-    def sizes(self) -> NDArray[np.float64]:
-        """Parameters of each block."""
-        return np.array([sum(p.numel() for _, p in block) for block in self.parts.blocks], dtype=np.float64)
+    def next_inclusion(self, finished: Sequence[PeriodStats]) -> NDArray[np.float64]:
+        initial, options = self.config.inclusion, self.config.options
+        gamma = round(float(initial.sum()))
+        sizes = np.array([sum(p.numel() for _, p in block) for block in self.parts.blocks], dtype=np.float64)
+        norms = smoothed_norms(finished, sizes, smoothing=options["smoothing"], forget=options["forget"])
+        floor = FLOOR_SHARE * gamma / len(initial) if self.config.floor is None else self.config.floor
+        return inclusion(initial * softmax_weights(norms, options["temperature"]), gamma, floor)
 
 
 def smoothed_norms(
-    past: Sequence[PeriodStats], sizes: NDArray[np.float64], *, smoothing: float, forget: float
+    finished: Sequence[PeriodStats], sizes: NDArray[np.float64], *, smoothing: float, forget: float
 ) -> NDArray[np.float64]:
-    """m after the periods of `past`, one a block; a block that was never seen has the mean of those that were."""
+    """Smoothed gradient norms m after the finished periods.
+
+    Args:
+        finished: the finished periods in order.
+        sizes: parameters of each block, of shape (blocks,).
+        smoothing: weight s in (0, 1] of a new norm against the old one.
+        forget: share in [0, 1) of its distance to the mean that the norm of a block loses when it is not drawn.
+
+    Returns:
+        One norm a block; a block that was never drawn has the mean of those that were, all have 1 before the first.
+    """
     norms = np.full(len(sizes), np.nan)
-    for finished in past:
-        if not finished.steps:
+    for period in finished:
+        if not period.steps:
             continue
-        drawn = list(finished.blocks)
-        fresh = np.array(finished.norms) / np.sqrt(sizes[drawn])
+        drawn = period.blocks
+        fresh = np.array(period.norms) / np.sqrt(sizes[drawn])
         old = np.where(np.isnan(norms[drawn]), fresh, norms[drawn])
         norms += forget * (np.nanmean(norms) - norms) if np.isfinite(norms).any() else 0.0
         norms[drawn] = smoothing * fresh + (1 - smoothing) * old
@@ -81,7 +85,12 @@ def smoothed_norms(
 
 
 def softmax_weights(norms: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """exp(m / (mean(m) tau)), largest 1; all 1 where no gradient came."""
+    """exp(m / (mean(m) tau)), divided by the largest; all are 1 where no gradient came.
+
+    Args:
+        norms: m, one a block.
+        temperature: tau, above 0.
+    """
     mean = norms.mean()
     logits = norms / (mean * temperature) if mean > 0 else np.zeros_like(norms)
     return np.exp(logits - logits.max())

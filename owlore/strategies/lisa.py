@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from owlore.choices import GROUPS
-from owlore.strategies.base import SAMPLING, Sampled
+from owlore.strategies.base import Sampled
 
 
 class Lisa(Sampled):
@@ -19,8 +19,6 @@ class Lisa(Sampled):
     summary = "gamma blocks drawn uniformly every K steps, AdamW, embeddings and head always on"
     share = "gamma of L blocks and what is always on"
     memory = "weights + AdamW state of gamma blocks and of what is always on"
-    table = "uniform"
-    accepted_options = SAMPLING
     defaults = {"active": 2, "every": 20, "always_on": GROUPS}
     preset = defaults
 

@@ -32,7 +32,7 @@ PROTOCOL: dict[str, Any] = {
     "schedule": "linear",
     "set": {"r": 32, "alpha": 64, "target_modules": TARGETS},
 }
-USUAL = (OPTIONS["r"].default, PROTOCOL["set"]["r"])  # ranks that nobody asked for: smaller where the model is
+USUAL = (OPTIONS["r"].default, PROTOCOL["set"]["r"])  # default ranks: lowered for a smaller model instead of refused
 
 
 class LoRA(AdapterStrategy):
@@ -54,29 +54,29 @@ class LoRA(AdapterStrategy):
     dora = False
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
-        return inject_adapter(
-            model, cls.adapter_config(model, start), seed=start.seed, takes_from_base=start.options["init"] == "pissa"
-        )
+    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
+        pissa = context.options["init"] == "pissa"
+        return inject_adapter(model, cls.adapter_config(model, context), seed=context.seed, takes_from_base=pissa)
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
+    def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:
         from peft import LoraConfig
 
-        own = start.options
-        side = smallest_side(model, own["target_modules"])
-        if own["r"] > max(side, *USUAL):
-            raise UsageError(f"--set r got {own['r']}, expected at most {side}, the smallest side of a target")
-        rank = min(own["r"], side)
-        only_shapes = start.batches is None and own["init"] == "pissa"  # there is nothing to decompose
-        init: Any = "default" if only_shapes else own["init"]
+        options = context.options
+        side = smallest_side(model, options["target_modules"])
+        if options["r"] > max(side, *USUAL):
+            raise UsageError(f"--set r got {options['r']}, expected at most {side}, the smallest side of a target")
+        rank = min(options["r"], side)
+        init: Any = options["init"]
+        if init == "default" or (init == "pissa" and context.batches is None):  # only shapes: nothing to decompose
+            init = True
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=own["alpha"] or 2 * rank,
-            lora_dropout=own["dropout"],
-            target_modules=own["target_modules"],
-            init_lora_weights=True if init == "default" else init,
+            lora_alpha=options["alpha"] or 2 * rank,
+            lora_dropout=options["dropout"],
+            target_modules=options["target_modules"],
+            init_lora_weights=init,
             use_dora=cls.dora,
         )
 

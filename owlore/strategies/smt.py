@@ -19,7 +19,7 @@ class SMT(AdapterStrategy):
     """Deltas on l x l blocks of the targets; the blocks with the largest gradients, within a budget.
 
     The blocks are scored in a frozen warm-up before step 1 (`warmup_batches` micro-batches, the first ones of the run):
-    no optimizer, one matrix's gradient at a time. It costs time and no steps; the map is kept with every checkpoint.
+    no optimizer, one matrix's gradient at a time. It takes time and no steps; every checkpoint stores the map.
     l is halved until the budget holds a block for each target matrix.
 
     Reference: He et al. 2025, "Sparse Matrix Tuning", arXiv 2405.15525. Deviations: the published warm-up is 100 steps
@@ -66,36 +66,33 @@ class SMT(AdapterStrategy):
     }  # fmt: skip
 
     @classmethod
-    def prepare(cls, model: nn.Module, start: PrepareContext) -> InjectedAdapter:
+    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
         from owlore.adapters import select_blocks
 
-        config = cls.adapter_config(model, start)
-        if start.saved is not None:
-            config.block_map = start.saved["block_map"]
-        elif config.selection == "gradient" and start.batches is not None:
-            config.block_map = select_blocks(
-                model, start.batches(start.options["warmup_batches"]), config, loss=start.loss
-            )
+        config = cls.adapter_config(model, context)
+        if context.saved is not None:
+            config.block_map = context.saved["block_map"]
+        elif config.selection == "gradient" and context.batches is not None:
+            batches = context.batches(context.options["warmup_batches"])
+            config.block_map = select_blocks(model, batches, config, loss=context.loss)
         elif config.selection == "gradient":
             config.selection = "diagonal"  # only shapes are known: as many blocks of the same size
-        injected = inject_adapter(model, config, seed=start.seed)
-        return InjectedAdapter(
-            wrapper=injected.wrapper, trained=injected.trained, notes={"block_map": config.block_map}
-        )
+        injected = inject_adapter(model, config, seed=context.seed)
+        return replace(injected, notes={"block_map": config.block_map})
 
     @classmethod
-    def adapter_config(cls, model: nn.Module, start: PrepareContext) -> Any:
+    def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:
         from owlore.adapters import SmtConfig
 
         names = ("density", "block_size", "selection", "criterion", "allotment")
-        wanted = start.options["target_modules"]
-        if wanted is None and any(name.endswith(".q_proj") for name, _ in model.named_modules()):
-            wanted = ["q_proj", "k_proj", "v_proj"]
+        target_modules = context.options["target_modules"]
+        if target_modules is None and any(name.endswith(".q_proj") for name, _ in model.named_modules()):
+            target_modules = ["q_proj", "k_proj", "v_proj"]
         return SmtConfig(
             task_type="CAUSAL_LM",
-            seed=start.seed,
-            target_modules=wanted,
-            **{name: start.options[name] for name in names},
+            seed=context.seed,
+            target_modules=target_modules,
+            **{name: context.options[name] for name in names},
         )
 
     def spec(self, ndim: int, *, projectable: bool) -> UpdateSpec:

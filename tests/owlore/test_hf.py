@@ -188,6 +188,6 @@ def test_training_twice_records_each_period_that_trained_something_once_a_traini
     trainer = trainer_of(model, args, 4, place, **given)
     trainer.train()
     trainer.train()
-    past = given["optimizers"][0].rotation.strategy.record.past
+    past = given["optimizers"][0].rotation.strategy.record.finished
     assert [(finished.period, finished.steps) for finished in past] == [(0, 3), (1, 1), (1, 2), (2, 2)]
     assert all(len(finished.blocks) == 1 for finished in past)

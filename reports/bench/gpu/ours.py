@@ -55,7 +55,7 @@ def strategy_config(row: Any, blocks: int) -> StrategyConfig:
     """Uniform draws of gamma blocks, rank 128 (8 for the small shape)."""
     gamma = min(row.gamma, blocks)
     return StrategyConfig(
-        seed=0, every=EVERY, draw="exact", inclusion=np.full(blocks, gamma / blocks), always_on=row.always_on,
+        seed=0, draw="exact", inclusion=np.full(blocks, gamma / blocks), always_on=row.always_on,
         rank=row.rank, refresh=None, scale=1.0, weight_decay=0.0, project_always_on=True,
     )  # fmt: skip
 

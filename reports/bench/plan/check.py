@@ -22,7 +22,7 @@ from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
-from owlore.layer_table import find_table, run_inclusion
+from owlore.layer_table import find_table
 from owlore.models.loading import load
 from owlore.optim import RotatingOptimizer
 from owlore.plan.model_spec import spec_of_model
@@ -76,11 +76,12 @@ def check(model: str, arm: str, batch: int, tokens: int) -> dict[str, Any]:
     table = find_table(
         wanted, num_blocks=shape.parts.num_blocks, scan=lambda: None, notify=lambda _: None, weights_sha256=""
     )
-    planned = Planner(strategy_class, lambda _: shape, device="cpu", table=table, tokens=tokens).plan(config)
+    planned = Planner(strategy=strategy_class, describe=lambda _: shape, device="cpu", table=table, tokens=tokens).plan(
+        config
+    )
     freeze(loaded)
     parts = find_parts(loaded)
-    inclusion = None if table is None else run_inclusion(table, active=config.active, floor=config.floor)
-    strategy = strategy_class(parts, strategy_config(config, inclusion, None))
+    strategy = strategy_class(parts, strategy_config(config, table))
     deepest = min(range(60), key=lambda period: min(strategy.blocks_at(period)))
     rules = strategy.specs_at(deepest)
     optimizer = RotatingOptimizer(

@@ -16,6 +16,7 @@ import sys
 import warnings
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from measure import loaded, peak, reset_peak, resident, token_batches
@@ -83,7 +84,7 @@ def one(args: argparse.Namespace, method: str, how: str) -> dict[str, Any]:
     config, kind = resolve(TrainConfig.build({"method": name, "steps": 1, **drawing}))
     worst = np.zeros(parts.num_blocks)
     worst[[0, parts.num_blocks - 1]] = 1.0
-    hyper = strategy_config(config, worst)
+    hyper = replace(strategy_config(config, None), inclusion=worst)
     plan = make_plan(spec_of_model(model), kind, hyper, policy=master_policy(config), batch=args.batch, accum=1,
                      tokens=args.tokens, recompute=bool(extra))  # fmt: skip
     strategy = kind(parts, hyper)

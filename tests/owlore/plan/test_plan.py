@@ -65,7 +65,6 @@ def hyper(blocks, drawn, *, always_on=(), rank=16):
     inclusion[list(drawn)] = 1.0
     return StrategyConfig(
         seed=0,
-        every=10,
         draw="exact",
         inclusion=inclusion,
         always_on=always_on,
@@ -202,7 +201,6 @@ def test_depth_and_shares_follow_the_table():
     assert top.trainable == {"per_step": pytest.approx(block / total), "always_on": 0.0}
     uniform = StrategyConfig(
         seed=0,
-        every=1,
         draw="exact",
         inclusion=np.full(8, 2 / 8),
         always_on=(),
@@ -254,7 +252,6 @@ def test_parked_state_is_planned_to_the_byte():
     parts = find_parts(model)
     uniform = StrategyConfig(
         seed=0,
-        every=1,
         draw="exact",
         inclusion=np.full(4, 2 / 4),
         always_on=(),
@@ -270,7 +267,7 @@ def test_parked_state_is_planned_to_the_byte():
         optimizer.switch(strategy.specs_at(period), period)
         CausalLoss(model)(ids, ids).backward()
         optimizer.update(1e-3, None)
-    planned = parked_bytes(spec_of_model(model), strategy, uniform, MasterPolicy.MASTER)
+    planned = parked_bytes(spec_of_model(model), strategy, MasterPolicy.MASTER)
     assert planned == optimizer.parked_bytes() == optimizer.held().total  # two blocks wait, two are active
 
 

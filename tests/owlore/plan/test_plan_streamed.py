@@ -107,7 +107,6 @@ def hyper(blocks, drawn, **settings):
     return StrategyConfig(
         **{
             "seed": 0,
-            "every": 10,
             "draw": "exact",
             "inclusion": inclusion,
             "always_on": (),

@@ -29,10 +29,10 @@ class ByNorm(Sampled):
     name, paper, summary = "badam", "none", "a rule for this test"
     defaults = {"active": 2}
 
-    def next_inclusion(self, period, past):
+    def next_inclusion(self, finished):
         scores = np.zeros(self.parts.num_blocks)
-        for finished in past:
-            scores[list(finished.blocks)] = finished.norms
+        for period in finished:
+            scores[list(period.blocks)] = period.norms
         scores[scores == 0] = scores.max() or 1.0
         return inclusion(scores, 2)
 
