@@ -148,11 +148,12 @@ class LayerTable:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks, L."""
         return len(self.index)
 
     @property
     def note(self) -> str:
-        """What has to be said aloud about this table, or ''."""
+        """What a user has to know about this table, such as fewer positive scores than gamma; else ''."""
         return str(self.rule.get("note", ""))
 
     @property

@@ -122,10 +122,15 @@ def noise_nulls(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, floa
 def entry_nulls(
     source: Source, view: LayerView, lambda_max: float, cut: float, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """What needs the matrix itself: the kurtosis of its entries, p_null and FARMS.
+    """Compute the columns that need the entries of a matrix: the kurtosis, p_null and alpha_farms.
 
-    A matrix of more than 2^28 entries is read once for its moments and never held: it has no alpha_farms, and a
-    p_null only where that needs no permutation.
+    Args:
+        source: an open model.
+        view: the matrix. One of more than 2^28 entries is read once for its moments and never held: it has no
+            alpha_farms, and a p_null only where that needs no permutation.
+        lambda_max: its largest eigenvalue.
+        cut: eigenvalues above it enter alpha_farms.
+        rng: shuffles the entries.
     """
     entries = measure_entries(slices(source, view), view.rows, view.cols)
     row: dict[str, Any] = {"kurtosis": entries.kurtosis}

@@ -28,7 +28,7 @@ def _version(name: str) -> str:
 
 
 def spectra_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """How the spectra were found: matrices by route, how many came from the cache, what was escalated and its cost."""
+    """How the spectra were found: matrices by route, how many came from the cache, what was escalated at which cost."""
     found = [row for row in rows if "route" in row]
     return {
         "routes": dict(Counter(row["route"] for row in found)),

@@ -14,7 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Positions along a dimension: `count` runs of `width`, the first at `start`, one every `stride`."""
+    """Positions along a dimension, in runs at a regular distance.
+
+    Attributes:
+        start: the first position.
+        width: number of neighbouring positions in a run.
+        stride: distance between the starts of two runs.
+        count: number of runs.
+    """
 
     start: int
     width: int
@@ -23,6 +30,7 @@ class Runs:
 
     @property
     def size(self) -> int:
+        """Number of positions."""
         return self.width * self.count
 
     def pieces(self, first: int, last: int) -> list[tuple[int, int]]:

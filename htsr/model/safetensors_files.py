@@ -144,7 +144,13 @@ def named_files(directory: Path, index: Mapping[str, str]) -> dict[str, Path]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Which file holds a tensor, by name, as the index says; empty where all are in one file or there is no index.
+    """Which file holds a tensor, by the index of a directory.
+
+    Args:
+        directory: the model's directory.
+
+    Returns:
+        tensor name -> file name; empty where all tensors are in one file or there is no index.
 
     Raises:
         BadInput: the index is damaged, or a file name in it is not the plain name of a safetensors file.

@@ -93,9 +93,11 @@ class Decomposed:
 
 
 def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
-    """The steps of `certified.spectrum` on a torch device; on a CUDA device each thread has a stream of its own.
+    """Make the steps of `certified.spectrum` on a torch device.
 
-    exact_up_to: the backend's `exact_side`, by default what the device is good for.
+    Args:
+        device: "cpu" or "cuda[:N]"; on a CUDA device each thread has a stream of its own.
+        exact_up_to: the backend's `exact_side`; None measures what the device is good for.
     """
     prepare(device)
 
