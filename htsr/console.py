@@ -1,4 +1,4 @@
-"""What both command lines share: one error line and an exit code, bars on terminals only, quiet that is quiet."""
+"""What both command lines share: one error line and an exit code, progress bars on terminals only, and --quiet."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def silence_stderr() -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command with `-v/--verbose`, whose libraries are kept quiet and whose `--quiet` is complete."""
+    """A command with `-v/--verbose`; without it libraries are silent, and with `--quiet` nothing reaches stderr."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -174,7 +174,7 @@ class Command(click.Command):
 
 
 class LazyGroup(click.Group):
-    """A group that names the nearest command for an unknown one and may import commands when they are asked for."""
+    """A group that names the nearest command for an unknown one and can import a command when it is used."""
 
     command_class = Command
 

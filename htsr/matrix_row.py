@@ -177,8 +177,7 @@ def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any
         source: an open model.
         view: the matrix.
         device: where the slices are used. For another device than the CPU a matrix in memory comes as tensors in its
-            own
-            dtype, from the device that it is on.
+            own dtype, from the device that it is on.
     """
     W = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
     if W is not None:

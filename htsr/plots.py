@@ -342,7 +342,7 @@ class Plots:
         """The eigenvalues that the fit of `tensor` saw."""
         values = self._spectrum(tensor)
         xmin = float(self.result.frame.set_index("tensor").loc[tensor, "xmin"])
-        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail down there, by their own cut
+        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail there; their cut is relative
         return values[values > (RELATIVE_CUT * values[-1] if small else EIGENVALUE_CUT)]
 
     def _enough(self) -> list[str]:
@@ -376,7 +376,7 @@ def picture(ax: Axes) -> bytes:
 
 
 def new_axes(width: float = 8.0, height: float = 3.6) -> Axes:
-    """An Axes on a figure of its own, without pyplot."""
+    """An Axes on a new figure, made without pyplot."""
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 

@@ -23,9 +23,9 @@ def scores_by_rule(rule: str, blocks: Any, direction: str = "heavy") -> Floats:
     """The score of each block under `rule`; larger means trained more often.
 
     Args:
-        rule: `lod` the block's outlier share; `alpha` 1/alpha (`heavy`: a heavier tail is trained more) or
-            alpha (`light`); `norm` the Frobenius norm of the block; `decrease` L..1; `increase` 1..L;
-            `reverse` max + min - lod; `uniform` 1.
+        rule: `lod` the block's outlier share; `alpha` 1/alpha (`heavy`: a heavier tail is trained more) or alpha
+            (`light`); `norm` the Frobenius norm of the block; `decrease` L..1; `increase` 1..L; `reverse` max + min -
+            lod; `uniform` 1.
         blocks: a DataFrame or a mapping of equally long columns, one entry a block in order of depth; read are
             `block`, and `lod`, `alpha` or `log10_norm` (log10 of the block's summed squares) as the rule needs.
         direction: only `alpha` reads it.

@@ -1,4 +1,4 @@
-"""What a result has to say about how it came to be: versions, settings, memory."""
+"""What is recorded of how a result was made: versions, routes of the spectra, memory."""
 
 from __future__ import annotations
 

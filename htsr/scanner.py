@@ -75,10 +75,10 @@ def scan(
         out: the directory that the result is saved to, None to save nothing.
         device: `auto`, `cpu` or `cuda[:N]`: where the calibration text runs. Spectra are computed on the CPU
             unless a CUDA device is named.
-        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
-            bounds measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at
-            full rate fp64 as far as its memory allows. `fp64`, `fp32`: throughout.
-            The text runs in fp32; under `auto` in bf16 where that is fast and shown to give the same LOD.
+        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where bounds
+            measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at full rate
+            fp64 as far as its memory allows. `fp64`, `fp32`: throughout. The text runs in fp32; under `auto` in bf16
+            where that is fast and shown to give the same LOD.
         engine: `native`, or `weightwatcher`, which fills the columns with its own numbers, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau: a weight is an outlier when its importance is above tau times the mean importance. Of several taus the
@@ -184,8 +184,8 @@ def in_background(source: Source, workers: int | None) -> Iterator[None]:
         if not stop.is_set():
             importlib.import_module("pandas")
 
-    with ThreadPoolExecutor(1) as beside:
-        done = beside.submit(work)
+    with ThreadPoolExecutor(1) as background:
+        done = background.submit(work)
         try:
             yield
             done.result()

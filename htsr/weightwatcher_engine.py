@@ -1,4 +1,4 @@
-"""weightwatcher as a second engine: its numbers in the columns of the scan. Imported only when it is asked for."""
+"""weightwatcher as a second engine: its numbers in the columns of the scan. It is imported only when it is used."""
 
 from __future__ import annotations
 

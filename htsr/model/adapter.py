@@ -155,7 +155,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def scale_of(settings: Mapping[str, Any], module: str, id_: str) -> float:
-    """The scale alpha / r of a module (alpha / sqrt(r) for rsLoRA); patterns by module name precede the general values."""
+    """The scale alpha / r of a module (alpha / sqrt(r) for rsLoRA); a pattern that matches its name comes first."""
     rank = _by_pattern(settings, "rank_pattern", module, settings.get("r", 8))
     alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha", 8))
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in (rank, alpha)):

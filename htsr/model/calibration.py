@@ -43,7 +43,7 @@ class Calibration:
         sha256: hash of the text's bytes.
         windows: number of windows that were run.
         seq_len: tokens in a window.
-        samples: number of windows that were asked for.
+        samples: number of windows that the user set.
         seed: chose the windows.
         taus: the outlier limits; the first has the plain column names.
         scope: `block` or `matrix`, what the mean was taken over.
@@ -188,8 +188,7 @@ class _Walk:
         route: `streamed`, or why the model is run as a whole.
         depth: number of blocks.
         blocks: (count, dtypes) -> the blocks measured on the first `count` windows, with products in each of `dtypes`;
-            a
-            model that is run as a whole is measured once, in its own precision.
+            a model that is run as a whole is measured once, in its own precision.
         windows: number of windows.
         device: the device of a streamed model, else None.
     """

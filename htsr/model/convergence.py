@@ -1,4 +1,4 @@
-"""Was there text enough? LOD by the first half of the windows against LOD by the second."""
+"""Whether the text was long enough: LOD by the first half of the windows against LOD by the second."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _fused_parts(view: LayerView, config: Mapping[str, Any] | None) -> Iterator[
 
 
 def _part_view(view: LayerView, tensor: str, role: str, rows: Runs, cols: Runs) -> LayerView:
-    """The view of the chosen rows and columns of a tensor, under a name and a role of their own."""
+    """The view of chosen rows and columns of a tensor, with their name and role."""
     part, reason = Part(tensor=view.tensor, rows=rows, cols=cols), too_small(min(rows.size, cols.size))
     return replace(view, tensor=tensor, role=role, rows=rows.size, cols=cols.size, part=part, reason=reason)
 

@@ -30,8 +30,7 @@ def weight_lod(
         views: its matrices.
         taus: the outlier limits; an outlier has |W| > tau * mean|W|.
         scope: `block` takes the mean over the block, `matrix` over the matrix. Parts of a fused matrix count against
-            the
-            block's mean and not towards it, since they are in it already.
+            the block's mean and not towards it, since they are in it already.
         workers: number of threads; None uses every core that the process may use.
 
     Returns:

@@ -117,7 +117,7 @@ class ExpertMeter(TorchFunctionMode):
         self.transposed: dict[int, bool] = {}
 
     def when_needed(self) -> contextlib.AbstractContextManager[Any]:
-        """This mode when the blocks hold such experts, else a context that does nothing, since it slows every operation."""
+        """This mode when the blocks hold such experts, else a context that does nothing: it slows every operation."""
         return self if self.stacks else contextlib.nullcontext()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

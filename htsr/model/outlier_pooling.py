@@ -80,8 +80,7 @@ def block_outliers(
         measured: the block's linear maps and their input norms.
         taus: the outlier limits.
         scope: under `block` one limit holds for all matrices. Under `matrix` each has its own, and the block's LOD is
-            the
-            share of all its weights above theirs.
+            the share of all its weights above theirs.
         shares: the parts of fused matrices, see `fused_shares`. They are weights of the matrices once more: they count
             against the block's limit and not towards it.
 

@@ -1,7 +1,7 @@
 """Matrices inside a tensor: an expert of a stack, a share of a fused projection, a slice of a convolution's kernel.
 
 A tensor of any number of dimensions is seen as one matrix (`flat_shape`), and a part is a regular choice of its rows
-and of its columns. So a part is read from the file a block at a time, like a matrix of its own.
+and of its columns. So a part is read from the file a slice at a time, like a matrix.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""May the calibration text run in bfloat16? Only where the device multiplies it in hardware, and never unseen.
+"""Whether the calibration text may run in bfloat16: where the device multiplies it in hardware, and after a check.
 
 bfloat16 products are several times faster there, but rounding moves input norms, and a norm moves outliers across
 their limit. So the first windows run in both precisions, block by block in one walk, and the text runs in bfloat16
@@ -55,8 +55,7 @@ def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
 
     Args:
         blocks: for each block its number of weights and its outliers on the probe's windows, in float32 and in
-            bfloat16.
-            The first block that has too few outliers, or whose LOD moves too far, ends the iteration.
+            bfloat16. The first block that has too few outliers, or whose LOD moves too far, ends the iteration.
 
     Returns:
         The precision and why.

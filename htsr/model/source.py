@@ -4,7 +4,7 @@
     source.tensors                    # names, shapes and dtypes; no weights are read for this
     source.rows(name, 0, 100)         # a torch tensor in the stored dtype
 
-Nothing here imports torch before a torch tensor is asked for: reading spectra needs NumPy alone.
+torch is imported only where a method returns a torch tensor: reading spectra needs NumPy alone.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Source(ABC):
         return self.window(name, *block.window(*flat_shape(self.info(name).shape)))
 
     def in_memory(self, name: str) -> torch.Tensor | None:
-        """A tensor seen as a matrix, in its own dtype and on its own device, where it is in memory already."""
+        """A tensor seen as a matrix, in its dtype and on its device, when it is in memory; else None."""
         return None
 
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -21,8 +21,8 @@ from htsr.model.fused import model_type
 from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 
-TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's activations in cache; a large one's are
-# small beside a block
+TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's activations in cache; a large model's
+# activations are small compared with a block
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
         windows: token ids, shape (n, T).
     """
     stack = find_blocks(model).modules
-    model = getattr(model, "base_model", model)  # without the head: nobody reads the logits
+    model = getattr(model, "base_model", model)  # without the head, whose logits are not needed
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     arguments, experts = _call_arguments(model), ExpertMeter(stack, _kind(model))

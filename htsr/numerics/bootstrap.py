@@ -1,4 +1,4 @@
-"""How sure an exponent is: a bootstrap that chooses xmin anew in every replica.
+"""The uncertainty of an exponent: a bootstrap that chooses xmin anew in every replica.
 
 A replica draws as many eigenvalues with replacement as there are and fits them from scratch, so the interval holds
 the uncertainty of xmin too, which sigma = (alpha - 1) / sqrt(n) leaves out. The interval is the percentile one: the

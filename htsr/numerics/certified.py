@@ -35,7 +35,7 @@ from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
 EXACT_SIDE = 1024  # up to here float64 costs next to nothing, unless the backend knows better
 NUM_PROBES, SAFETY = 16, 3.0
 GUARD = 8  # vectors beyond those that the deepest open candidate needs
-TAIL_PRECISION = 1e-7  # first asked of the refined values, relative
+TAIL_PRECISION = 1e-7  # of the refined values at first, relative
 MIN_TAIL = 48
 ATTEMPTS = 3
 SAMPLE_SIDE, LONG_TAIL = 512, 0.38
@@ -115,7 +115,7 @@ def spectrum(
 
 
 def _exact(read: Read, m: int, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
-    """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
+    """Compute in float64 throughout; zeros of the Gram matrix are checked on the matrix itself."""
     values, reduced = backend.exact(read(), n)
     zeros = int(np.count_nonzero(values == 0))
     if not 0 < zeros < n:

@@ -56,7 +56,7 @@ def largest_exact(free: int) -> int:
 
 
 def to_device(block: Any, dtype: torch.dtype, device: str) -> Tensor:
-    """A slice on the device in `dtype`; it travels in its own dtype where that is narrower, and is widened there."""
+    """Copy a slice to the device in `dtype`; a narrower dtype is copied as it is and widened on the device."""
     S = block.detach() if isinstance(block, Tensor) else torch.from_numpy(np.require(block, requirements="W"))
     if S.dtype.itemsize > dtype.itemsize:
         S = S.to(dtype)

@@ -147,7 +147,7 @@ def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
     vector /= float(np.linalg.norm(vector))
     basis: np.ndarray = np.empty((min(n, 32), n), np.float32)
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for step in range(1, n + 1):
         if step > len(basis):
             basis = np.concatenate([basis, np.empty_like(basis)])
@@ -159,19 +159,19 @@ def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
         length = float(np.linalg.norm(image))
         closed = length <= RESIDUAL * diagonal[0]
         if closed or step % CHECK_EVERY == 0 or step == n:
-            ritz, share = _largest_ritz(diagonal, beside)
+            ritz, share = _largest_ritz(diagonal, off_diagonal)
             if ritz >= value:
                 return True
             error = (np.log(1.648 * np.sqrt(n) / RISK) / (2 * step - 1)) ** 2
             if closed or length * share <= RESIDUAL * ritz or (error < 1 and ritz / (1 - error) < value):
                 return False
-        beside.append(length)
+        off_diagonal.append(length)
         vector = image / length
     return False
 
 
-def _largest_ritz(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
+def _largest_ritz(diagonal: list[float], off_diagonal: list[float]) -> tuple[float, float]:
     """The largest eigenvalue of the tridiagonal matrix and the last component of its vector."""
-    T = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    T = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
     values, vectors = np.linalg.eigh(T)
     return float(values[-1]), float(abs(vectors[-1, -1]))

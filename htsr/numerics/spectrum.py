@@ -3,7 +3,7 @@
 For W of N x M (N >= M):  G = W^T W = sum_b W_b^T W_b  over row blocks W_b, and lambda = eig(G). A wide matrix is
 read in column blocks instead, so that memory is O(M^2) whatever N is and the whole matrix is never held.
 
-dtype policy: everything is computed in float64 unless float32 is asked for; the result is always float64.
+dtype policy: everything is computed in float64 unless the caller passes float32; the result is always float64.
 """
 
 from __future__ import annotations

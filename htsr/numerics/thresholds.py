@@ -1,4 +1,4 @@
-"""The fit at every possible xmin: how much alpha depends on where the tail is said to begin."""
+"""The fit at every possible xmin: how much alpha depends on where the tail begins."""
 
 from __future__ import annotations
 

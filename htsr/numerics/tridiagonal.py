@@ -1,4 +1,4 @@
-"""A symmetric matrix reduced to a tridiagonal one: all eigenvalues, and the eigenvectors that are asked for.
+"""A symmetric matrix reduced to a tridiagonal one: all eigenvalues, and chosen eigenvectors.
 
 A = Q T Q^T costs 4/3 n^3; the eigenvalues of T follow in O(n^2), and k eigenvectors in O(n k) for T and 2 n^2 k for
 Q. Nothing of A but its lower triangle is read, and A's memory becomes that of Q. (SciPy's own wrappers of these
