@@ -1,8 +1,8 @@
-"""Finished matrices on disk, found again by their content: a repeated or interrupted scan does only what is missing.
+"""Computed rows on disk, found by the content of their matrix: a repeated or interrupted scan computes what is missing.
 
 The key of an entry is a hash of the stored bytes, the dtype and shape, which part of the tensor the matrix is, the
-precision and the code that computed it; the name of the model or tensor is none of it. An entry is written in one
-step and carries its own checksum: one that is damaged counts as missing.
+precision and the code that computed it; the name of the model or tensor is not in it. An entry is written in one step
+and carries its own checksum: one that is damaged counts as missing.
 """
 
 from __future__ import annotations
@@ -67,9 +67,19 @@ def code_version() -> str:
 
 
 def with_cache(work: Analyse, source: Source, directory: Path, *, fresh: bool, **settings: Any) -> Analyse:
-    """`work` that looks into the cache first, and keeps there what it has computed; `fresh` only does the latter.
+    """Make an analysis that reads the rows it finds in the cache, and stores there what it computes.
 
-    Rows from the cache have `cached` set. Failed rows and differences to a base model are always computed.
+    Failed rows and differences to a base model are always computed.
+
+    Args:
+        work: computes the row and the eigenvalues of a view.
+        source: the model that the views are of.
+        directory: the cache.
+        fresh: computes everything again and only stores.
+        settings: what the numbers depend on beside the matrix and the code.
+
+    Returns:
+        The same function with a cache; rows that it did not compute have `cached` set.
     """
     cache = Cache(directory)
 
@@ -89,13 +99,13 @@ def with_cache(work: Analyse, source: Source, directory: Path, *, fresh: bool, *
 
 
 class Cache:
-    """Entries below a directory. A directory that cannot be written to or read from is as good as none."""
+    """Entries below a directory. Where the directory cannot be read or written, every entry is missing."""
 
     def __init__(self, directory: Path) -> None:
         self._root = directory / "spectra"
 
     def get(self, key: str) -> tuple[dict[str, Any], np.ndarray] | None:
-        """The numbers of a row and its eigenvalues, None when there is no sound entry."""
+        """The numbers of a row and its eigenvalues; None when there is no such entry or it is damaged."""
         try:
             content = self._file(key).read_bytes()
             digest, body = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
@@ -107,7 +117,7 @@ class Cache:
             return None
 
     def put(self, key: str, numbers: dict[str, Any], eigenvalues: np.ndarray) -> None:
-        """Keep an entry; a reader sees all of it or nothing."""
+        """Store an entry; a reader sees all of it or nothing, and a directory that cannot be written to is no error."""
         body = (
             json.dumps(numbers, default=lambda value: value.item()).encode()
             + b"\n"

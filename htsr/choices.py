@@ -14,6 +14,6 @@ SCOPES = ("block", "matrix")
 
 
 def check_choice(name: str, got: str, known: Sequence[str]) -> None:
-    """Raise a UsageError that names the nearest known value."""
+    """Raise a UsageError that names the nearest known value, unless `got` is one of them."""
     if got not in known:
         raise UsageError(f"{name}: got {got!r}, expected one of {', '.join(known)}{did_you_mean(str(got), known)}")

@@ -167,7 +167,7 @@ def verify(model: str, as_json: bool, **options: Any) -> None:
 
 
 def print_notices(result: ScanData, *, quiet: bool) -> None:
-    """What a user must not overlook: failed matrices, and a table that could not follow its scores."""
+    """Print what a user must not overlook: failed matrices, and a table that could not follow its scores."""
     failed = result.frame[result.frame["status"] == "failed"]
     if len(failed):
         first = failed.iloc[0]

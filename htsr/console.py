@@ -1,4 +1,4 @@
-"""What both command lines share: one error line and an exit code, bars on terminals only, quiet that is quiet."""
+"""What both command lines share: one error line and an exit code, progress bars on terminals only, and --quiet."""
 
 from __future__ import annotations
 
@@ -31,10 +31,14 @@ LIBRARY_ENVIRONMENT = {  # read when a library is first imported
 
 
 def run(cli: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command line as a program: results to stdout, a failure as one line on stderr, then exit.
+    """Run a command line as a program: results go to stdout, a failure is one line on stderr, then the process exits.
 
     The exit code is the error's own (`htsr.errors`); 2 for wrong usage, 3 out of memory, 130 when interrupted, 1 for
     anything else. A traceback is printed only with -v. A reader that closes the pipe early is no failure.
+
+    Args:
+        cli: the command or group.
+        arguments: the command line without the program's name; None is that of this process.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = cli.name or "htsr"
@@ -60,7 +64,7 @@ def run(cli: click.Command, arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def describe(error: Exception) -> tuple[int, str]:
-    """The exit code of `error` and what to say about it in one line."""
+    """The exit code of an error, and its message in one line."""
     if isinstance(error, HtsrError):
         return error.exit_code, str(error)
     if isinstance(error, click.ClickException):
@@ -93,12 +97,12 @@ def one_line(text: str) -> str:
 
 
 def fail(name: str, message: str) -> None:
-    """The one error line."""
+    """Print the one error line."""
     click.echo(f"{name}: error: {one_line(message)}", err=True)
 
 
 def notice(message: str, *, quiet: bool = False) -> None:
-    """Something to be said aloud: one line on stderr, unless quiet."""
+    """Print one line on stderr, unless quiet."""
     if not quiet:
         click.echo(one_line(message), err=True)
 
@@ -113,10 +117,13 @@ def progress(total: float, description: str, unit: str = "it", *, quiet: bool = 
 
 @contextlib.contextmanager
 def quiet_libraries(*, prints: bool = False) -> Iterator[None]:
-    """Silence what libraries say on their own: warnings, log lines, progress bars; with `prints` all they write.
+    """Silence the warnings, log lines and progress bars of libraries while the context is open.
 
-    Warning filters, log levels and bars are as before afterwards. Bars are those of an already imported transformers:
-    import it before. (A program sets LIBRARY_ENVIRONMENT instead.)
+    Warning filters, log levels and bars are as before afterwards. Bars are those of a transformers that is imported
+    already. (A program sets LIBRARY_ENVIRONMENT instead.)
+
+    Args:
+        prints: discards everything that is written to stdout and stderr too.
     """
     import logging
 
@@ -135,7 +142,7 @@ def quiet_libraries(*, prints: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence_stderr() -> Iterator[None]:
-    """Send everything written to stderr, by C libraries and child processes too, to nowhere for a while."""
+    """Discard everything written to stderr while the context is open, by C libraries and child processes too."""
     sys.stderr.flush()
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         saved = _dup_stderr()
@@ -150,7 +157,7 @@ def silence_stderr() -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command with `-v/--verbose`, whose libraries are kept quiet and whose `--quiet` is complete."""
+    """A command with `-v/--verbose`; without it libraries are silent, and with `--quiet` nothing reaches stderr."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -167,7 +174,7 @@ class Command(click.Command):
 
 
 class LazyGroup(click.Group):
-    """A group that names the nearest command for an unknown one and may import commands when they are asked for."""
+    """A group that names the nearest command for an unknown one and can import a command when it is used."""
 
     command_class = Command
 

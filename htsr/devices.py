@@ -1,4 +1,4 @@
-"""From the name of a device to one that this machine has."""
+"""Which device a name stands for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from htsr.errors import UsageError
 
 
 def pick_device(device: str) -> str:
-    """`auto` is the first CUDA device when there is one, else the CPU. Raises UsageError for a device that is not."""
+    """Choose the device that the computation runs on.
+
+    Args:
+        device: `auto` (the first CUDA device when there is one, else the CPU), `cpu` or `cuda[:N]`.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
     import torch
 
     if device == "auto":

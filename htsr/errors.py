@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class HtsrError(Exception):
-    """A failure while running; the base of everything raised on purpose."""
+    """A failure while running; the base class of all errors that this program raises itself."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Small files read with suspicion and written in one step, and where files belong."""
+"""Small files: read with checks, written in one step; and the directories where files go."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ MAX_JSON_BYTES = 1_000_000
 
 
 def read_json(path: Path, *, expected: str) -> Any:
-    """The JSON value in `path`; `expected` names the kind of file in the messages.
+    """Read the JSON value in a file.
 
-    NaN and Infinity are refused, and so is a file above 1 MB: the tables and records read here are small.
+    Args:
+        path: the file, at most 1 MB.
+        expected: names the kind of file in the messages.
 
     Raises:
         NotFound: there is no such file.
-        BadInput: too big, not UTF-8, not JSON, nested too deeply, or holding NaN or Infinity.
+        BadInput: it is too big, not UTF-8, not JSON, nested too deeply, or holds NaN or Infinity.
     """
     try:
         size = path.stat().st_size
@@ -57,7 +59,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_output_directory(directory: Path) -> None:
-    """Raise UsageError when nothing could be written to `directory`; called before hours of work and not after."""
+    """Raise UsageError when nothing could be written to `directory`; called before hours of work, not after them."""
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: got a file, expected a directory to write to")
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())

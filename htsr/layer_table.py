@@ -26,14 +26,18 @@ SUM_TOLERANCE = 1e-6  # a table written by hand with seven digits is still one
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerTable:
-    """How often each block is to be trained, with where that came from.
+    """How often each block is to be trained, and what that was computed from.
 
     Attributes:
         model: `id`, `revision`, `num_blocks`, `config_sha256`, `weights_sha256` of the scanned model.
-        rule: `name` of the rule and its settings (temperature, floor, direction, tau ...); `note` when something
-            about the table has to be said aloud.
-        gamma: number of blocks in a draw.
-        index, score, probability, inclusion: shape (L,), ordered by block.
+        rule: `name` of the rule and its settings (temperature, floor, direction, tau ...); `note` when the user has to
+            know something about the table.
+        gamma: number of blocks in a draw, from 1 to L.
+        index: the numbers 0 to L - 1 of the blocks, shape (L,).
+        score: the rule's score of each block, at least 0, shape (L,).
+        probability: share of each block in the scores, in [0, 1], summing to 1, shape (L,).
+        inclusion: chance that a draw of gamma different blocks holds each block, in [0, 1], summing to gamma, shape
+            (L,).
     """
 
     model: dict[str, Any]
@@ -148,11 +152,12 @@ class LayerTable:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks, L."""
         return len(self.index)
 
     @property
     def note(self) -> str:
-        """What has to be said aloud about this table, or ''."""
+        """What a user has to know about this table, such as fewer positive scores than gamma; else ''."""
         return str(self.rule.get("note", ""))
 
     @property

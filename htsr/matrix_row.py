@@ -46,9 +46,17 @@ def empty_row(view: LayerView, status: str, reason: str) -> dict[str, Any]:
 def analyse(
     source: Source, view: LayerView, precision: str = "auto", device: str = "cpu"
 ) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The row of a tensor and its eigenvalues (None where there are none). Bad numbers make a failed row, no error.
+    """Compute the row of a matrix in the scan.
 
-    Beside COLUMNS the row says how the spectrum was found: `route`, `refined`, `why` and `flops` of a `Spectrum`.
+    Args:
+        source: an open model.
+        view: the matrix.
+        precision: "auto", "fp64" or "fp32", see `htsr.numerics.certified.spectrum`.
+        device: where the spectrum is computed.
+
+    Returns:
+        The row and the eigenvalues. Beside COLUMNS the row has how the spectrum was found: `route`, `refined`, `why`
+        and `flops`. Numbers that cannot be analysed make a failed row without eigenvalues (None), and no error.
     """
     if view.reason:
         return empty_row(view, "skipped", view.reason), None
@@ -71,9 +79,13 @@ def analyse(
 
 
 def spectrum(source: Source, view: LayerView, precision: str = "auto", device: str = "cpu") -> Spectrum:
-    """The ascending eigenvalues of a view: of its Gram matrix, of thin factors, or pooled over a kernel's slices.
+    """Compute the eigenvalues of a matrix: from its Gram matrix, from thin factors, or pooled over a kernel's slices.
 
-    device: where the Gram matrix and its eigenvalues are computed; the other two are small and stay on the CPU.
+    Args:
+        source: an open model.
+        view: the matrix.
+        precision: "auto", "fp64" or "fp32".
+        device: where the Gram matrix and its eigenvalues are computed; the other two ways are cheap and use the CPU.
     """
     if view.pool:
         route = "fp32" if precision == "fp32" else "fp64"
@@ -104,9 +116,16 @@ def backend(device: str) -> Backend:
 
 
 def pooled_eigenvalues(source: Source, view: LayerView, dtype: type) -> np.ndarray:
-    """The eigenvalues of all slices (out, in) of a convolution's kernel, halved and sorted, as weightwatcher has them.
+    """Compute the eigenvalues of all slices (out, in) of a convolution's kernel, sorted together and halved.
 
-    (It scales the slices by sqrt(1/2). Where it would take a kernel larger than its channels for channels, we do not.)
+    The halving is weightwatcher's, which scales the slices by sqrt(1/2).
+
+    Args:
+        source: an open model.
+        view: a view with a pool.
+        dtype: the float type of the computation.
+
+    Note: weightwatcher takes a kernel that is larger than its channels for channels; this function does not.
     """
     values = []
     for part in view.pool:
@@ -122,9 +141,16 @@ def longer_side(view: LayerView) -> int:
 
 
 def measure(eigenvalues: np.ndarray, longer_side: int, *, relative_cut: bool = False) -> dict[str, Any]:
-    """Fit and metrics of a spectrum. The fit sees the eigenvalues above the cut, the metrics see all of them.
+    """Compute the fit and the metrics of a spectrum.
 
-    The cut is weightwatcher's absolute 1e-5, or 1e-12 of the largest where the scale of the weights means nothing.
+    Args:
+        eigenvalues: ascending, shape (n,); the metrics see all of them, the fit those above the cut.
+        longer_side: the larger dimension of the matrix.
+        relative_cut: the cut is 1e-12 of the largest eigenvalue, for weights whose scale means nothing, instead of
+            weightwatcher's absolute 1e-5.
+
+    Returns:
+        The columns of a row that depend on the spectrum alone, its status and the reason of a failed fit.
     """
     cut = RELATIVE_CUT * float(np.max(eigenvalues)) if relative_cut else EIGENVALUE_CUT
     above = eigenvalues[eigenvalues > cut]
@@ -145,9 +171,13 @@ def measure(eigenvalues: np.ndarray, longer_side: int, *, relative_cut: bool = F
 
 
 def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any]:
-    """The matrix in slices of its shorter side's width, read from the source one at a time.
+    """Read a matrix in slices as wide as its shorter side, one at a time.
 
-    For another device what is in memory comes as tensors: it stays there, or travels in its own dtype.
+    Args:
+        source: an open model.
+        view: the matrix.
+        device: where the slices are used. For another device than the CPU a matrix in memory comes as tensors in its
+            own dtype, from the device that it is on.
     """
     W = source.in_memory(view.tensor) if device != "cpu" and view.part is None else None
     if W is not None:
@@ -156,7 +186,7 @@ def slices(source: Source, view: LayerView, device: str = "cpu") -> Iterator[Any
 
 
 def why_failed(source: Source, view: LayerView, error: Exception) -> str:
-    """The number of NaN and infinite entries when there are any, else what the error says."""
+    """Why a spectrum could not be computed: the number of NaN and infinite entries, or the error's own message."""
     try:
         bad = sum(int(part.size - np.isfinite(part).sum()) for part in slices(source, view))
     except BadInput:  # the file itself cannot be read

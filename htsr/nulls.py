@@ -1,4 +1,4 @@
-"""Is it real? Columns that say how much of a matrix's numbers noise, a threshold or another law would explain.
+"""The columns of --nulls: how much of a matrix's numbers noise, a threshold or another law would explain.
 
 Everything here costs more than the scan's own numbers, so it runs on request. All of it is a function of the weights,
 the tensor's name and the seed: neither the order of the matrices nor the number of workers changes a digit.
@@ -58,7 +58,7 @@ def null_rows(
 
 
 def with_nulls(frame: pd.DataFrame, found: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of a scan with the NULL_COLUMNS after its own; empty for a tensor that nothing was found about."""
+    """Add the NULL_COLUMNS to the frame of a scan; cells of a tensor without results are empty."""
     rows = [found.get(tensor, {}) for tensor in frame["tensor"]]
     columns = {}
     for name in NULL_COLUMNS:
@@ -86,7 +86,7 @@ def generator(seed: int, tensor: str) -> np.random.Generator:
 
 
 def fit_nulls(eigenvalues: np.ndarray, rng: np.random.Generator) -> dict[str, float]:
-    """What the eigenvalues above the cut say about their own fit; nothing where there is no fit."""
+    """The columns that follow from the eigenvalues above the cut alone; none where there is no fit."""
     fit = fit_power_law(eigenvalues)
     if fit.status is not FitStatus.OK:
         return {}
@@ -122,10 +122,15 @@ def noise_nulls(eigenvalues: np.ndarray, rows: int, cols: int) -> dict[str, floa
 def entry_nulls(
     source: Source, view: LayerView, lambda_max: float, cut: float, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """What needs the matrix itself: the kurtosis of its entries, p_null and FARMS.
+    """Compute the columns that need the entries of a matrix: the kurtosis, p_null and alpha_farms.
 
-    A matrix of more than 2^28 entries is read once for its moments and never held: it has no alpha_farms, and a
-    p_null only where that needs no permutation.
+    Args:
+        source: an open model.
+        view: the matrix. One of more than 2^28 entries is read once for its moments and never held: it has no
+            alpha_farms, and a p_null only where that needs no permutation.
+        lambda_max: its largest eigenvalue.
+        cut: eigenvalues above it enter alpha_farms.
+        rng: shuffles the entries.
     """
     entries = measure_entries(slices(source, view), view.rows, view.cols)
     row: dict[str, Any] = {"kurtosis": entries.kurtosis}

@@ -1,4 +1,4 @@
-"""Do two models look in the same directions? Overlap of the leading singular vectors of their matrices, one by one."""
+"""How far the leading singular vectors of two models' matrices span the same spaces, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -23,9 +23,15 @@ COLUMNS = ("overlap_outputs", "overlap_inputs", "overlap_rank", "chance_outputs"
 
 
 def open_scanned(result: ScanData, model: Any, *, allow_pickle: bool = False) -> Source:
-    """The model that a scan was made of.
+    """Open the model that a scan was made of.
 
-    Raises BadInput when the weights are not those that were scanned.
+    Args:
+        result: the scan.
+        model: the model, as `htsr.scan` takes it.
+        allow_pickle: accepts pickled weights.
+
+    Raises:
+        BadInput: the weights are not those that were scanned.
     """
     source = open_source(model, allow_pickle=allow_pickle)
     scanned = result.provenance.get("model", {}).get("weights_sha256")
@@ -36,14 +42,22 @@ def open_scanned(result: ScanData, model: Any, *, allow_pickle: bool = False) ->
 
 
 def overlaps(a: Source, b: Source, *, rank: int = 10, quiet: bool = True) -> pd.DataFrame:
-    """A row for every matrix that both have, under (block, role), or (-1, name) outside the blocks.
+    """Compare the leading singular vectors of every matrix that two models have in common.
 
-    overlap_outputs and overlap_inputs: `htsr.numerics.subspace.overlap` of the spaces of the `rank` leading left and
-    right singular vectors (of W as y = W x); overlap_rank: how many there are; chance_*: what random spaces have.
-    Where one side of the matrices differs in size, its overlap is NaN. Memory is that of one matrix's Gram matrix.
+    Args:
+        a: the first model.
+        b: the second model.
+        rank: number of singular vectors that span a space, at least 1.
+        quiet: shows no progress bar.
+
+    Returns:
+        A row for every common matrix, under (block, role), or (-1, name) outside the blocks. `overlap_outputs` and
+        `overlap_inputs` are `htsr.numerics.subspace.overlap` of the spaces of the left and right singular vectors (of W
+        as y = W x), NaN where that side differs in size; `overlap_rank` is the number of vectors; `chance_outputs` and
+        `chance_inputs` are the overlap of random spaces.
 
     Raises:
-        UsageError: a rank below 1.
+        UsageError: the rank is below 1.
     """
     if rank < 1:
         raise UsageError(f"rank: got {rank}, expected at least 1")
@@ -61,7 +75,7 @@ def overlaps(a: Source, b: Source, *, rank: int = 10, quiet: bool = True) -> pd.
 
 
 def key(view: LayerView) -> tuple[int, str]:
-    """What a matrix of one model and one of another meet by."""
+    """The key under which matrices of two models are compared."""
     return (-1, view.tensor) if view.block is None else (view.block, view.role)
 
 

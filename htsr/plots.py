@@ -87,7 +87,12 @@ def heatmap(frame: pd.DataFrame, ax: Axes, value: str = "alpha") -> Axes:
 def role_grid(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     """A number of the matrices inside the blocks as a table of roles (rows) and blocks (columns).
 
-    The experts of a block are averaged; a cell is NaN where no matrix has the number.
+    Args:
+        frame: a row a matrix, as in scan.csv.
+        value: the column of the number; the experts of a block are averaged.
+
+    Returns:
+        The table; a cell is NaN where no matrix has the number.
     """
     inside = frame[frame["block"].notna() & frame[value].notna()]
     inside = inside.assign(role=inside["role"].str.replace(r"^experts\.\d+\.", "experts.", regex=True))
@@ -131,12 +136,14 @@ def grid_axes(roles: int) -> Axes:
 
 
 def esd(eigenvalues: NDArray[np.float64], fit: Mapping[str, Any], ax: Axes, title: str = "") -> Axes:
-    """Density of the eigenvalues on log axes, the fitted power law and where its tail begins.
+    """Draw the density of the eigenvalues on log axes, the fitted power law and where its tail begins.
 
     Args:
-        eigenvalues: of W^T W.
+        eigenvalues: of W^T W, shape (n,).
         fit: `alpha`, `xmin`, `n_tail` and `ks_d` as in a row of the scan; NaN draws no fit. With `rows`, `cols` and
             the columns of --nulls also the noise in it.
+        ax: where the picture is drawn.
+        title: the text above it.
     """
     positive = eigenvalues[eigenvalues > max(1e-12 * eigenvalues.max(), 1e-30)]
     if len(positive) == 0:
@@ -220,32 +227,54 @@ def table_bars(table: LayerTable, ax: Axes) -> Axes:
 
 @dataclass(frozen=True)
 class Plots:
-    """The pictures of one scan. Each method draws on `ax`, or on a new figure, and returns the Axes."""
+    """The pictures of one scan. Each method draws on an Axes and returns it.
+
+    Attributes:
+        result: the scan.
+    """
 
     result: ScanData
 
     def alpha(self, ax: Axes | None = None) -> Axes:
-        """Power-law exponents by depth."""
+        """Draw the power-law exponents by depth.
+
+        Args:
+            ax: where it is drawn; None makes a new figure.
+        """
         return alpha_by_depth(self.result.frame, ax or new_axes())
 
     def lod(self, ax: Axes | None = None) -> Axes:
-        """Outliers by depth.
+        """Draw the outliers by depth.
 
-        Raises: BadInput when the scan has no LOD.
+        Args:
+            ax: where it is drawn; None makes a new figure.
+
+        Raises:
+            BadInput: the scan has no LOD.
         """
         if not self.has("lod"):
             raise BadInput("this scan has no LOD, expected a calibrated one; scan with a calibration text")
         return lod_by_depth(self.result.blocks, ax or new_axes())
 
     def heatmap(self, value: str = "alpha", ax: Axes | None = None) -> Axes:
-        """A number (a column of the frame) by block and role."""
+        """Draw a number of every matrix by block and role.
+
+        Args:
+            value: a column of the scan's frame.
+            ax: where it is drawn; None makes a new figure.
+        """
         inside = self.result.frame[self.result.frame["block"].notna() & self.result.frame["alpha"].notna()]
         return heatmap(self.result.frame, ax or grid_axes(max(1, inside["role"].nunique())), value)
 
     def esd(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
-        """The spectrum of `tensor`; without a name those of the heaviest, the middle and the lightest tail.
+        """Draw the spectrum of a matrix with its fit.
 
-        Raises: NotFound for a tensor that this scan has no spectrum of.
+        Args:
+            tensor: name of the matrix; None draws the heaviest, the middle and the lightest tail on a new figure.
+            ax: where it is drawn; None makes a new figure.
+
+        Raises:
+            NotFound: this scan has no spectrum of such a matrix.
         """
         if tensor is None:
             return self._three(self.esd, self._ranked())
@@ -253,9 +282,15 @@ class Plots:
         return esd(self._spectrum(tensor), rows.loc[tensor], ax or new_axes(), tensor)
 
     def ks(self, tensor: str | None = None, ax: Axes | None = None) -> Axes:
-        """Kolmogorov-Smirnov distance against xmin of `tensor`, or of three as `esd` shows them.
+        """Draw the Kolmogorov-Smirnov distance of every possible xmin of a matrix.
 
-        Raises: NotFound for a tensor that this scan has no spectrum of; BadInput for one with under 20 eigenvalues.
+        Args:
+            tensor: name of the matrix; None draws the heaviest, the middle and the lightest tail on a new figure.
+            ax: where it is drawn; None makes a new figure.
+
+        Raises:
+            NotFound: this scan has no spectrum of such a matrix.
+            BadInput: the matrix has fewer than 20 eigenvalues above the cut.
         """
         if tensor is None:
             return self._three(self.ks, self._enough())
@@ -266,11 +301,20 @@ class Plots:
         return ks_by_xmin(curve, ax or new_axes(), tensor)
 
     def table(self, table: LayerTable | None = None, ax: Axes | None = None) -> Axes:
-        """A layer table, the default one of this scan when none is given."""
+        """Draw a layer table.
+
+        Args:
+            table: the table; None is the default one of this scan.
+            ax: where it is drawn; None makes a new figure.
+        """
         return table_bars(table or self.result.table(), ax or new_axes())
 
     def has(self, name: str) -> bool:
-        """Whether the scan holds the numbers of picture `name`."""
+        """Whether the scan holds the numbers of a picture.
+
+        Args:
+            name: one of PICTURES.
+        """
         frame, blocks = self.result.frame, self.result.blocks
         match name:
             case "alpha" | "heatmap":
@@ -298,7 +342,7 @@ class Plots:
         """The eigenvalues that the fit of `tensor` saw."""
         values = self._spectrum(tensor)
         xmin = float(self.result.frame.set_index("tensor").loc[tensor, "xmin"])
-        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail down there, by their own cut
+        small = xmin <= EIGENVALUE_CUT  # only differences of weights have a tail there; their cut is relative
         return values[values > (RELATIVE_CUT * values[-1] if small else EIGENVALUE_CUT)]
 
     def _enough(self) -> list[str]:
@@ -332,7 +376,7 @@ def picture(ax: Axes) -> bytes:
 
 
 def new_axes(width: float = 8.0, height: float = 3.6) -> Axes:
-    """An Axes on a figure of its own, without pyplot."""
+    """An Axes on a new figure, made without pyplot."""
     return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
@@ -385,4 +429,5 @@ def _kind(role: str) -> str:
 
 
 def role_key(role: str) -> tuple[int, str]:
+    """Sorts roles in the order that data flows through a block, unknown ones last by name."""
     return (ROLE_ORDER.index(role) if role in ROLE_ORDER else len(ROLE_ORDER), role)

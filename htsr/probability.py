@@ -23,9 +23,9 @@ def scores_by_rule(rule: str, blocks: Any, direction: str = "heavy") -> Floats:
     """The score of each block under `rule`; larger means trained more often.
 
     Args:
-        rule: `lod` the block's outlier share; `alpha` 1/alpha (`heavy`: a heavier tail is trained more) or
-            alpha (`light`); `norm` the Frobenius norm of the block; `decrease` L..1; `increase` 1..L;
-            `reverse` max + min - lod; `uniform` 1.
+        rule: `lod` the block's outlier share; `alpha` 1/alpha (`heavy`: a heavier tail is trained more) or alpha
+            (`light`); `norm` the Frobenius norm of the block; `decrease` L..1; `increase` 1..L; `reverse` max + min -
+            lod; `uniform` 1.
         blocks: a DataFrame or a mapping of equally long columns, one entry a block in order of depth; read are
             `block`, and `lod`, `alpha` or `log10_norm` (log10 of the block's summed squares) as the rule needs.
         direction: only `alpha` reads it.
@@ -63,11 +63,18 @@ def scores_by_rule(rule: str, blocks: Any, direction: str = "heavy") -> Floats:
 
 
 def probabilities(scores: ArrayLike, temperature: float = 1.0) -> Floats:
-    """score^(1/temperature), normalised to sum 1. Equal shares when every score is 0.
+    """Turn scores into probabilities: score^(1/temperature), normalised to sum 1.
+
+    Args:
+        scores: at least 0, shape (L,); equal shares when every score is 0.
+        temperature: above 0; above 1 it flattens the scores, below 1 it sharpens them.
+
+    Returns:
+        Shares in [0, 1], shape (L,).
 
     Raises:
-        UsageError: a temperature that is not a positive number.
-        BadInput: scores that are empty, negative or not finite.
+        UsageError: the temperature is no positive number.
+        BadInput: the scores are empty, negative or not finite.
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise UsageError(f"temperature: got {temperature}, expected a number above 0 (1 leaves the scores as they are)")
@@ -133,8 +140,8 @@ def _target(gamma: float, floor: float, depth: int) -> float:
 def _water_level(scores: Floats, target: float, floor: float) -> float:
     """The c with sum(clip(c * scores, floor, 1)) == target.
 
-    The sum is piecewise linear in c with kinks where a block leaves the floor or reaches 1; between the two kinks
-    around the target the free blocks are known and c follows in closed form.
+    The sum is piecewise linear in c with kinks where a block leaves the floor or reaches 1. Between the two kinks
+    around the target it is known which blocks are at neither bound, and c follows in closed form.
     """
     positive = scores[scores > 0]
     kinks = np.sort(np.concatenate([1.0 / positive, floor / positive]))

@@ -1,4 +1,4 @@
-"""What a result has to say about how it came to be: versions, settings, memory."""
+"""What is recorded of how a result was made: versions, routes of the spectra, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _version(name: str) -> str:
 
 
 def spectra_record(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """How the spectra were found: matrices by route, how many came from the cache, what was escalated and its cost."""
+    """How the spectra were found: matrices by route, how many came from the cache, what was escalated at which cost."""
     found = [row for row in rows if "route" in row]
     return {
         "routes": dict(Counter(row["route"] for row in found)),

@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 class ScanResult(ScanData):
-    """A scanned model that can be drawn, saved and shown; `ScanData` says what it holds."""
+    """A scanned model that can be drawn, saved and shown.
+
+    Attributes:
+        frame: a row a tensor; the columns of scan.csv.
+        provenance: what scan.json holds: model, settings, calibration, versions, seconds, peak_bytes.
+        spectra: tensor name -> eigenvalues, ascending, where they were kept.
+        block_lod: block index -> column -> percent of outliers, pooled over the block; see `ScanData`.
+    """
 
     @property
     def plot(self) -> Plots:

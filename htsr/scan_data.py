@@ -105,11 +105,17 @@ class ScanData:
 
 
 def aggregate_blocks(frame: pd.DataFrame, block_lod: BlockLod, num_blocks: int | None = None) -> pd.DataFrame:
-    """A row a block: means over its matrices of alpha, alpha_hill and stable_rank; pooled LOD; its norm and sizes.
+    """Collect the numbers of each block from the rows of its matrices.
 
-    `log10_norm` is that of the block as a whole, log10 of the summed squares of its matrices (not a mean of
-    logarithms); `matrices` counts those analysed, `parameters` every number in the block. NaN where none is known.
-    The parts of a fused matrix are left out, the whole is in.
+    Args:
+        frame: a row a matrix. The parts of a fused matrix are left out, since the fused matrix is counted.
+        block_lod: LOD of the blocks where it was measured, as in `ScanData`.
+        num_blocks: number of blocks; None takes those that the frame has.
+
+    Returns:
+        A row a block. `alpha`, `alpha_hill` and `stable_rank` are means over its matrices; LOD is pooled; `log10_norm`
+        is log10 of the summed squares of its matrices (not a mean of logarithms); `matrices` counts those analysed,
+        `parameters` every number in the block. NaN where nothing is known.
     """
     inside = frame[frame["block"].notna()]
     if "part_of" in inside:
@@ -125,9 +131,17 @@ def aggregate_blocks(frame: pd.DataFrame, block_lod: BlockLod, num_blocks: int |
 
 
 def with_shares(blocks: pd.DataFrame, table: LayerTable | None) -> pd.DataFrame:
-    """`blocks` with the score, probability and inclusion of a table of the same depth (NaN without one).
+    """Add the scores and shares of a layer table to the rows of the blocks.
 
-    The LOD at further taus comes last.
+    Args:
+        blocks: a row a block.
+        table: a table of the same depth; None leaves the columns NaN.
+
+    Returns:
+        The rows with `score`, `probability` and `inclusion`; LOD at further taus comes last.
+
+    Raises:
+        BadInput: the table has another number of blocks.
     """
     if table is not None and table.num_blocks != len(blocks):
         raise BadInput(
@@ -158,6 +172,6 @@ def _block_row(index: int, rows: pd.DataFrame, measured: Mapping[str, float]) ->
 
 
 def _pooled(percents: pd.Series, sizes: pd.Series) -> float:
-    """The LOD of a block from its matrices': their mean, weighed by the number of weights."""
+    """The LOD of a block from that of its matrices: their mean, weighed by the number of weights."""
     known = percents.notna()
     return float((percents[known] * sizes[known]).sum() / sizes[known].sum()) if known.any() else float("nan")

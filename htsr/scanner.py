@@ -75,10 +75,10 @@ def scan(
         out: the directory that the result is saved to, None to save nothing.
         device: `auto`, `cpu` or `cuda[:N]`: where the calibration text runs. Spectra are computed on the CPU
             unless a CUDA device is named.
-        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where
-            bounds measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at
-            full rate fp64 as far as its memory allows. `fp64`, `fp32`: throughout.
-            The text runs in fp32; under `auto` in bf16 where that is fast and shown to give the same LOD.
+        precision: of the spectra. `auto`: fp64 up to a side of 1024, above it fp32 with a float64 tail where bounds
+            measured on the matrix say that the fit is the same, else fp64; on a GPU whose float64 runs at full rate
+            fp64 as far as its memory allows. `fp64`, `fp32`: throughout. The text runs in fp32; under `auto` in bf16
+            where that is fast and shown to give the same LOD.
         engine: `native`, or `weightwatcher`, which fills the columns with its own numbers, one matrix at a time.
         calibration: text for LOD: `builtin`, a .txt or .jsonl file, None (or "none") for no LOD.
         tau: a weight is an outlier when its importance is above tau times the mean importance. Of several taus the
@@ -164,9 +164,11 @@ def scan(
 
 @contextlib.contextmanager
 def in_background(source: Source, workers: int | None) -> Iterator[None]:
-    """What the end of a scan needs, done beside its work where that has several workers: hashes, and pandas loaded.
+    """Hash the weights and import pandas, which the end of a scan needs, while the context is open.
 
-    A module's tensors are hashed at once: it is about to run. A lone worker hashes each tensor as it reads it.
+    Args:
+        source: the model. The tensors of an nn.Module are hashed before the context opens, since it is about to run.
+        workers: threads of the scan; with one there is no background thread, and tensors are hashed as they are read.
     """
     if source.module is not None:
         source.weights_sha256()
@@ -182,8 +184,8 @@ def in_background(source: Source, workers: int | None) -> Iterator[None]:
         if not stop.is_set():
             importlib.import_module("pandas")
 
-    with ThreadPoolExecutor(1) as beside:
-        done = beside.submit(work)
+    with ThreadPoolExecutor(1) as background:
+        done = background.submit(work)
         try:
             yield
             done.result()
@@ -215,7 +217,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def analyser(engine: str, source: Source, precision: str, device: str, *, fresh: bool) -> Analyse:
-    """What makes the row of a view."""
+    """The function that makes the row of a view, for an engine."""
     if engine == "native":
         on = {} if device in ("auto", "cpu") else {"device": pick_device(device)}
         work: Analyse = lambda view: analyse(source, view, precision, **on)  # noqa: E731
@@ -228,7 +230,7 @@ def analyser(engine: str, source: Source, precision: str, device: str, *, fresh:
 def analyse_all(
     source: Source, layers: Sequence[LayerView], work: Analyse, workers: int | None, quiet: bool
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """tensor -> row and tensor -> eigenvalues, the largest matrices first; the bar knows what each costs."""
+    """Analyse the matrices, the largest first: tensor -> row and tensor -> eigenvalues."""
     rows: dict[str, dict[str, Any]] = {}
     spectra: dict[str, np.ndarray] = {}
     order = sorted(layers, key=lambda view: 0.0 if view.reason else -cost(view))
@@ -247,7 +249,15 @@ def analyse_all(
 def measure_outliers(
     source: Source, settings: Mapping[str, Any], calibration: str | Path | None, tokenizer: Any, quiet: bool
 ) -> tuple[Calibration | None, str]:
-    """LOD, or None and the reason: a model that cannot run loses its LOD, unless a text was named explicitly."""
+    """Measure LOD, or return None and the reason why the model has none.
+
+    Args:
+        source: an open model. One that cannot run the text is an error only where the user named the text.
+        settings: the scan's settings.
+        calibration: the text, None or "none" for no LOD.
+        tokenizer: the tokenizer of a model that brings none.
+        quiet: shows no progress bar and no notice.
+    """
     if calibration is None or str(calibration) == "none":
         return None, "no calibration was wanted"
     from htsr.model.calibration import calibrate
@@ -289,9 +299,14 @@ def assemble(
     alone: Mapping[str, Mapping[str, float]],
     taus: Sequence[float],
 ) -> pd.DataFrame:
-    """The rows in the order of the layers, with the outliers of each matrix beside its spectrum.
+    """Put the rows in the order of the layers and add the outliers of each matrix.
 
-    alone: by tensor the columns of LOD that need no text, where none ran.
+    Args:
+        rows: tensor -> row.
+        layers: the matrices in order.
+        outliers: the calibration; None where no text ran.
+        alone: tensor -> columns of LOD that need no text, used where none ran.
+        taus: the outlier limits.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""The files of a scan: written so that each appears whole, read back to the same numbers."""
+"""The files of a scan: every file appears complete or not at all, and is read back to the same numbers."""
 
 from __future__ import annotations
 
@@ -89,9 +89,10 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def csv_text(frame: pd.DataFrame) -> str:
-    """CSV with numbers at full precision and empty cells for what was not computed.
+    """The text of a CSV file, with numbers at full precision and empty cells for what was not computed.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe in front.
+    Args:
+        frame: the rows. Text in it that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     text = frame[[name for name in frame.columns if name in TEXT]]
     safe = {name: text[name].map(lambda c: f"'{c}" if str(c).startswith(FORMULA) else c) for name in text}

@@ -11,10 +11,16 @@ LOD_COLUMNS = ("lod", "lod_weight")
 
 
 def check_taus(tau: float | Sequence[float]) -> tuple[float, ...]:
-    """The taus of a number or a sequence of different numbers; the first is the layer table's.
+    """Check the outlier limits.
+
+    Args:
+        tau: a number or a sequence of different numbers, above 0; the first is the layer table's.
+
+    Returns:
+        All of them, as floats.
 
     Raises:
-        UsageError: anything but positive finite numbers, none, or one twice.
+        UsageError: a value is no positive finite number, or occurs twice, or there is none.
     """
     given = tuple(tau) if isinstance(tau, list | tuple) else (tau,)
     for value in given:

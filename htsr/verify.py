@@ -18,10 +18,19 @@ TOLERANCE = dict.fromkeys(ww.SAME, 1e-6) | {"n_tail": 0.0, "alpha_hat": 1e-5, "e
 
 
 def verify(model: Any, *, allow_pickle: bool = False, revision: str | None = None, quiet: bool = False) -> pd.DataFrame:
-    """A row a matrix: each number of both sides, the columns that `differ`, and `agrees` when none does.
+    """Compare the native numbers with weightwatcher's, on the same weights.
 
-    Both sides read the same weights, weightwatcher in fp32 and one matrix at a time. A matrix that weightwatcher
-    leaves out has an empty other side and agrees; a fit that only one side has does not. `note` says so.
+    weightwatcher works in fp32 and one matrix at a time.
+
+    Args:
+        model: as `htsr.scan` takes it.
+        allow_pickle: accepts pickled weights.
+        revision: branch, tag or commit of a Hugging Face id.
+        quiet: shows no progress bar.
+
+    Returns:
+        A row a matrix: each number of both sides, the columns that `differ`, whether the row `agrees`, and a `note`. A
+        matrix that weightwatcher leaves out has an empty other side and agrees; a fit that only one side has does not.
 
     Raises:
         HtsrError: weightwatcher is not installed.
@@ -58,9 +67,13 @@ def compare_rows(native: dict[str, Any], theirs: dict[str, Any]) -> dict[str, An
 
 
 def differs(name: str, ours: float, theirs: float) -> bool:
-    """Whether a column of the two sides is further apart than its tolerance.
+    """Whether a number of the two sides is further apart than its tolerance.
 
-    Part of the fit that only one side has differs; a norm or entropy that does not exist (of a zero matrix) does not.
+    Args:
+        name: the column.
+        ours: the native number.
+        theirs: weightwatcher's number. A number of the fit that only one side has differs; a norm or entropy that does
+            not exist (of a zero matrix) does not.
     """
     if np.isnan(ours) or np.isnan(theirs):
         return name in ww.OF_THE_FIT and np.isnan(ours) != np.isnan(theirs)

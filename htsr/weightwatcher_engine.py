@@ -1,4 +1,4 @@
-"""weightwatcher as a second engine: its numbers in the columns of the scan. Imported only when it is asked for."""
+"""weightwatcher as a second engine: its numbers in the columns of the scan. It is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ FIT_FAILED = "weightwatcher's fit failed"
 
 
 def analyse(source: Source, view: LayerView) -> tuple[dict[str, Any], np.ndarray | None]:
-    """The row of a tensor by weightwatcher and its eigenvalues, from the weights in fp32; alpha_hill is ours of them.
+    """Compute the row of a matrix with weightwatcher, from the weights in fp32.
+
+    Args:
+        source: an open model.
+        view: the matrix.
+
+    Returns:
+        The row and the eigenvalues (None where there are none). `alpha_hill` is computed here from weightwatcher's
+        eigenvalues.
 
     Raises:
         HtsrError: weightwatcher is not installed.
@@ -99,5 +107,5 @@ def measure(weights: np.ndarray, *, convolution: bool) -> tuple[dict[str, Any] |
 
 
 def number(value: Any) -> float:
-    """One of its numbers, NaN for what is infinite or missing (the logarithm of a zero norm)."""
+    """A number of weightwatcher's as a float; NaN when it is missing or infinite, like the logarithm of a zero norm."""
     return float(value) if value is not None and np.isfinite(value) else float("nan")

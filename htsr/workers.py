@@ -31,10 +31,22 @@ def default_workers() -> int:
 def run(
     work: Callable[[Item], Result], items: Sequence[Item], side: Callable[[Item], int], workers: int | None
 ) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) as they are done: items with a large `side` one by one, then the rest on `workers` threads.
+    """Apply a function to many items: large ones one by one, then the others on several threads.
 
-    Threads suffice: BLAS and LAPACK run without the interpreter's lock. Their own threads are limited to one each
-    while several items run at once. Raises UsageError for less than one worker.
+    Threads suffice because BLAS and LAPACK run without the interpreter's lock. BLAS uses all workers for a large item
+    and one thread for each of the others.
+
+    Args:
+        work: the function.
+        items: the items, in the order in which they are started.
+        side: the size of an item; from LARGE_SIDE on it is large.
+        workers: number of threads, at least 1; None is `default_workers`.
+
+    Yields:
+        (item, result) in the order in which they are done.
+
+    Raises:
+        UsageError: fewer than one worker.
     """
     load()  # SciPy has a BLAS of its own: the limits below bind what is loaded by then
     workers = default_workers() if workers is None else workers

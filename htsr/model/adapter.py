@@ -31,9 +31,13 @@ UNSUPPORTED = ("use_qalora", "use_bdlora")  # variants whose difference is not s
 
 @dataclass
 class LowRank:
-    """The factors of one module: their names in the file, the scale of their product, how it is stored.
+    """The low-rank change of one module, as the adapter's file stores it.
 
-    transposed: the difference of the stored weight is (s B A)^T, for Conv1D and embeddings.
+    Attributes:
+        sides: "A" and "B" -> name of the factor in the file.
+        scale: the number s in s B A.
+        transposed: whether the change of the stored weight is (s B A)^T, as for Conv1D and embeddings.
+        magnitude: name of DoRA's vector in the file; None for a plain LoRA.
     """
 
     sides: dict[str, str] = field(default_factory=dict)  # "A", "B" -> tensor in the file
@@ -45,7 +49,7 @@ class LowRank:
 class AdapterSource(Source):
     """The differences that a LoRA adapter makes, under the names of the weights that it changes.
 
-    What the adapter stores whole (modules_to_save) and what only the base could tell are rows with a note.
+    Tensors that the adapter replaces (modules_to_save), and changes that depend on the base, are listed with a note.
     """
 
     is_delta, numbered, complete = True, True, False
@@ -86,7 +90,7 @@ class AdapterSource(Source):
             yield from self.stored.raw(change.magnitude)
 
     def magnitude(self, name: str) -> np.ndarray | None:
-        """DoRA's length of every output's weights, float64, None for a plain LoRA."""
+        """DoRA's length of the weights of every output, float64, shape (out,); None for a plain LoRA."""
         tensor = self.changes[name].magnitude
         return None if tensor is None else self._matrix(tensor).ravel()
 
@@ -121,7 +125,7 @@ class AdapterSource(Source):
         return TensorInfo(name=name, shape=shape, dtype=f"delta:{a.dtype}", note=note)
 
     def why_not(self, name: str) -> str:
-        """Why the factors of a module mean nothing to this program; empty when they mean s B A."""
+        """Why the factors of a module cannot be read as s B A; empty when they can."""
         module = name.removesuffix(".weight")
         inner = [str(target).rpartition(".") for target in self.settings.get("target_parameters") or ()]
         if module.endswith(".base_layer") or any(
@@ -132,7 +136,14 @@ class AdapterSource(Source):
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA. Raises BadInput for another kind of adapter."""
+    """Read the adapter_config.json of a LoRA.
+
+    Args:
+        path: the adapter's directory.
+
+    Raises:
+        BadInput: the file is damaged, or describes another kind of adapter.
+    """
     file = path / "adapter_config.json"
     settings = read_object(path, file, expected="an adapter's configuration")
     kind = settings.get("peft_type")
@@ -144,7 +155,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def scale_of(settings: Mapping[str, Any], module: str, id_: str) -> float:
-    """alpha / r of a module, alpha / sqrt(r) for rsLoRA; patterns by module name come before the general values."""
+    """The scale alpha / r of a module (alpha / sqrt(r) for rsLoRA); a pattern that matches its name comes first."""
     rank = _by_pattern(settings, "rank_pattern", module, settings.get("r", 8))
     alpha = _by_pattern(settings, "alpha_pattern", module, settings.get("lora_alpha", 8))
     if not all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in (rank, alpha)):

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockStack:
-    """The blocks of a module in order (encoder before decoder) and the module path of each."""
+    """The blocks of a model in order, an encoder's before a decoder's.
+
+    Attributes:
+        prefix: the path of the first list of blocks in the model.
+        modules: the blocks.
+        names: the path of each block.
+    """
 
     prefix: str
     modules: tuple[nn.Module, ...]
@@ -22,9 +28,16 @@ class BlockStack:
 
 
 def find_blocks(model: nn.Module) -> BlockStack:
-    """The blocks of a model by structure: the longest outermost ModuleList whose children are of one class.
+    """Find the blocks of a model by its structure.
 
-    An encoder's and a decoder's lists are joined, encoder first. Raises BadInput when there is no such list.
+    They are the longest outermost ModuleList or Sequential whose children are of one class and hold weights; the lists
+    of an encoder and of a decoder are joined.
+
+    Args:
+        model: any module.
+
+    Raises:
+        BadInput: the model has no such list.
     """
     lists = _outermost_lists(model, same_class=True) or _outermost_lists(model, same_class=False)
     if not lists:

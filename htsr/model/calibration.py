@@ -37,11 +37,16 @@ class Calibration:
     """The outliers of a model and the text they were measured with.
 
     Attributes:
-        blocks: by block index, pooled over the block's linear maps.
-        matrices: by (block, role); under block scope counted against the block's pooled limit.
-        source, sha256: the text and the hash of its bytes.
-        windows, seq_len, samples, seed: what was run, and what chose it.
+        blocks: block index -> outliers, pooled over the block's linear maps.
+        matrices: (block, role) -> outliers; under block scope counted against the block's limit.
+        source: the text as the user named it.
+        sha256: hash of the text's bytes.
+        windows: number of windows that were run.
+        seq_len: tokens in a window.
+        samples: number of windows that the user set.
+        seed: chose the windows.
         taus: the outlier limits; the first has the plain column names.
+        scope: `block` or `matrix`, what the mean was taken over.
         route: `streamed` block by block, or why the model was run as a whole.
         rounding: the precision that the text ran in, and why.
         convergence: LOD by the two halves of the windows; None for one window.
@@ -62,7 +67,7 @@ class Calibration:
     convergence: Convergence | None
 
     def record(self) -> dict[str, Any]:
-        """What scan.json keeps of it."""
+        """The part of the calibration that scan.json stores."""
         names = ("source", "sha256", "windows", "seq_len", "samples", "seed", "scope", "route")
         return {name: getattr(self, name) for name in names} | {
             "tau": self.taus[0],
@@ -92,16 +97,19 @@ def calibrate(
         source: an open model; it is read, never changed.
         calibration: `builtin`, a .txt file (one text) or a .jsonl file (rows with `text`).
         tau: an outlier is strictly above tau times the mean importance; several are counted in one pass.
-        scope: `block` pools the mean over the block's linear maps, `matrix` gives each its own.
-        samples, seq_len, seed: number, length (at most the model's maximum) and choice of the windows.
-        exact: run the text in float32 also where bfloat16 is faster and shown to give the same table.
-        tokenizer: for a model that has none of its own.
+        scope: `block` pools the mean over the block's linear maps, `matrix` takes the mean of each map.
+        samples: number of windows, at least 1.
+        seq_len: tokens in a window, at least 1; the model's maximum is used where it is smaller.
+        seed: chooses the windows.
+        device: where the text runs.
+        exact: runs the text in float32 also where bfloat16 is faster and shown to give the same table.
+        tokenizer: replaces the tokenizer beside the weights; needed for a model in memory.
         progress: called with (blocks done, blocks) as blocks are measured.
 
     Raises:
         UsageError: an unknown scope, or a number out of range.
-        NotFound: no such text.
-        BadInput: no configuration, no tokenizer, or a text that cannot be used.
+        NotFound: there is no such text.
+        BadInput: there is no configuration or tokenizer, or the text cannot be used.
     """
     check_choice("lod-scope", scope, SCOPES)
     taus = check_taus(tau)
@@ -139,7 +147,10 @@ def calibrate(
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer that lies beside the source's weights.
+    """Load the tokenizer that lies beside the weights.
+
+    Args:
+        source: an open model.
 
     Raises:
         BadInput: there is none, or it cannot be used without running code from the model's directory.
@@ -161,7 +172,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def longest_window(source: Source) -> int | None:
-    """The longest sequence the model can read, None where nothing says so."""
+    """The longest sequence that the model can read, in tokens; None where its configuration does not say."""
     if source.module is not None and source.config is None:
         return None
     text = model_config(source).get_text_config()
@@ -171,8 +182,15 @@ def longest_window(source: Source) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Walk:
-    """How the model is run: `route` in words, its number of blocks, and the blocks over the first `count` windows with
-    products in each of some dtypes; a model that is run as a whole has its own precision instead.
+    """How the text is run through a model.
+
+    Attributes:
+        route: `streamed`, or why the model is run as a whole.
+        depth: number of blocks.
+        blocks: (count, dtypes) -> the blocks measured on the first `count` windows, with products in each of `dtypes`;
+            a model that is run as a whole is measured once, in its own precision.
+        windows: number of windows.
+        device: the device of a streamed model, else None.
     """
 
     route: str
@@ -212,7 +230,7 @@ def _plan(source: Source, windows: Tensor, device: str | torch.device) -> _Walk:
 
 
 def _choose(walk: _Walk, taus: Sequence[float], scope: str) -> Rounding:
-    """bfloat16 where it is fast, saves anything, and moves no block's LOD; see `rounding`."""
+    """Choose bfloat16 where it is fast, saves time, and moves no block's LOD; see `htsr.model.rounding`."""
     if walk.device is None:
         return Rounding("a model that is run as a whole is run as it is")
     if not has_bf16_units(walk.device):
@@ -254,14 +272,14 @@ def _load(source: Source, device: str | torch.device) -> nn.Module:
 
 
 def _folder(path: Path) -> tuple[Path, dict[str, str]]:
-    """What transformers' from_pretrained wants for a directory or a file in one."""
+    """The directory and the keywords that transformers' from_pretrained takes for a directory, or for a file in one."""
     if path.is_dir():
         return path, {}
     return path.parent, {"gguf_file": path.name} if path.suffix == ".gguf" else {}
 
 
 def _guarded(blocks: Blocks, source: Source) -> Blocks:
-    """The same blocks; what a model raises that cannot be called with text alone becomes BadInput."""
+    """Yield the blocks; an error of a model that cannot be called with text alone becomes BadInput."""
     try:
         yield from blocks
     except (HtsrError, torch.OutOfMemoryError):

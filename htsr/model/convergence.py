@@ -1,4 +1,4 @@
-"""Was there text enough? LOD by the first half of the windows against LOD by the second."""
+"""Whether the text was long enough: LOD by the first half of the windows against LOD by the second."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Convergence:
     """How far the blocks' LOD differs between two halves of the text.
 
     Attributes:
-        windows: how many windows each half has.
+        windows: number of windows in each half.
         spearman: rank correlation of the two over the blocks, in [-1, 1]; NaN for fewer than three known blocks.
-        largest_change: the largest difference of the two relative to their mean, and `block`, whose it is; NaN and
-            None where no block has outliers.
+        largest_change: the largest difference of the two relative to their mean; NaN where no block has outliers.
+        block: the block with the largest difference; None where no block has outliers.
     """
 
     windows: tuple[int, int]
@@ -27,14 +27,21 @@ class Convergence:
     block: int | None
 
     def record(self) -> dict[str, Any]:
-        """What scan.json and a layer table keep of it; null for what is not known."""
+        """The part that scan.json and a layer table store; null stands for NaN."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def convergence(halves: Sequence[tuple[float, float]], windows: int) -> Convergence | None:
-    """Of the LODs of each block by both halves, in order of depth; None for a single window.
+    """Compare the LOD of the blocks by the two halves of the windows.
 
-    The change between halves is larger than the error of the whole: each has half the text, and both err.
+    The change between halves is larger than the error of the full text: each has half the text, and both err.
+
+    Args:
+        halves: LOD of each block by the first and by the second half, in percent, in order of depth.
+        windows: number of windows in all.
+
+    Returns:
+        The comparison; None for a single window.
     """
     if windows < 2:
         return None

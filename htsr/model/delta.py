@@ -23,10 +23,18 @@ if TYPE_CHECKING:
 
 
 def against(source: Source, base: Source) -> Source:
-    """The differences `source` - `base`, tensor by tensor of the same name; an adapter is merged into `base` instead.
+    """Open a model against its base.
 
-    (An adapter alone is a difference already; what its base adds is the model that the two make.)
-    Raises BadInput when they have no tensor in common.
+    Args:
+        source: a model, or an adapter.
+        base: the model that it was made from.
+
+    Returns:
+        The differences `source` - `base`, tensor by tensor of the same name. For an adapter, which is a difference
+        already, the base with the adapter merged into it.
+
+    Raises:
+        BadInput: the two have no tensor in common, or the base is an adapter.
     """
     if isinstance(base, AdapterSource):
         raise BadInput(f"{base.id}: got an adapter as base, expected the model that it was trained on")
@@ -154,7 +162,7 @@ class MergedSource(_OnBase):
         return self.adapter.changes[self.changed[name]].transposed
 
     def _dora_scale(self, name: str) -> np.ndarray:
-        """DoRA's factor of every output: its magnitude over the length of that output's weights in W_base + s B A.
+        """DoRA's factor of every output, shape (out,): its magnitude over the length of its weights in W_base + s B A.
 
         Reference: Liu et al. 2024 (DoRA), eq. 5.
         """
@@ -172,7 +180,7 @@ class MergedSource(_OnBase):
         return self._scales[name]
 
     def _base_name(self, name: str, *, new: bool = False) -> str:
-        """The base's name of a weight that the adapter calls `name`: files may leave out what heads put in front."""
+        """The base's name of a weight that the adapter calls `name`; either may have a prefix that the other lacks."""
         ends = [each for each in self._in_base if f".{name}".endswith(f".{each}") or each.endswith(f".{name}")]
         if name in ends:
             return name

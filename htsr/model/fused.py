@@ -24,9 +24,15 @@ def model_type(config: Mapping[str, Any] | None) -> str:
 
 
 def qkv_parts(outputs: int, config: Mapping[str, Any] | None, *, concatenated: bool) -> dict[str, Runs]:
-    """Where q, k and v lie among the outputs of a fused projection; empty unless the configuration makes it certain.
+    """Find q, k and v among the outputs of a fused projection.
 
-    concatenated: the file format itself puts q, k and v one after the other, whatever the model did.
+    Args:
+        outputs: number of outputs of the projection.
+        config: the model's configuration.
+        concatenated: the file format itself stores q, k and v one after the other, whatever the model did.
+
+    Returns:
+        "q", "k", "v" -> positions of their outputs; empty unless the configuration makes them certain.
     """
     text = {**(config or {}), **text_config(config)}
     kind = str(text.get("model_type"))
@@ -70,9 +76,16 @@ def _number(text: Mapping[str, Any], *names: str) -> int:
 
 
 def gate_up_parts(rows: int, cols: int, axis: int, *, interleaved: bool) -> dict[str, tuple[Runs, Runs]]:
-    """The halves of a fused gate and up (rows, cols) whose outputs lie along `axis`; empty for an odd number of them.
+    """Find gate and up in a fused matrix.
 
-    interleaved: gate and up take turns instead of lying one after the other.
+    Args:
+        rows: number of rows of the matrix.
+        cols: number of columns.
+        axis: 0 when the outputs are the rows, 1 when they are the columns.
+        interleaved: gate and up take turns instead of lying one after the other.
+
+    Returns:
+        "gate", "up" -> their rows and columns; empty for an odd number of outputs.
     """
     outputs = (rows, cols)[axis]
     if outputs % 2:
@@ -87,10 +100,18 @@ def gate_up_parts(rows: int, cols: int, axis: int, *, interleaved: bool) -> dict
 
 
 def expert_gate_up(gate_up: tuple[int, ...], down: tuple[int, ...] | None, kind: str) -> dict[str, tuple[Runs, Runs]]:
-    """The halves of an expert's fused gate and up, from the shapes (experts, rows, cols) of both of its stacks.
+    """Find gate and up in the fused matrix of an expert.
 
-    Stored (out, in) gate comes first, in every model that is so stored. Stored (in, out), which `down` gives away (its
-    inputs are half of gate_up's outputs), the order is that of the model type `kind`; empty where that is not known.
+    Stored (out, in), gate comes first in every model. Stored (in, out), which the shape of `down` gives away (its
+    inputs are half of the outputs of gate and up), the order depends on the model type.
+
+    Args:
+        gate_up: shape (experts, rows, cols) of the stack of fused matrices.
+        down: shape of the stack that follows them; None when there is none.
+        kind: the model type.
+
+    Returns:
+        "gate", "up" -> their rows and columns in one expert's matrix; empty where the order is not known.
     """
     _, rows, cols = gate_up
     if down is None or len(down) != 3 or not (cols == 2 * down[1] and rows == down[2]):

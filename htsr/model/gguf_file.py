@@ -90,6 +90,7 @@ class GgufSource(Source):
 
 
 def import_gguf(path: Path) -> Any:
+    """Import the package `gguf`; a missing package is a BadInput that names the file and the package."""
     try:
         import gguf
     except ImportError as error:

@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerView:
-    """A matrix of a model. `reason` is empty when its spectrum can be read, else it says why it cannot.
+    """A matrix of a model.
 
-    tensor: the name in the file; of a matrix inside a tensor with what it is in brackets, as in `experts.up[3]`.
-    rows, cols: the shape seen as a matrix; transposed: stored as (inputs, outputs), as Conv1D does.
-    part: where the matrix lies inside its tensor, None when it is all of it.
-    part_of: `tensor` of the fused matrix that it is also counted in, else empty.
-    pool: the matrices whose eigenvalues are pooled, of a convolution's kernel.
+    Attributes:
+        tensor: the name in the file; a matrix inside a tensor has its part in brackets, as in `experts.up[3]`.
+        block: number of the block it is in, from 0; None outside the blocks.
+        role: what it does in its block, such as `q` or `down`.
+        rows: number of rows of the tensor seen as a matrix.
+        cols: number of columns.
+        dtype: the stored dtype.
+        reason: why its spectrum cannot be computed; empty when it can.
+        transposed: whether it is stored as (inputs, outputs), as Conv1D does.
+        part: where the matrix lies inside its tensor; None when it is all of it.
+        part_of: `tensor` of the fused matrix that contains it, else empty.
+        pool: for a convolution, the matrices whose eigenvalues are pooled.
     """
 
     tensor: str
@@ -53,10 +60,13 @@ class LayerView:
 
 
 def views(source: Source) -> list[LayerView]:
-    """One view of every tensor: embeddings first, then block after block, then what follows the blocks.
+    """List the matrices of a model: embeddings first, then block after block, then what follows the blocks.
 
-    A stack of experts has a view for each expert's matrices instead. A fused q, k and v (or gate and up) has its own
-    view, and one for each of its parts where the configuration tells where they lie.
+    A stack of experts has a view for each matrix of each expert. A fused q, k and v (or gate and up) has a view, and
+    one for each of its parts where the configuration tells where they lie. Every other tensor has one view.
+
+    Args:
+        source: an open model.
     """
     locations = locate_blocks([t.name for t in source.tensors], numbered=source.numbered)
     tail_roles = distinct_roles([(t.name, *locations[t.name]) for t in source.tensors if len(t.shape) in (2, 4)])
@@ -135,7 +145,7 @@ def _fused_parts(view: LayerView, config: Mapping[str, Any] | None) -> Iterator[
 
 
 def _part_view(view: LayerView, tensor: str, role: str, rows: Runs, cols: Runs) -> LayerView:
-    """The view of the chosen rows and columns of a tensor, under a name and a role of their own."""
+    """The view of chosen rows and columns of a tensor, with their name and role."""
     part, reason = Part(tensor=view.tensor, rows=rows, cols=cols), too_small(min(rows.size, cols.size))
     return replace(view, tensor=tensor, role=role, rows=rows.size, cols=cols.size, part=part, reason=reason)
 

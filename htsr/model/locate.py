@@ -19,9 +19,15 @@ WEIGHTS = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
 
 
 def locate(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Path:
-    """The directory or file that `model` names; a Hub id is looked up in the local cache first.
+    """Find the directory or file that the user names.
 
-    Raises NotFound when nothing of that name exists here, in the cache, or (unless offline) on the Hub.
+    Args:
+        model: `demo`, a path, or a Hugging Face id, which is looked up in the local cache first.
+        revision: branch, tag or commit of an id.
+        allow_pickle: downloads pickled weights too.
+
+    Raises:
+        NotFound: nothing of that name exists here, in the cache or (unless offline) on the Hub.
     """
     if str(model) == "demo":
         return DEMO
@@ -47,9 +53,17 @@ def snapshot_revision(path: Path) -> str | None:
 
 
 def inside(root: Path, file: Path) -> Path:
-    """`file` resolved, when it is a regular file inside `root` or in the blobs of the Hub cache that holds `root`.
+    """Resolve a file of a model's directory, and refuse one that a link leads out of it.
 
-    Raises BadInput when a link leads elsewhere or it is no regular file, NotFound when it does not exist.
+    Args:
+        root: the model's directory.
+        file: the path of the file; it may lie in the blobs of the Hub cache that holds `root`.
+
+    Returns:
+        The path without links.
+
+    Raises:
+        BadInput: the file does not exist, is no regular file, or lies elsewhere.
     """
     directory, real = root.resolve(), file.resolve()
     if not real.exists():

@@ -23,11 +23,19 @@ KEPT_ELEMENTS = 1 << 23  # of a block, by each worker
 def weight_lod(
     source: Source, views: Sequence[LayerView], taus: Sequence[float], scope: str, workers: int | None = 1
 ) -> dict[str, dict[str, float]]:
-    """tensor name -> column -> 100 * share of |W| > tau * mean|W|, for every matrix inside a block.
+    """Count outlying weights by magnitude alone, for every matrix inside a block.
 
-    NaN where a weight is. The columns are `lod_weight` for the first tau and those of `htsr.taus` for the others. The
-    mean is the block's under scope `block` and the matrix's own under `matrix`. The parts of a fused matrix count
-    against the block's mean and not towards it: they are in it already.
+    Args:
+        source: an open model.
+        views: its matrices.
+        taus: the outlier limits; an outlier has |W| > tau * mean|W|.
+        scope: `block` takes the mean over the block, `matrix` over the matrix. Parts of a fused matrix count against
+            the block's mean and not towards it, since they are in it already.
+        workers: number of threads; None uses every core that the process may use.
+
+    Returns:
+        tensor name -> column (`lod_weight`, and those of `htsr.taus` for further taus) -> percent; NaN where a weight
+        is.
     """
     columns = ["lod_weight", *(tau_column("lod_weight", tau) for tau in taus[1:])]
     blocks: dict[int, list[LayerView]] = {}

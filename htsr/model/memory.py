@@ -82,7 +82,7 @@ class PickleSource(ModuleSource):
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
-    """The state dict in a PyTorch file; nothing but tensors in plain containers is unpickled."""
+    """The state dict in a PyTorch file. `weights_only` admits tensors in plain containers and no code."""
     import pickle
 
     try:
@@ -98,9 +98,13 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def distinct_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under their first names: one of those that share the same memory, shape and strides.
+    """The tensors of a state dict without second names: of those that share memory, shape and strides, the first.
 
-    Raises BadInput for values that are no tensors, or that have no data (the meta device).
+    Args:
+        state: name -> tensor.
+
+    Raises:
+        BadInput: a value is no tensor or has no data (the meta device), or there is none.
     """
     seen: set[tuple[Any, ...]] = set()
     distinct: dict[str, Tensor] = {}

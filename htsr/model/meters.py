@@ -19,8 +19,13 @@ from htsr.model.names import expert_role
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredMap:
-    """A linear map y = W x: `weight` as (out, in), and the sums of x_j squared over the tokens of each half of the
-    windows, shape (2, in), float64."""
+    """A linear map y = W x and the sizes of its inputs.
+
+    Attributes:
+        role: what the map does in its block.
+        weight: W, shape (out, in).
+        square_sums: sum of x_j squared over the tokens of each half of the windows, shape (2, in), float64.
+    """
 
     role: str
     weight: Tensor
@@ -29,7 +34,12 @@ class MeasuredMap:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredBlock:
-    """The linear maps of block `index`; of a streamed model they are gone when the next block is asked for."""
+    """The linear maps of one block.
+
+    Attributes:
+        index: number of the block.
+        maps: its maps; those of a streamed model are removed when the next block is requested.
+    """
 
     index: int
     maps: list[MeasuredMap]
@@ -41,9 +51,10 @@ class MeasuredBlock:
 
 
 class InputMeter:
-    """Sums the squares of what enters each linear map of a block, while its context is open.
+    """A context that sums the squares of what enters each linear map of a block, by forward hooks.
 
-    half: 0 or 1, whose sums what enters now belongs to.
+    Attributes:
+        half: 0 or 1, the half of the windows that the inputs now belong to.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -87,11 +98,13 @@ class InputMeter:
 
 
 class ExpertMeter(TorchFunctionMode):
-    """Sums the squares of what enters each expert, where a block holds its experts as one 3-D parameter.
+    """A context that sums the squares of what enters each expert, where a block holds its experts as one 3-D parameter.
 
-    No module stands for a single expert, so there is nothing to hook; but each is applied as a linear map whose weight
-    is a slice of that parameter, or all are in one batched product, and this listens for such calls. `half` is as in
-    `InputMeter`.
+    No module stands for a single expert, so there is nothing to hook. But each expert is applied as a linear map whose
+    weight is a slice of that parameter, or all of them are in one batched product; this mode sees every such call.
+
+    Attributes:
+        half: as in `InputMeter`.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], kind: str = "") -> None:
@@ -104,7 +117,7 @@ class ExpertMeter(TorchFunctionMode):
         self.transposed: dict[int, bool] = {}
 
     def when_needed(self) -> contextlib.AbstractContextManager[Any]:
-        """This mode when there is anything to hear, else nothing: it costs a little on every operation."""
+        """This mode when the blocks hold such experts, else a context that does nothing: it slows every operation."""
         return self if self.stacks else contextlib.nullcontext()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +128,10 @@ class ExpertMeter(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def maps(self, block: nn.Module) -> Iterator[MeasuredMap]:
-        """The linear maps of every expert of `block`, a fused gate and up as two, as files have them.
+        """The linear maps of every expert of a block; a fused gate and up gives two, as files have them.
+
+        Args:
+            block: one of the blocks that the meter was made for.
 
         Raises:
             BadInput: the experts were not applied one at a time, so that nothing is known about their inputs.

@@ -55,11 +55,17 @@ _ENCODER, _DECODER = (re.compile(rf"(?<![A-Za-z])(?:{side}oder|{side})(?![A-Za-z
 
 
 def locate_blocks(names: Iterable[str], *, numbered: bool = False) -> dict[str, tuple[int | None, str]]:
-    """name -> (block or None, the rest of the name inside the block).
+    """Find the block that each tensor belongs to.
 
-    The outermost integer of a path numbers its family; the family with the most numbers holds the blocks, and an
-    encoder's and a decoder's families both do, encoder first. Blocks are counted 0, 1, 2 in the order of the integers,
-    or, if `numbered`, by the integers themselves.
+    The outermost integer of a name numbers its family. The family with the most numbers holds the blocks; an encoder's
+    and a decoder's families both do, encoder first.
+
+    Args:
+        names: names of all tensors.
+        numbered: blocks are numbered by the integers themselves, instead of 0, 1, 2 in their order.
+
+    Returns:
+        name -> block (None outside the blocks) and the rest of the name inside the block.
     """
     split = {name: _split_at_integer(name) for name in names}
     stacks, number = _stacks(split.values(), numbered=numbered)

@@ -26,10 +26,17 @@ def open_source(
     allow_pickle: bool = False,
     base: str | Path | nn.Module | Mapping[str, torch.Tensor] | None = None,
 ) -> Source:
-    """Open a model for reading; see the module's docstring for what `model` may be.
+    """Open a model for reading; no weights are read for this.
 
-    base: open the difference to this model instead, or, for an adapter, this model with the adapter merged into it.
-    Raises NotFound when there is no such path or id, BadInput when it is there and cannot be used.
+    Args:
+        model: `demo`, a directory, a file, a Hugging Face id, an nn.Module or a state dict.
+        revision: branch, tag or commit of an id.
+        allow_pickle: accepts pickled weights.
+        base: opens the difference to this model instead or, for an adapter, this model with the adapter merged into it.
+
+    Raises:
+        NotFound: there is no such path or id.
+        BadInput: the model is there and cannot be used.
     """
     if base is not None:
         source = open_source(model, revision=revision, allow_pickle=allow_pickle)

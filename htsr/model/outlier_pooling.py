@@ -26,10 +26,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Outliers:
-    """Percent of outlying weights; `lod` weighs by input norms, `lod_weight` does not. NaN where not computed.
+    """Percent of outlying weights of a block or a matrix; NaN where not computed.
 
     Attributes:
-        lod, lod_weight: at the first tau.
+        lod: at the first tau, weighed by input norms.
+        lod_weight: at the first tau, by weights alone.
         further: column name -> the same at each other tau.
         halves: `lod` with the norms of the first half of the windows and of the second; of a block only.
     """
@@ -73,10 +74,18 @@ def fused_shares(source: Source) -> Shares:
 def block_outliers(
     measured: MeasuredBlock, taus: Sequence[float], scope: str = "block", shares: Shares | None = None
 ) -> tuple[Outliers, dict[str, Outliers]]:
-    """The outliers of a block and of its matrices by role, of parts of fused ones too.
+    """Count the outliers of a block and of its matrices.
 
-    Under matrix scope each matrix has its own limit, and the block's LOD is the share of all its weights above theirs.
-    Parts are weights of the matrices once more: they count against the block's limit, not towards it.
+    Args:
+        measured: the block's linear maps and their input norms.
+        taus: the outlier limits.
+        scope: under `block` one limit holds for all matrices. Under `matrix` each has its own, and the block's LOD is
+            the share of all its weights above theirs.
+        shares: the parts of fused matrices, see `fused_shares`. They are weights of the matrices once more: they count
+            against the block's limit and not towards it.
+
+    Returns:
+        The outliers of the block, and those of its matrices and parts by role.
     """
     if not measured.maps:
         return Outliers(lod=np.nan, lod_weight=np.nan, further=dict.fromkeys(further_columns(taus), np.nan)), {}

@@ -1,7 +1,7 @@
 """Matrices inside a tensor: an expert of a stack, a share of a fused projection, a slice of a convolution's kernel.
 
 A tensor of any number of dimensions is seen as one matrix (`flat_shape`), and a part is a regular choice of its rows
-and of its columns. So a part is read from the file a block at a time, like a matrix of its own.
+and of its columns. So a part is read from the file a slice at a time, like a matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Positions along a dimension: `count` runs of `width`, the first at `start`, one every `stride`."""
+    """Positions along a dimension, in runs at a regular distance.
+
+    Attributes:
+        start: the first position.
+        width: number of neighbouring positions in a run.
+        stride: distance between the starts of two runs.
+        count: number of runs.
+    """
 
     start: int
     width: int
@@ -23,6 +30,7 @@ class Runs:
 
     @property
     def size(self) -> int:
+        """Number of positions."""
         return self.width * self.count
 
     def pieces(self, first: int, last: int) -> list[tuple[int, int]]:

@@ -14,7 +14,10 @@ MIN_SIDE = 8  # weightwatcher's own limit: fewer singular values make no spectru
 def why_not(tensor: TensorInfo, *, convolution: bool, bias: bool) -> str:
     """Why a tensor has no spectrum here; empty when it has one.
 
-    convolution, bias: by its name, a stack is a kernel, or the rows are biases (of several experts).
+    Args:
+        tensor: its name, shape and dtype.
+        convolution: whether its name says that it is a kernel; a 3-D one is no stack of matrices then.
+        bias: whether its name says that its rows are biases, of several experts.
     """
     shape = tensor.shape
     if tensor.note:

@@ -1,4 +1,4 @@
-"""May the calibration text run in bfloat16? Only where the device multiplies it in hardware, and never unseen.
+"""Whether the calibration text may run in bfloat16: where the device multiplies it in hardware, and after a check.
 
 bfloat16 products are several times faster there, but rounding moves input norms, and a norm moves outliers across
 their limit. So the first windows run in both precisions, block by block in one walk, and the text runs in bfloat16
@@ -28,13 +28,18 @@ UNITS = ("avx512_bf16", "amx_bf16")  # as Linux reports them; without, bfloat16 
 
 @dataclass(frozen=True)
 class Rounding:
-    """The precision that the text runs in, and why."""
+    """The precision that the calibration text runs in.
+
+    Attributes:
+        why: why this one.
+        dtype: of the products of matrices.
+    """
 
     why: str
     dtype: torch.dtype = torch.float32
 
     def record(self) -> dict[str, Any]:
-        """What scan.json keeps of it."""
+        """The part that scan.json stores."""
         return {"dtype": str(self.dtype).removeprefix("torch."), "why": self.why}
 
 
@@ -46,9 +51,14 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def judge(blocks: Iterable[tuple[int, Outliers, Outliers]]) -> Rounding:
-    """The precision, from each block's size and its outliers on the probe's windows in float32 and in bfloat16.
+    """Decide whether the text may run in bfloat16.
 
-    The first block that has too few, or whose LOD moves too far, ends the iteration.
+    Args:
+        blocks: for each block its number of weights and its outliers on the probe's windows, in float32 and in
+            bfloat16. The first block that has too few outliers, or whose LOD moves too far, ends the iteration.
+
+    Returns:
+        The precision and why.
     """
     exact, rounded = [], []
     for block, (size, true, got) in enumerate(blocks):

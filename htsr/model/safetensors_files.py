@@ -1,4 +1,4 @@
-"""Safetensors files: headers read with suspicion, tensors read a block at a time without mapping the file.
+"""Safetensors files: headers are checked, and tensors are read a part at a time without mapping the file.
 
 (A mapped file would count as resident memory as far as it has been touched: reading a model would cost its size.)
 """
@@ -123,7 +123,7 @@ class SafetensorsSource(Source):
                 yield piece
 
     def _hold(self, handle: BinaryIO, entry: Entry) -> np.ndarray:
-        """The bytes of a tensor, kept for the windows that this thread wants next: until it asks for another."""
+        """Read the bytes of a tensor, and hold them for the windows of it that this thread reads next."""
         self._held.name, out = None, np.empty(entry.num_bytes, np.uint8)
         _read_into(handle, entry.offset, out)
         out.flags.writeable = False
@@ -144,7 +144,13 @@ def named_files(directory: Path, index: Mapping[str, str]) -> dict[str, Path]:
 
 
 def read_index(directory: Path) -> dict[str, str]:
-    """Which file holds a tensor, by name, as the index says; empty where all are in one file or there is no index.
+    """Which file holds a tensor, by the index of a directory.
+
+    Args:
+        directory: the model's directory.
+
+    Returns:
+        tensor name -> file name; empty where all tensors are in one file or there is no index.
 
     Raises:
         BadInput: the index is damaged, or a file name in it is not the plain name of a safetensors file.

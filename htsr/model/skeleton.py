@@ -30,12 +30,20 @@ Origin = str | list[list[str]]  # a tensor, or of a stack of experts the tensors
 
 
 class CannotStreamError(Exception):
-    """The model has to be loaded as a whole; the text says why."""
+    """The model cannot be run block by block and has to be loaded as a whole; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skeleton:
-    """A model on the meta device, its stack of blocks, and where each of its parameters is in the source."""
+    """A model on the meta device, and where its weights are.
+
+    Attributes:
+        model: the model, without weights.
+        stack: its blocks.
+        names: parameter of `model` -> tensor in `source`.
+        source: the open model.
+        device: where the weights go when they are filled in.
+    """
 
     model: nn.Module
     stack: BlockStack
@@ -78,7 +86,7 @@ class Skeleton:
 
     @property
     def missing(self) -> list[str]:
-        """Parameters that the source has not; they hold NaN, which shows where they are used (a pooler's never)."""
+        """Parameters that the source lacks. They hold NaN, which shows where they are used (a pooler's never are)."""
         return [name for name, _ in self.model.named_parameters() if name not in self.names]
 
 
@@ -112,7 +120,11 @@ def _token_table(model: nn.Module) -> str | None:
 
 
 def build_skeleton(source: Source, device: str | torch.device = "cpu") -> Skeleton:
-    """The skeleton of the source's model, ready to embed tokens once `fill_tokens` knows which.
+    """Build the skeleton of a model, ready to embed tokens once `Skeleton.fill_tokens` has their rows.
+
+    Args:
+        source: an open model.
+        device: where the weights go.
 
     Raises:
         CannotStreamError: the names or shapes that the configuration leads to are not those of the file.
@@ -143,10 +155,13 @@ def build_skeleton(source: Source, device: str | torch.device = "cpu") -> Skelet
 
 
 def model_config(source: Source) -> Any:
-    """A transformers configuration object of the source, a copy that may be changed.
+    """A transformers configuration object of a model, a copy that may be changed.
+
+    Args:
+        source: an open model.
 
     Raises:
-        BadInput: no configuration, or a `model_type` that transformers does not know.
+        BadInput: there is no configuration, or its `model_type` is one that transformers does not know.
     """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -213,9 +228,9 @@ def _match(model: nn.Module, source: Source) -> dict[str, Origin]:
 def _match_by_role(
     model: nn.Module, stack: BlockStack, source: Source, known: Mapping[str, Origin]
 ) -> dict[str, Origin]:
-    """Where the matrices of blocks are that have other names in the file, by block and role, of the same shape.
+    """Find the matrices of blocks that have other names in the file, by block, role and shape.
 
-    transformers 5 holds experts in one parameter where published files have a tensor for each.
+    (transformers 5 holds experts in one parameter where published files have a tensor for each.)
     """
     missing = {name: p for name, p in model.named_parameters() if name not in known and p.ndim in (2, 3)}
     if not missing:

@@ -4,7 +4,7 @@
     source.tensors                    # names, shapes and dtypes; no weights are read for this
     source.rows(name, 0, 100)         # a torch tensor in the stored dtype
 
-Nothing here imports torch before a torch tensor is asked for: reading spectra needs NumPy alone.
+torch is imported only where a method returns a torch tensor: reading spectra needs NumPy alone.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ READABLE = ("float64", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Name, shape and dtype of a tensor; the dtype of quantised weights is like `dequantised:Q4_1`.
+    """What is known of a tensor before it is read.
 
-    `note` says why a tensor cannot be read as weights, where it cannot.
+    Attributes:
+        name: its name.
+        shape: its shape.
+        dtype: the stored dtype; of quantised weights it is like `dequantised:Q4_1`.
+        note: why the tensor cannot be read as weights; empty when it can.
     """
 
     name: str
@@ -56,6 +60,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Number of entries."""
         return math.prod(self.shape)
 
     @property
@@ -72,10 +77,17 @@ class TensorInfo:
 class Source(ABC):
     """Named tensors of one model. Subclasses say how a window of one and its stored bytes are read.
 
-    is_delta: the tensors are differences, whose scale means nothing: eigenvalues are cut relative to the largest.
-    base: what this was computed from beside the model.
-    numbered: the integers in names are the blocks' own numbers although some blocks may have no tensor here.
-    complete: the files at `path` hold these weights, so that other programs may load them from there.
+    Attributes:
+        is_delta: whether the tensors are differences, whose scale means nothing: eigenvalues are cut relative to the
+            largest.
+        base: the model that these values were computed against, else None.
+        numbered: whether the integers in names are the numbers of the blocks, although some blocks have no tensor here.
+        complete: whether the files at `path` hold these weights, so that other programs may load them from there.
+        id: the model as the user named it.
+        revision: the commit of a model from the Hugging Face Hub, else None.
+        path: the directory or file, None for a model in memory.
+        module: the nn.Module, for a model in memory.
+        tensors: name, shape and dtype of every tensor.
     """
 
     is_delta: bool = False
@@ -104,9 +116,15 @@ class Source(ABC):
 
     @abstractmethod
     def window(self, name: str, rows: tuple[int, int], cols: tuple[int, int]) -> np.ndarray:
-        """Rows and columns (first, last) of a tensor seen as a matrix (`parts.flat_shape`).
+        """Read rows and columns of a tensor seen as a matrix (`parts.flat_shape`).
 
-        A C-contiguous float array of a type NumPy knows.
+        Args:
+            name: the tensor.
+            rows: first row and the one after the last.
+            cols: first column and the one after the last.
+
+        Returns:
+            A C-contiguous array of a float type that NumPy knows.
         """
 
     def array(self, name: str, block: MatrixSlice) -> np.ndarray:
@@ -114,7 +132,7 @@ class Source(ABC):
         return self.window(name, *block.window(*flat_shape(self.info(name).shape)))
 
     def in_memory(self, name: str) -> torch.Tensor | None:
-        """A tensor seen as a matrix, in its own dtype and on its own device, where it is in memory already."""
+        """A tensor seen as a matrix, in its dtype and on its device, when it is in memory; else None."""
         return None
 
     def factors(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -145,7 +163,7 @@ class Source(ABC):
         return self.rows(name, 0, shape[0] if shape else 1)
 
     def tensor_sha256(self, name: str) -> str:
-        """sha256 of a tensor's stored bytes; read once, whichever thread asks first."""
+        """sha256 of a tensor's stored bytes, which are read once for all threads."""
         known: dict[str, str] = self.__dict__.setdefault("_digests", {})
         locks: dict[str, threading.Lock] = self.__dict__.setdefault("_hashing", {})
         with locks.setdefault(name, threading.Lock()):

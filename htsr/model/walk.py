@@ -21,13 +21,18 @@ from htsr.model.fused import model_type
 from htsr.model.meters import ExpertMeter, InputMeter, MeasuredBlock
 from htsr.model.skeleton import CannotStreamError, Skeleton
 
-TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's activations in cache; a large one's are
-# small beside a block
+TOKENS_PER_FORWARD = 1024  # keeps the matrix units busy and a small model's activations in cache; a large model's
+# activations are small compared with a block
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some windows (n, T), all of the first (0) or of the second half of all windows (1)."""
+    """Some windows of one half of the text.
+
+    Attributes:
+        half: 0 for the first half, 1 for the second.
+        ids: token ids, shape (n, T).
+    """
 
     half: int
     ids: Tensor
@@ -35,7 +40,14 @@ class Batch:
 
 @torch.no_grad()
 def record_calls(skeleton: Skeleton, windows: Tensor) -> Recorder:
-    """What says how each block is called on the windows (n, T), which it must see beforehand.
+    """Check that a model's blocks can be run one after the other on these windows.
+
+    Args:
+        skeleton: the model; the rows of its token embeddings are filled in.
+        windows: token ids, shape (n, T).
+
+    Returns:
+        The recorder, which runs the model again to record how each block is called.
 
     Raises:
         CannotStreamError: what a block is called with depends on what earlier blocks return.
@@ -60,7 +72,13 @@ def record_calls(skeleton: Skeleton, windows: Tensor) -> Recorder:
 
 @dataclass(frozen=True)
 class Recorder:
-    """A skeleton, the windows in batches, and how its stand-ins return hidden states."""
+    """Records how the blocks of a model are called.
+
+    Attributes:
+        skeleton: the model.
+        batches: the windows in batches.
+        as_tuple: whether a block has to return (hidden states,) instead of the tensor.
+    """
 
     skeleton: Skeleton
     batches: Sequence[Batch]
@@ -82,10 +100,13 @@ class Recorder:
 def stream_blocks(
     recorder: Recorder, count: int, dtypes: Sequence[torch.dtype] = (torch.float32,)
 ) -> Iterator[tuple[MeasuredBlock, ...]]:
-    """Measure the blocks in order on the first `count` windows, with products in each of `dtypes`.
+    """Measure the blocks in order; each has its weights only until the next one is requested.
 
-    A block has its weights only until the next one is asked for. In bfloat16 the linear maps and attention alone are
-    rounded (autocast): hidden states and norms stay in float32.
+    Args:
+        recorder: from `record_calls`.
+        count: number of windows, from the first.
+        dtypes: precisions of the products, one measurement each. In bfloat16 the linear maps and attention alone are
+            rounded (autocast): hidden states and norms stay in float32.
     """
     skeleton = recorder.skeleton
     recordings = recorder.recordings(count)
@@ -109,7 +130,7 @@ def _measure(
     calls: Sequence[tuple[int, Sequence[Call]]],
     hidden: list[Tensor],
 ) -> MeasuredBlock:
-    """Block `index` over every batch, (half, its calls); its outputs take the place of `hidden`."""
+    """Run block `index` over every batch, (half, its calls), and replace `hidden` by its outputs."""
     meter, experts = InputMeter(block), ExpertMeter([block], _kind(skeleton.model))
     with meter, experts.when_needed(), _products_in(dtype, skeleton.device):
         for position, (half, batch) in enumerate(calls):
@@ -121,10 +142,13 @@ def _measure(
 def loaded_blocks(model: nn.Module, windows: Tensor) -> Iterator[MeasuredBlock]:
     """Measure the blocks of a loaded model in one pass with hooks; the model is left exactly as it was found.
 
-    An encoder-decoder model reads the windows on both sides; its blocks are numbered encoder first.
+    Args:
+        model: an nn.Module. An encoder-decoder model reads the windows on both sides; its blocks are numbered encoder
+            first.
+        windows: token ids, shape (n, T).
     """
     stack = find_blocks(model).modules
-    model = getattr(model, "base_model", model)  # without the head: nobody reads the logits
+    model = getattr(model, "base_model", model)  # without the head, whose logits are not needed
     modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     arguments, experts = _call_arguments(model), ExpertMeter(stack, _kind(model))
@@ -158,7 +182,13 @@ def _products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextMan
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with beside its hidden states."""
+    """What a block was called with beside its hidden states.
+
+    Attributes:
+        args: the other positional arguments.
+        kwargs: the other keywords.
+        by_name: whether the hidden states were passed as the keyword `hidden_states`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -21,7 +21,13 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Calibration texts in file order, the name the user gave and the hash of the file's bytes."""
+    """Calibration text.
+
+    Attributes:
+        source: the text as the user named it.
+        sha256: hash of the file's bytes.
+        texts: the texts in file order.
+    """
 
     source: str
     sha256: str
@@ -29,10 +35,14 @@ class Text:
 
 
 def read_texts(calibration: str | Path = BUILTIN) -> Text:
-    """The packaged public-domain text (`builtin`), a .txt file (one text) or a .jsonl file (a `text` a row).
+    """Read the calibration text.
+
+    Args:
+        calibration: `builtin` (the packaged public-domain text), a .txt file (one text) or a .jsonl file (a `text` a
+            row).
 
     Raises:
-        NotFound: no such file.
+        NotFound: there is no such file.
         BadInput: another kind of file, not UTF-8, a row without text, or nothing but white space.
     """
     if str(calibration) == BUILTIN:
@@ -46,17 +56,20 @@ def read_texts(calibration: str | Path = BUILTIN) -> Text:
 
 
 def cut_windows(tokens: Any, *, samples: int, seq_len: int, seed: int) -> Tensor:
-    """Consecutive windows of `tokens`, `samples` of them chosen by the seed (all when there are no more), in order.
+    """Cut tokens into consecutive windows and choose some of them.
 
     Args:
         tokens: token ids of all texts joined, shape (n,).
+        samples: number of windows, at least 1; all are taken when there are no more.
+        seq_len: tokens in a window, at least 1.
+        seed: chooses the windows; they stay in order.
 
     Returns:
-        int64, shape (windows, seq_len); the tokens after the last whole window are dropped.
+        int64, shape (windows, seq_len); the tokens after the last full window are dropped.
 
     Raises:
-        UsageError: samples or seq_len below 1.
-        BadInput: fewer tokens than one window.
+        UsageError: samples or seq_len is below 1.
+        BadInput: there are fewer tokens than one window.
     """
     for name, value in (("samples", samples), ("seq-len", seq_len)):
         if value < 1:

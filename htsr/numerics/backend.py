@@ -41,9 +41,19 @@ class Reduced(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """The five costly steps, so that they can run elsewhere than in LAPACK. All slices have `side` columns.
+    """The five costly steps of a spectrum as functions, so that they can run in LAPACK or in torch.
 
-    exact_side: up to this side float64 throughout is no slower than the certified route; None: `certified.EXACT_SIDE`.
+    Every slice has `side` columns, the shorter side of the matrix.
+
+    Attributes:
+        reduce: (slices, side, scale) -> the decomposition of scale^2 W^T W in float32.
+        residuals: (slices, V, values) -> |W^T W v - value v| / |v| of every column of V, float64, shape (k,).
+        ritz: (slices, V) -> the ascending eigenvalues of W^T W within the span of V, float64, shape (k,).
+        full_rank: (A, dtype) -> whether the square matrix A clearly has full rank, computed in `dtype`.
+        exact: (slices, side) -> the ascending eigenvalues in float64 without noise, and the decomposition they came
+            from where it has vectors.
+        exact_side: up to this side float64 throughout is no slower than the certified route; None means
+            `certified.EXACT_SIDE`.
     """
 
     reduce: Callable[[Iterable[Any], int, float], Reduced]  # slices, side, scale -> of scale^2 W^T W

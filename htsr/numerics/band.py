@@ -20,9 +20,14 @@ WIDTH = 48
 
 
 def to_band(A: np.ndarray, width: int = WIDTH) -> list[np.ndarray]:
-    """Overwrite the lower triangle of A (Fortran order) by its band and the reflectors V below it; returns their T.
+    """Overwrite the lower triangle of A by its band and, below the band, by the reflectors that made it.
 
-    The k-th block reflector acts on the rows from (k + 1) * width on.
+    Args:
+        A: symmetric, shape (n, n), float32 or float64, in Fortran order; only its lower triangle is read.
+        width: number of subdiagonals that the band keeps, at least 1.
+
+    Returns:
+        The triangles T of the block reflectors I - V T V^T; the k-th acts on the rows from (k + 1) * width on.
     """
     triangles = []
     tau, work, info = np.empty(width, A.dtype), np.empty(64 * width, A.dtype), integers(1)

@@ -33,7 +33,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def has_matrix_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX, as Linux reports it)."""
+    """Whether this CPU multiplies bfloat16 matrices in hardware (Intel AMX)."""
     return "amx_bf16" in cpu_flags()
 
 
@@ -62,7 +62,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def medium_gram(slices: Iterable[Any], side: int) -> np.ndarray:
-    """sum_b S_b^T S_b in float32, (side, side) in Fortran order; slices with any other value go to BLAS."""
+    """sum_b S_b^T S_b in float32, shape (side, side), Fortran order; slices that hold other values are left to BLAS."""
     import torch
 
     G: np.ndarray = np.zeros((side, side), np.float32, order="F")

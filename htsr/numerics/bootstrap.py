@@ -1,4 +1,4 @@
-"""How sure an exponent is: a bootstrap that chooses xmin anew in every replica.
+"""The uncertainty of an exponent: a bootstrap that chooses xmin anew in every replica.
 
 A replica draws as many eigenvalues with replacement as there are and fits them from scratch, so the interval holds
 the uncertainty of xmin too, which sigma = (alpha - 1) / sqrt(n) leaves out. The interval is the percentile one: the
@@ -24,9 +24,12 @@ LEVEL = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaInterval:
-    """`low` to `high` covers the exponent at the stated level; `replicas` are the exponents it was made from.
+    """A bootstrap interval of alpha; NaN and no replicas where there is no fit, or fewer than 20 eigenvalues.
 
-    NaN and no replicas where there is no fit, or fewer than 20 eigenvalues.
+    Attributes:
+        low: lower end of the interval that covers the exponent at the stated level.
+        high: upper end.
+        replicas: the exponents of the replicas, shape (replicas,).
     """
 
     low: float
@@ -43,7 +46,14 @@ class AlphaInterval:
 def alpha_interval(
     eigenvalues: np.ndarray, rng: np.random.Generator, *, replicas: int = REPLICAS, level: float = LEVEL
 ) -> AlphaInterval:
-    """The bootstrap interval of alpha of a positive spectrum (any order); `level` is a share in (0, 1)."""
+    """Compute a bootstrap interval of alpha, in which every replica chooses its own xmin.
+
+    Args:
+        eigenvalues: positive, in any order, shape (n,).
+        rng: draws the replicas.
+        replicas: number of replicas, at least 1.
+        level: the share of intervals that are to cover the exponent, in (0, 1).
+    """
     fit = fit_power_law(eigenvalues)
     if fit.status is not FitStatus.OK or len(eigenvalues) < SMALL_SAMPLE:
         return AlphaInterval(low=np.nan, high=np.nan, replicas=np.empty(0))

@@ -33,7 +33,14 @@ CELL_PROBES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """`best` is the candidate found; `rival` the lowest candidate that may be better somewhere (-1: none is)."""
+    """What `judge` found.
+
+    Attributes:
+        best: index of the candidate with the smallest distance; -1 where fewer than two eigenvalues are above the cut.
+        alpha: the exponent at that candidate.
+        alpha_error: how far alpha may be from that of the true spectrum.
+        rival: the lowest index of a candidate that may be better for some spectrum within the radii; -1 when none is.
+    """
 
     best: int
     alpha: float
@@ -42,10 +49,15 @@ class Verdict:
 
 
 def judge(y: np.ndarray, radius: np.ndarray, cut: float) -> Verdict:
-    """Fit the ascending spectrum y, and look for candidates that its radii do not exclude.
+    """Fit an approximate spectrum, and look for candidates that its radii do not exclude.
 
-    Eigenvalues at or below `cut` are no candidates. Indices are those of y. Raises nothing: where even the best
-    candidate cannot be trusted it is its own rival.
+    Args:
+        y: ascending eigenvalues, shape (n,), float64.
+        radius: how far each true eigenvalue may be from y, shape (n,).
+        cut: eigenvalues at or below it are no candidates for xmin.
+
+    Returns:
+        The verdict, with indices into y. Where even the best candidate cannot be trusted it is its own rival.
     """
     start = int(np.searchsorted(y + radius, cut, side="right"))
     z, r = np.maximum(y[start:], cut * (1 + 1e-12)), radius[start:]

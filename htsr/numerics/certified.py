@@ -35,7 +35,7 @@ from htsr.numerics.spectrum import as_array, gram, gram_eigenvalues
 EXACT_SIDE = 1024  # up to here float64 costs next to nothing, unless the backend knows better
 NUM_PROBES, SAFETY = 16, 3.0
 GUARD = 8  # vectors beyond those that the deepest open candidate needs
-TAIL_PRECISION = 1e-7  # first asked of the refined values, relative
+TAIL_PRECISION = 1e-7  # of the refined values at first, relative
 MIN_TAIL = 48
 ATTEMPTS = 3
 SAMPLE_SIDE, LONG_TAIL = 512, 0.38
@@ -47,10 +47,14 @@ Read = Callable[[], Iterable[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """Ascending eigenvalues, and how they were found.
+    """The eigenvalues of a matrix, and how they were found.
 
-    route: "fp32", "fp64", "certified" (float32 with a float64 tail) or "escalated" (float64 after all, for `reason`);
-    refined: how many values from the top are float64's; flops: multiply-adds of all that was computed, counted twice.
+    Attributes:
+        values: ascending lambda = sigma^2, float64.
+        route: "fp32", "fp64", "certified" (float32 with a float64 tail) or "escalated" (float64 after all).
+        refined: number of values, from the largest down, that are float64's.
+        reason: why the matrix was escalated, else empty.
+        flops: floating-point operations of all that was computed.
     """
 
     values: np.ndarray
@@ -61,7 +65,7 @@ class Spectrum:
 
 
 class OpenError(Exception):
-    """What could not be shown in float32."""
+    """Float32 could not show that the fit is float64's; the text says what stayed open."""
 
 
 def spectrum(
@@ -74,13 +78,24 @@ def spectrum(
     backend: Backend = LAPACK,
     relative_cut: float | None = None,
 ) -> Spectrum:
-    """Eigenvalues lambda = sigma^2 of the rows x cols matrix whose slices (of min(rows, cols) columns) `read()` yields.
+    """Compute the eigenvalues lambda = sigma^2 of a matrix that is read in slices.
 
-    precision: "fp64" and "fp32" for the whole matrix, "auto" as above for sides beyond the backend's `exact_side` and
-    "fp64" up to it. square() is any square part of the matrix of min(rows, cols) rows; without it a spectrum that
-    reaches down to the noise of float32 is escalated.
-    relative_cut: the fit sees eigenvalues above this share of the largest; above EIGENVALUE_CUT by default.
-    Raises BadInput for a matrix that is not finite.
+    Args:
+        read: returns the slices of the matrix from the start, each with min(rows, cols) columns; called several times.
+        rows: number of rows of the matrix.
+        cols: number of columns.
+        precision: "fp64" or "fp32" for the whole matrix; "auto" is the certified route for sides beyond the backend's
+            `exact_side` and "fp64" up to it.
+        square: returns any square part of the matrix with min(rows, cols) rows; without it a spectrum that reaches
+            down to the noise of float32 is escalated.
+        backend: where the costly steps run.
+        relative_cut: the fit sees eigenvalues above this share of the largest; None is the absolute EIGENVALUE_CUT.
+
+    Returns:
+        min(rows, cols) values and how they were found.
+
+    Raises:
+        BadInput: the matrix is not finite.
     """
     m, n = max(rows, cols), min(rows, cols)
     if precision == "fp32":
@@ -100,7 +115,7 @@ def spectrum(
 
 
 def _exact(read: Read, m: int, n: int, full_rank: Callable[[type], bool], backend: Backend) -> np.ndarray:
-    """float64 throughout. Where its Gram matrix has zeros the matrix is asked whether it has."""
+    """Compute in float64 throughout; zeros of the Gram matrix are checked on the matrix itself."""
     values, reduced = backend.exact(read(), n)
     zeros = int(np.count_nonzero(values == 0))
     if not 0 < zeros < n:
@@ -134,7 +149,7 @@ def _certified(
     relative_cut: float | None,
     counter: list[float],
 ) -> tuple[np.ndarray, int]:
-    """The values and how many of them are refined. Raises OpenError."""
+    """The values and how many of them are refined; an OpenError where they cannot be certified."""
     scale, share = sample(read, m, n, relative_cut)
     if share > LONG_TAIL:
         raise OpenError(f"a small part of it has {share:.0%} of its eigenvalues in the tail")
@@ -187,9 +202,10 @@ def _radii(read: Read, reduced: Reduced, rough: np.ndarray, backend: Backend) ->
 
 
 def _depth(values: np.ndarray, radius: np.ndarray, verdict: Verdict, precision: float) -> int:
-    """The first index to refine, so that the best candidate and the lowest open one lie well inside.
+    """The first index to refine, so that the best candidate and the lowest open one lie well inside the refined part.
 
-    A Ritz value is as good as its distance to the first value left out; see `merge`.
+    A Ritz value is as good as its distance to the first value left out (see `merge`): that has to be below the lowest
+    candidate by its radius squared over `precision`, the error that is allowed relative to it.
     """
     lowest = min(verdict.best if verdict.rival < 0 else min(verdict.best, verdict.rival), len(values) - MIN_TAIL)
     edge = values[lowest] - radius[lowest] ** 2 / (precision * values[lowest])
@@ -212,9 +228,10 @@ def _small_values(
     full_rank: Callable[[type], bool],
     counter: list[float],
 ) -> np.ndarray:
-    """The values that are mere noise, as good as the rank needs them: right to a factor of 2, and zero where zero.
+    """The values that float32 cannot tell from zero: right to a factor of 2, and zero where the matrix lacks rank.
 
-    Where that is too much work they are raised above the limit of the rank once full rank is shown another way.
+    The rank needs no more. Where finding them is too much work they are raised above the limit of the rank, once full
+    rank is shown in another way.
     """
     found, flops = noise_resolved(read, m, reduced, rough, radius, scale)
     counter[0] += flops
@@ -228,7 +245,17 @@ def _small_values(
 
 
 def merge(values: np.ndarray, theta: np.ndarray, first: int, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The spectrum with Ritz values from `first` on, ascending, and the new radius of every value."""
+    """Replace the upper part of a rough spectrum by Ritz values.
+
+    Args:
+        values: rough eigenvalues, ascending, shape (n,).
+        theta: Ritz values of the n - first largest, ascending.
+        first: the index in `values` from which on `theta` replaces them.
+        radius: how far each rough value may be off, shape (n,).
+
+    Returns:
+        The ascending spectrum and the radius of every value, both of shape (n,).
+    """
     rounding = 64 * EPS64 * float(theta[-1])
     known = radius.copy()
     if first:
@@ -242,10 +269,19 @@ def merge(values: np.ndarray, theta: np.ndarray, first: int, radius: np.ndarray)
 
 
 def sample(read: Read, m: int, n: int, relative_cut: float | None) -> tuple[float, float]:
-    """A power of two that brings the entries near 1, and the share of the tail in the spectrum of a part of W.
+    """Look at a part of the matrix: the scale of its entries, and how much of its spectrum is tail.
 
-    The part holds 1/f of the columns and the first 1/f of the rows, f = 4 or what makes it SAMPLE_SIDE wide: a guess
-    that costs 1/f^3, so that a matrix whose tail is its bulk goes to float64 at once. Nothing else depends on it.
+    The part holds 1/f of the columns and the first 1/f of the rows, f = 4 or what makes it SAMPLE_SIDE wide. That costs
+    1/f^3 of the whole and only decides the route: a matrix whose tail is its bulk goes to float64 at once.
+
+    Args:
+        read: returns the slices of the matrix.
+        m: the longer side.
+        n: the shorter side.
+        relative_cut: as in `spectrum`.
+
+    Returns:
+        A power of two that brings the entries near 1, and the share of the tail in the part's eigenvalues, in [0, 1].
     """
     step = max(4, n // SAMPLE_SIDE)
     parts: list[np.ndarray] = []

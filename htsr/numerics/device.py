@@ -56,7 +56,7 @@ def largest_exact(free: int) -> int:
 
 
 def to_device(block: Any, dtype: torch.dtype, device: str) -> Tensor:
-    """A slice on the device in `dtype`; it travels in its own dtype where that is narrower, and is widened there."""
+    """Copy a slice to the device in `dtype`; a narrower dtype is copied as it is and widened on the device."""
     S = block.detach() if isinstance(block, Tensor) else torch.from_numpy(np.require(block, requirements="W"))
     if S.dtype.itemsize > dtype.itemsize:
         S = S.to(dtype)
@@ -93,9 +93,11 @@ class Decomposed:
 
 
 def torch_backend(device: str, exact_up_to: int | None = None) -> Backend:
-    """The steps of `certified.spectrum` on a torch device; on a CUDA device each thread has a stream of its own.
+    """Make the steps of `certified.spectrum` on a torch device.
 
-    exact_up_to: the backend's `exact_side`, by default what the device is good for.
+    Args:
+        device: "cpu" or "cuda[:N]"; on a CUDA device each thread has a stream of its own.
+        exact_up_to: the backend's `exact_side`; None measures what the device is good for.
     """
     prepare(device)
 

@@ -21,12 +21,14 @@ REAL = {np.dtype(np.float32): ("s", ctypes.c_float), np.dtype(np.float64): ("d",
 
 
 def call(name: str, dtype: Any, *arguments: bytes | int | float | np.ndarray) -> None:
-    """Run the routine of that name without its first letter, which `dtype` (float32 or float64) decides.
+    """Run a routine of BLAS or LAPACK in place. Nothing is checked: the arguments must be those of its documentation.
 
-    Every argument of the routine in its order: a letter as bytes, an integer, a real number, or an array, which stands
-    for the address of its first entry and may be a view; its leading dimension (`lead`) is an argument of its own.
-    `info` and other arrays of integers come from `integers`. The caller keeps to the routine's documentation: nothing
-    is checked.
+    Args:
+        name: the routine without its first letter, such as "syrk".
+        dtype: float32 or float64, which decides that letter.
+        arguments: every argument of the routine in its order: a letter as bytes, an integer, a real number, or an
+            array. An array may be a view and stands for the address of its first entry; its leading dimension (`lead`)
+            is an argument of its own. `info` and other arrays of integers come from `integers`.
     """
     letter, real = REAL[np.dtype(dtype)]
     function, integer = _routine(letter + name), _integer()
@@ -79,9 +81,9 @@ def _capsule(name: str) -> tuple[Any, bytes]:
 
 @functools.cache
 def _extension(name: str) -> Any:
-    """scipy.linalg's extension of that name, without the package around it where that is not loaded yet.
+    """scipy.linalg's extension module of that name, loaded without the package around it where that is not loaded yet.
 
-    (The package loads numpy.f2py, numpy.testing and more: 0.17 s, as long as ten matrices of 576 x 576 take.)
+    (The package loads numpy.f2py, numpy.testing and more, which takes as long as ten matrices of 576 x 576.)
     """
     full = f"scipy.linalg.{name}"
     if "scipy.linalg" not in sys.modules and full not in sys.modules:

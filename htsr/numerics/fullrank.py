@@ -21,13 +21,19 @@ CHUNK = 256  # rows converted to float64 at a time
 
 
 def has_full_rank(A: Any, dtype: type = np.float32) -> bool:
-    """True when the square matrix A clearly has full numerical rank; False when it has not, or it cannot be shown.
+    """Whether a square matrix clearly has full numerical rank.
 
-    A' is A scaled, in `dtype`, and x the right singular vector of the smallest singular value s of E + A' = L U, by
-    inverse iteration.
-    Were A' singular with kernel vector z, s would be one projection of E z, about |E z| / sqrt(side), and |A' x| about
-    |E x|, sqrt(side) times s. So full rank is: s >= SAFETY |E g| / |g| for random g (the rounding of this very check
-    overstates that), and |A' x| in float64 is s up to a factor AGREEMENT.
+    A' is A with rows and columns scaled by powers of two, and x the right singular vector of the smallest singular
+    value s of E + A' = L U, by inverse iteration. Were A' singular with kernel vector z, s would be one projection of E
+    z, about |E z| / sqrt(side), and |A' x| about |E x|, sqrt(side) times s. So full rank means: s >= SAFETY |E g| / |g|
+    for random g (the rounding of this very check overstates that), and |A' x| in float64 is s up to a factor AGREEMENT.
+
+    Args:
+        A: shape (side, side), an array or tensor of any float dtype.
+        dtype: np.float32 or np.float64, in which the factorisation runs.
+
+    Returns:
+        False when the matrix lacks rank, or when full rank cannot be shown.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # what is singular up to rounding overflows on the way
         return _has_full_rank(as_array(A, dtype))

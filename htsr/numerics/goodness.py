@@ -18,9 +18,16 @@ REPLICAS = 199
 
 
 def goodness_of_fit(eigenvalues: np.ndarray, rng: np.random.Generator, *, replicas: int = REPLICAS) -> float:
-    """p in [1 / (replicas + 1), 1] of a positive spectrum (any order); NaN without a fit or below 20 eigenvalues.
+    """Test whether a power law describes the tail of a spectrum.
 
-    (1 + replicas as far away) / (1 + replicas), so that p is never 0 and a true power law has p <= t at most at rate t.
+    Args:
+        eigenvalues: positive, in any order, shape (n,).
+        rng: draws the replicas.
+        replicas: number of samples that are drawn and fitted, at least 1.
+
+    Returns:
+        p = (1 + replicas as far from their fit) / (1 + replicas), so that a true power law has p <= t at most at rate
+        t. NaN where there is no fit, or fewer than 20 eigenvalues.
     """
     fit = fit_power_law(eigenvalues)
     if fit.status is not FitStatus.OK or len(eigenvalues) < SMALL_SAMPLE:

@@ -29,7 +29,7 @@ class LikelihoodRatio:
 
 
 def against_exponential(tail: np.ndarray, xmin: float) -> LikelihoodRatio:
-    """The power law against the exponential on the points `tail` >= xmin; NaN for fewer than 5 of them."""
+    """Compare the power law with the exponential law on the points `tail` >= xmin; NaN for fewer than 5 of them."""
     if len(tail) < LEAST_TAIL:
         return LikelihoodRatio(z=np.nan, p=np.nan)
     excess = tail / xmin - 1
@@ -38,9 +38,15 @@ def against_exponential(tail: np.ndarray, xmin: float) -> LikelihoodRatio:
 
 
 def against_lognormal(tail: np.ndarray, xmin: float) -> LikelihoodRatio:
-    """The power law against the lognormal on the points `tail` >= xmin; NaN for fewer than 5 of them.
+    """Compare the power law with the lognormal on the same tail.
 
-    z = 0, p = 1 where the best lognormal is the power law: the tail is at least as heavy as one.
+    Args:
+        tail: eigenvalues of at least xmin, shape (n,).
+        xmin: where the tail begins, above 0.
+
+    Returns:
+        z = 0 and p = 1 where the best lognormal is the power law, because the tail is at least as heavy as one; NaN for
+        fewer than 5 points.
     """
     if len(tail) < LEAST_TAIL:
         return LikelihoodRatio(z=np.nan, p=np.nan)

@@ -8,11 +8,20 @@ from htsr.numerics.spectrum import require_finite
 
 
 def product_eigenvalues(B: np.ndarray, A: np.ndarray) -> np.ndarray:
-    """Ascending lambda = sigma**2 of B A for B of (n, r) and A of (r, m); min(n, m) values, zeros but for at most r.
+    """Compute the eigenvalues lambda = sigma^2 of a product B A without forming it.
 
-    With B = Q_b R_b and A^T = Q_a R_a:  B A = Q_b (R_b R_a^T) Q_a^T, so the singular values are those of an r x r
-    matrix: O((n + m) r^2) instead of O(n^2 m), and the small ones are as accurate as the factors.
-    Raises BadInput when a factor holds a NaN or an infinity.
+    With B = Q_b R_b and A^T = Q_a R_a, B A = Q_b (R_b R_a^T) Q_a^T has the singular values of an r x r matrix. That
+    costs O((n + m) r^2) instead of O(n^2 m), and the small values are as accurate as the factors.
+
+    Args:
+        B: shape (n, r).
+        A: shape (r, m).
+
+    Returns:
+        min(n, m) values, ascending, float64; at most r of them are not zero.
+
+    Raises:
+        BadInput: a factor holds NaN or infinity.
     """
     require_finite(B)
     require_finite(A)

@@ -25,9 +25,12 @@ GRID = 4096
 class NoiseFit:
     """The noise in a spectrum and what stands out of it.
 
-    sigma: the noise's standard deviation s of one entry, in units of the weights; edge: the upper end of its bulk,
-    in units of lambda; num_spikes: eigenvalues beyond the edge by more than 95 % of noise matrices ever are;
-    p_edge: the chance, by Tracy-Widom, that noise of this scale has a largest eigenvalue as large (NaN for s = 0).
+    Attributes:
+        sigma: standard deviation s of one entry of the noise, in units of the weights.
+        edge: upper end of the noise's bulk, in units of lambda.
+        num_spikes: number of eigenvalues beyond the edge by more than 95 % of noise matrices ever are.
+        p_edge: the chance, by the Tracy-Widom law, that noise of this scale has a largest eigenvalue as large, in
+            [0, 1]; NaN for s = 0.
     """
 
     sigma: float
@@ -37,10 +40,15 @@ class NoiseFit:
 
 
 def fit_noise(eigenvalues: np.ndarray, rows: int, cols: int) -> NoiseFit:
-    """Marchenko-Pastur noise in the ascending eigenvalues of a rows x cols matrix, by trimmed quantiles.
+    """Fit Marchenko-Pastur noise to a spectrum by trimmed quantiles.
 
-    s^2 is the least-squares slope of the 10 % to 75 % quantiles of the spectrum against those of noise of scale 1:
-    spikes cannot pull at it, whatever their size.
+    s^2 is the least-squares slope of the 10 % to 75 % quantiles of the spectrum against those of noise of variance 1,
+    so that no spike can pull at it, whatever its size.
+
+    Args:
+        eigenvalues: ascending, shape (min(rows, cols),), zeros included.
+        rows: number of rows of the matrix.
+        cols: number of columns.
     """
     count = len(eigenvalues)
     levels = (np.arange(count) + 0.5) / count

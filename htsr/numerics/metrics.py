@@ -16,7 +16,16 @@ RELATIVE_CUT = 1e-12  # of the largest: the cut for differences of weights, whos
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumMetrics:
-    """log10_norm is log10 of the squared Frobenius norm, log10_spectral_norm of the squared spectral norm."""
+    """The numbers of a spectrum that need no fit, as weightwatcher defines them.
+
+    Attributes:
+        log10_norm: log10 of the squared Frobenius norm.
+        log10_spectral_norm: log10 of the squared spectral norm.
+        lambda_max: the largest eigenvalue.
+        stable_rank: squared Frobenius norm over squared spectral norm.
+        entropy: see `matrix_entropy`.
+        alpha_hill: see the function of that name.
+    """
 
     log10_norm: float
     log10_spectral_norm: float
@@ -40,6 +49,7 @@ def spectrum_metrics(eigenvalues: np.ndarray, longer_side: int) -> SpectrumMetri
 
 
 def log10(value: float) -> float:
+    """log10 of a positive number, NaN for any other."""
     return float(np.log10(value)) if value > 0 else np.nan
 
 
@@ -64,10 +74,17 @@ def matrix_entropy(eigenvalues: np.ndarray, longer_side: int) -> float:
 
 
 def alpha_hill(eigenvalues: np.ndarray) -> float:
-    """PL_Alpha_Hill: the Hill estimate from the upper half of the spectrum.
+    """Compute PL_Alpha_Hill, the Hill estimate from the upper half of the spectrum.
 
-    With x ascending, i = int(n / 2):  alpha = 1 + (n - i) / (sum_{j>=i} ln x_j - (n - i) ln x_i).
-    NaN when x_i is zero or the upper half has no spread. Reference: Zhou et al. 2023 (TempBalance).
+    With x ascending and i = int(n / 2):  alpha = 1 + (n - i) / (sum_{j>=i} ln x_j - (n - i) ln x_i).
+
+    Args:
+        eigenvalues: ascending, at least 0, shape (n,).
+
+    Returns:
+        The estimate; NaN when x_i is zero or the upper half has no spread.
+
+    Reference: Zhou et al. 2023 (TempBalance).
     """
     n = len(eigenvalues)
     tail = eigenvalues[int(n / 2) :]
@@ -78,7 +95,13 @@ def alpha_hill(eigenvalues: np.ndarray) -> float:
 
 
 def effective_rank(eigenvalues: np.ndarray) -> float:
-    """exp of the entropy of the singular values' shares, sigma / sum sigma; between 1 and the rank. NaN for zeros.
+    """Compute exp of the entropy of the singular values' shares, sigma / sum sigma.
+
+    Args:
+        eigenvalues: lambda = sigma^2, in any order, shape (n,).
+
+    Returns:
+        A number from 1 to the rank; NaN when every eigenvalue is zero.
 
     Reference: Roy and Vetterli 2007.
     """

@@ -30,10 +30,17 @@ def column_sums(W: Tensor) -> Tensor:
 
 
 def thresholds(limit: float, norms: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each column the largest number t of `dtype` with t * n_j <= limit in float64, shape (in,).
+    """Turn a limit on importances into one on the weights of each column.
 
-    So for a weight w of that dtype  |w| > t_j  is  |w| * n_j > limit  computed in float64, ties included. A column
-    with n_j = 0 has no weight above any limit.
+    Args:
+        limit: an importance |w| * n_j above it is an outlier.
+        norms: the norm n_j of each input feature, at least 0, shape (in,).
+        dtype: the float type of the weights that are compared.
+
+    Returns:
+        The largest number t_j of `dtype` with t_j * n_j <= limit in float64, shape (in,). So for a weight w of that
+        dtype |w| > t_j is |w| * n_j > limit computed in float64, ties included. A column with n_j = 0 has t_j =
+        infinity.
     """
     n = norms.to(torch.float64)
     t = (limit / n).to(dtype)

@@ -31,7 +31,16 @@ SHIFT, DECIDED = 5.0, 10.0  # in units of the Tracy-Widom law, see `Entries.boun
 
 @dataclass(frozen=True, kw_only=True)
 class Entries:
-    """Moments of a matrix's entries: mean and variance, excess kurtosis (0 for a normal law), the largest |w|."""
+    """Moments of the entries of a rows x cols matrix.
+
+    Attributes:
+        rows: number of rows.
+        cols: number of columns.
+        mean: the mean entry.
+        variance: the variance of the entries.
+        kurtosis: their excess kurtosis, 0 for a normal law; NaN when all entries are equal.
+        largest: the largest |w|.
+    """
 
     rows: int
     cols: int
@@ -54,8 +63,8 @@ class Entries:
     def light_tailed(self) -> bool:
         """Whether the Tracy-Widom law holds for these entries in random order.
 
-        They are spread out, and their excess kurtosis is small beside the width of the law, which grows with the
-        cube root of the size.
+        They must be spread out, and their excess kurtosis must be small beside the width of the law, which grows with
+        the cube root of the size.
         """
         return self.spread_out and abs(self.kurtosis) <= KURTOSIS_SHARE * min(self.rows, self.cols) ** (1 / 3)
 
@@ -64,11 +73,17 @@ class Entries:
         return noise_survival(lambda_max, self.variance + self.mean**2, self.rows, self.cols)
 
     def bound_survival(self, lambda_max: float) -> float:
-        """An upper bound of p for a lambda_max that no order of such entries reaches; NaN where it is not that far.
+        """An upper bound of p for an eigenvalue that no order of such entries reaches.
 
-        Heavy tails push the largest eigenvalue of noise outwards. With entries that are spread out it stayed, in
-        2,583 matrices of eleven laws and an excess kurtosis of up to 107, within 3 units of the Tracy-Widom law beyond
-        a shift of 5 kurtosis / side^(1/3) units (reports/bench/nulls); 10 units beyond the shift there is no doubt.
+        Heavy tails push the largest eigenvalue of noise outwards. With entries that are spread out it stayed, in 2,583
+        matrices of eleven laws and an excess kurtosis of up to 107, within 3 units of the Tracy-Widom law beyond a
+        shift of 5 kurtosis / side^(1/3) units (reports/bench/nulls); 10 units beyond the shift there is no doubt.
+
+        Args:
+            lambda_max: the largest eigenvalue of the matrix.
+
+        Returns:
+            The bound; NaN where the eigenvalue is not that far out.
         """
         edge, scale = edge_and_scale(self.rows, self.cols)
         shift = SHIFT * max(0.0, self.kurtosis) / min(self.rows, self.cols) ** (1 / 3)
@@ -94,9 +109,16 @@ def measure_entries(blocks: Iterable[np.ndarray], rows: int, cols: int) -> Entri
 def permutation_p(
     W: np.ndarray, lambda_max: float, rng: np.random.Generator, *, permutations: int = PERMUTATIONS
 ) -> float:
-    """(1 + permuted matrices with a largest eigenvalue >= lambda_max) / (1 + permutations), one-sided.
+    """Test the largest eigenvalue of a matrix against random orders of its entries.
 
-    `W` (rows, cols), C-contiguous float32, IS SHUFFLED in place: no second copy of a large matrix is made.
+    Args:
+        W: shape (rows, cols), C-contiguous float32. It is shuffled in place, since a copy would double the memory.
+        lambda_max: the largest eigenvalue of W^T W before the shuffles.
+        rng: shuffles the entries.
+        permutations: number of shuffles, at least 1.
+
+    Returns:
+        p = (1 + shuffled matrices that reach lambda_max) / (1 + permutations), one-sided.
     """
     flat, reached = W.reshape(-1), 0
     for _ in range(permutations):
@@ -106,10 +128,16 @@ def permutation_p(
 
 
 def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
-    """Whether the largest eigenvalue of W^T W is at least `value`, by Lanczos from a random start.
+    """Whether the largest eigenvalue of W^T W is at least `value`, by Lanczos' method from a random start.
 
-    A Ritz value never exceeds it, so one that reaches `value` decides. The other way round, after k steps the largest
-    Ritz value is below (1 - e) of it with a probability of at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
+    A Ritz value never exceeds that eigenvalue, so one that reaches `value` decides. The other way round, after k steps
+    the largest Ritz value is below (1 - e) of it with a probability of at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
+
+    Args:
+        W: shape (rows, cols), float32.
+        value: the number that is compared with, above 0.
+        rng: draws the start.
+
     Reference: Kuczynski and Wozniakowski 1992, theorem 4.2.
     """
     A = W if W.shape[0] >= W.shape[1] else W.T
@@ -119,7 +147,7 @@ def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
     vector /= float(np.linalg.norm(vector))
     basis: np.ndarray = np.empty((min(n, 32), n), np.float32)
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for step in range(1, n + 1):
         if step > len(basis):
             basis = np.concatenate([basis, np.empty_like(basis)])
@@ -131,19 +159,19 @@ def reaches(W: np.ndarray, value: float, rng: np.random.Generator) -> bool:
         length = float(np.linalg.norm(image))
         closed = length <= RESIDUAL * diagonal[0]
         if closed or step % CHECK_EVERY == 0 or step == n:
-            ritz, share = _largest_ritz(diagonal, beside)
+            ritz, share = _largest_ritz(diagonal, off_diagonal)
             if ritz >= value:
                 return True
             error = (np.log(1.648 * np.sqrt(n) / RISK) / (2 * step - 1)) ** 2
             if closed or length * share <= RESIDUAL * ritz or (error < 1 and ritz / (1 - error) < value):
                 return False
-        beside.append(length)
+        off_diagonal.append(length)
         vector = image / length
     return False
 
 
-def _largest_ritz(diagonal: list[float], beside: list[float]) -> tuple[float, float]:
+def _largest_ritz(diagonal: list[float], off_diagonal: list[float]) -> tuple[float, float]:
     """The largest eigenvalue of the tridiagonal matrix and the last component of its vector."""
-    T = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    T = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
     values, vectors = np.linalg.eigh(T)
     return float(values[-1]), float(abs(vectors[-1, -1]))

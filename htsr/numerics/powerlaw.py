@@ -38,6 +38,7 @@ class FitStatus(str, Enum):
 
     @property
     def sentence(self) -> str:
+        """What the status means, in words; empty for OK."""
         return _SENTENCES[self]
 
     def __str__(self) -> str:
@@ -55,10 +56,15 @@ _SENTENCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLawFit:
-    """p(lambda) ~ lambda^-alpha for lambda >= xmin; every number is NaN (n_tail 0) unless `status` is OK.
+    """The fit p(lambda) ~ lambda^-alpha for lambda >= xmin; every number is NaN (n_tail 0) unless `status` is OK.
 
-    alpha: the exponent; xmin: where the tail starts, in units of lambda; ks_d: the Kolmogorov-Smirnov distance there;
-    sigma = (alpha - 1) / sqrt(points in the fit); n_tail: the number of eigenvalues >= xmin.
+    Attributes:
+        alpha: the exponent, above 1.
+        xmin: where the tail starts, in units of lambda.
+        ks_d: the Kolmogorov-Smirnov distance between the tail and the fit, in [0, 1].
+        sigma: the standard error (alpha - 1) / sqrt(number of points in the fit).
+        n_tail: number of eigenvalues >= xmin.
+        status: how the fit ended.
     """
 
     alpha: float = np.nan
@@ -130,10 +136,16 @@ def search(x: np.ndarray, log_x: np.ndarray) -> tuple[int, float, float]:
 
 
 def lower_bounds(log_x: np.ndarray) -> np.ndarray:
-    """For every candidate a number that D_i, as computed in floating point, cannot fall below.
+    """Bound the distance D_i of every candidate from below, rounding included.
 
     A maximum over some order statistics is at most the maximum over all of them. The suffix sums give alpha up to
     rounding; its effect on any term is at most (relative error of alpha - 1) / e, which is subtracted twice over.
+
+    Args:
+        log_x: natural logarithms of the eigenvalues, ascending, shape (N,).
+
+    Returns:
+        A number for each of the N - 1 candidates that D_i, as computed in floating point, cannot fall below.
     """
     N = len(log_x)
     index = np.arange(N - 1)
@@ -156,7 +168,7 @@ def lower_bounds(log_x: np.ndarray) -> np.ndarray:
 
 
 def _search_small(x: np.ndarray, log_x: np.ndarray) -> tuple[int, float, float] | None:
-    """Below 20 points: (n - 1) for n in the estimate, and no tails under 8 points or without spread.
+    """The fit below 20 points: (n - 1) for n in the estimate, and no tails under 8 points or without spread.
 
     When no such tail is left the whole sample is the tail. None when that has no spread either.
     """

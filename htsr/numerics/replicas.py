@@ -21,7 +21,13 @@ MIN_SPREAD = 1e-9  # a tail whose logarithms add up to less has no slope; it is 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaFits:
-    """Of each sample (one entry a row): the exponent, the index of xmin in the sorted sample, and D there."""
+    """The fits of many samples, one entry a sample.
+
+    Attributes:
+        alpha: the exponent.
+        start: the index of xmin in the sorted sample.
+        ks_d: the Kolmogorov-Smirnov distance there.
+    """
 
     alpha: np.ndarray
     start: np.ndarray
@@ -29,9 +35,13 @@ class ReplicaFits:
 
 
 def fit_replicas(log_x: np.ndarray) -> ReplicaFits:
-    """Fit every row of `log_x`, (replicas, points): the natural logarithms of a sample, ascending.
+    """Fit a power law to every row of a batch of samples.
 
-    Raises ValueError for fewer than 20 points, where the reference has another rule.
+    Args:
+        log_x: natural logarithms of the samples, ascending along each row, shape (replicas, points), points >= 20.
+
+    Raises:
+        ValueError: fewer than 20 points a sample, where `fit_power_law` follows another rule.
     """
     replicas, points = log_x.shape
     if points < 20:

@@ -15,10 +15,17 @@ from htsr.numerics.spectrum import in_float64
 
 
 def ritz_values(slices: Iterable[Any], V: np.ndarray) -> np.ndarray:
-    """Ascending Ritz values of sum_b S_b^T S_b on span(V), V of shape (side, k).
+    """Compute the Ritz values of W^T W on the span of V, in float64.
 
-    They are never above the eigenvalues of the same rank from the top. Raises LinAlgError when the columns of V are
-    linearly dependent up to rounding.
+    Args:
+        slices: the slices of W, each with `side` columns.
+        V: shape (side, k); its columns need neither unit length nor orthogonality.
+
+    Returns:
+        k values, ascending; none is above the eigenvalue of the same rank from the top.
+
+    Raises:
+        LinAlgError: the columns of V are linearly dependent up to rounding.
     """
     from scipy.linalg import eigh
     from scipy.linalg.blas import dsyrk

@@ -37,9 +37,11 @@ Solve = Callable[[np.ndarray, float], np.ndarray]  # (R, shift) -> (G + shift)^-
 
 @dataclass(frozen=True, kw_only=True)
 class SmallEnd:
-    """Ascending lambda = sigma^2 of the smallest values, 0 where sigma does not count in the numerical rank.
+    """The smallest eigenvalues of W^T W.
 
-    products: how often q columns were multiplied by W and by its transpose.
+    Attributes:
+        values: ascending lambda = sigma^2, 0 where sigma does not count in the numerical rank.
+        products: how often q columns were multiplied by W and by its transpose.
     """
 
     values: np.ndarray
@@ -56,10 +58,18 @@ def depth(rough: np.ndarray, radius: np.ndarray) -> int:
 def small_end(
     read: Callable[[], Iterable[Any]], V: np.ndarray, solve: Solve, *, following: float, shift: float, limit: float
 ) -> SmallEnd | None:
-    """The values that belong to the columns of V (side, q), or None where it cannot be told how many are zero.
+    """Compute the smallest eigenvalues from the matrix itself, starting from approximate eigenvectors.
 
-    V: eigenvectors of the q smallest values of the float32 G; following: the next value less its radius;
-    shift: makes G positive definite, about its error; limit: the largest singular value that counts as zero.
+    Args:
+        read: returns the slices of the matrix W from the start, each with `side` columns.
+        V: eigenvectors of the q smallest values of the float32 Gram matrix G, shape (side, q).
+        solve: (R, shift) -> (G + shift)^-1 R.
+        following: the next eigenvalue of G less its radius, a lower bound for the complement of V.
+        shift: makes G positive definite; about the error of G.
+        limit: the largest singular value that counts as zero.
+
+    Returns:
+        The values that belong to the columns of V; None where it cannot be told how many of them are zero.
     """
     first = V = np.linalg.qr(np.asarray(V, np.float64))[0]
     last_least, last_share, tau = np.inf, np.inf, 0.0
@@ -92,10 +102,19 @@ def noise_resolved(
     radius: np.ndarray,
     scale: float = 1.0,
 ) -> tuple[np.ndarray | None, float]:
-    """The smallest eigenvalues from the matrix itself, all that may be noise among them, and the flops it took.
+    """Find the eigenvalues that may be noise of the Gram matrix from the matrix itself.
 
-    None in place of the values where that fails. longer: the matrix's longer side; reduced: of scale^2 W^T W, whose
-    values / scale^2 are `rough`, each off by at most its radius.
+    Args:
+        read: returns the slices of the matrix W from the start.
+        longer: the longer side of W.
+        reduced: the decomposition of scale^2 W^T W.
+        rough: its eigenvalues over scale^2, ascending, shape (side,).
+        radius: how far each rough value may be off, shape (side,).
+        scale: a power of two.
+
+    Returns:
+        The smallest eigenvalues, all that may be noise among them (None where that fails), and the floating-point
+        operations that it took.
     """
     n, q = len(rough), depth(rough, radius)
     if not q:

@@ -3,7 +3,7 @@
 For W of N x M (N >= M):  G = W^T W = sum_b W_b^T W_b  over row blocks W_b, and lambda = eig(G). A wide matrix is
 read in column blocks instead, so that memory is O(M^2) whatever N is and the whole matrix is never held.
 
-dtype policy: everything is computed in float64 unless float32 is asked for; the result is always float64.
+dtype policy: everything is computed in float64 unless the caller passes float32; the result is always float64.
 """
 
 from __future__ import annotations
@@ -68,10 +68,16 @@ def in_float64(slices: Iterable[Any]) -> Iterator[np.ndarray]:
 
 
 def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: bool = True) -> np.ndarray:
-    """G = sum_b S_b^T S_b over slices of any height and `side` columns, accumulated inside BLAS.
+    """Compute G = sum_b S_b^T S_b over slices of a matrix, accumulated inside BLAS.
 
-    Returns a symmetric (side, side) array of `dtype` in Fortran order; without `mirror` only its lower triangle is
-    right. Values that are NaN or infinite in a slice are so in G.
+    Args:
+        slices: arrays or tensors of any height and `side` columns.
+        side: number of columns.
+        dtype: np.float64 or np.float32, of the products and the sum.
+        mirror: fills the upper triangle too; without it only the lower one is right.
+
+    Returns:
+        A symmetric array of shape (side, side) in Fortran order. NaN or infinity in a slice is NaN or infinity in G.
     """
     G: np.ndarray = np.zeros((side, side), dtype, order="F")
     for block in slices:
@@ -86,11 +92,17 @@ def gram(slices: Iterable[Any], side: int, dtype: type = np.float64, *, mirror: 
 
 
 def gram_eigenvalues(G: np.ndarray) -> np.ndarray:
-    """Ascending eigenvalues of a Gram matrix (its lower triangle is read in Fortran order), float64, without noise.
+    """Compute the eigenvalues of a Gram matrix, without the noise of its rounding.
 
-    G may be overwritten.
+    Args:
+        G: symmetric, shape (side, side), float32 or float64; its lower triangle is read in Fortran order. It may be
+            overwritten.
 
-    Raises BadInput when G holds a NaN or an infinity.
+    Returns:
+        side values, ascending, float64.
+
+    Raises:
+        BadInput: G holds NaN or infinity.
     """
     side = len(G)
     require_finite(G)
@@ -111,10 +123,17 @@ def require_finite(G: Any) -> None:
 
 
 def without_noise(values: np.ndarray, dtype: type) -> np.ndarray:
-    """Ascending eigenvalues of a Gram matrix that was computed in `dtype`, as float64.
+    """Set to 0 the eigenvalues of a Gram matrix that are no more than its rounding noise.
 
-    What lies below side * eps * lambda_max is rounding noise of G and is returned as 0: a rank-deficient matrix has
-    zeros there, not noise. (A singular value below about 1e-7 of the largest cannot be seen in a float64 Gram matrix.)
+    A rank-deficient matrix has zeros there, not noise. (A singular value below about 1e-7 of the largest cannot be seen
+    in a float64 Gram matrix.)
+
+    Args:
+        values: ascending eigenvalues, shape (side,).
+        dtype: the float type that the Gram matrix was computed in; the limit is side * eps * lambda_max.
+
+    Returns:
+        The values as float64.
     """
     noise = len(values) * np.finfo(dtype).eps * values[-1]
     return np.where(values > noise, values, 0.0).astype(np.float64)

@@ -12,11 +12,19 @@ Slices = Callable[[], Iterable[np.ndarray]]  # the matrix once more, in slices o
 
 
 def leading_vectors(slices: Slices, side: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal bases of the spaces of the `rank` largest singular values of a tall matrix W of `side` columns.
+    """Compute the spaces of the largest singular values of a tall matrix that is read in slices.
 
-    Returns (U, V): U (longer side, k) and V (side, k), k = rank or the numerical rank where that is smaller, float64.
-    V are eigenvectors of W^T W; U spans W V. Memory is O(side^2 + longer * k); the matrix is read twice.
-    Raises BadInput for NaN or infinite entries.
+    Args:
+        slices: returns the slices of the matrix W from the start, each with `side` columns; it is read twice.
+        side: the shorter side.
+        rank: number of singular values, at least 1.
+
+    Returns:
+        U (longer side, k) and V (side, k), orthonormal, float64; k is `rank`, or the numerical rank where that is
+        smaller. V are eigenvectors of W^T W and U spans W V. Memory is O(side^2 + longer side * k).
+
+    Raises:
+        BadInput: the matrix holds NaN or infinity.
     """
     from scipy.linalg import eigh
 
@@ -30,10 +38,15 @@ def leading_vectors(slices: Slices, side: int, rank: int) -> tuple[np.ndarray, n
 
 
 def overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """||A^T B||_F^2 / k of two orthonormal bases (n, k_a) and (n, k_b), k the smaller; in [0, 1].
+    """Compute how far two subspaces are the same: ||A^T B||_F^2 / k.
 
-    1 when the smaller space lies in the other, 0 when they are orthogonal; max(k_a, k_b) / n on average for random
-    spaces. NaN for an empty space.
+    Args:
+        first: an orthonormal basis A, shape (n, k_a).
+        second: an orthonormal basis B, shape (n, k_b); k is the smaller of k_a and k_b.
+
+    Returns:
+        1 when the smaller space lies in the other, 0 when they are orthogonal, max(k_a, k_b) / n on average for random
+        spaces; NaN for an empty space.
     """
     k = min(first.shape[1], second.shape[1])
     return min(float(np.sum((first.T @ second) ** 2)) / k, 1.0) if k else float("nan")

@@ -1,4 +1,4 @@
-"""The fit at every possible xmin: how much alpha depends on where the tail is said to begin."""
+"""The fit at every possible xmin: how much alpha depends on where the tail begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ LEAST_TAIL = 10  # points; an exponent of fewer is mostly noise
 
 @dataclass(frozen=True, kw_only=True)
 class KsCurve:
-    """For every candidate xmin, ascending: the exponent, the Kolmogorov-Smirnov distance and the number of points."""
+    """The fit at every possible xmin, ascending; all arrays have shape (candidates,).
+
+    Attributes:
+        xmin: the eigenvalue where the tail begins.
+        alpha: the exponent of that tail.
+        ks_d: its Kolmogorov-Smirnov distance, in [0, 1].
+        n: number of points in the tail.
+    """
 
     xmin: np.ndarray
     alpha: np.ndarray
@@ -28,10 +35,14 @@ class KsCurve:
 
 
 def ks_curve(eigenvalues: np.ndarray) -> KsCurve:
-    """The fit at every eigenvalue but the largest, O(N^2); positive values in any order.
+    """Fit a power law at every eigenvalue but the largest, in O(N^2).
 
-    The fit of `fit_power_law` is the smallest distance here, to rounding. Candidates without spread above them are
-    left out; below 20 points there are none.
+    Args:
+        eigenvalues: positive, in any order, shape (N,).
+
+    Returns:
+        The fits; the smallest distance is that of `fit_power_law`, to rounding. Candidates without spread above them
+        are left out, and below 20 points there are none.
     """
     log_x = np.log(np.sort(np.asarray(eigenvalues, dtype=np.float64)))
     points = len(log_x)
@@ -57,11 +68,16 @@ def alpha_range(curve: KsCurve) -> tuple[float, float]:
 
 
 def alpha_average(curve: KsCurve) -> float:
-    """A mean of the exponents at all xmin with at least 10 points, instead of the one of a single xmin.
+    """Average the exponents at all xmin with at least 10 points.
 
-    Weights sqrt(n) exp(-2 n D^2): many points, and a distance that chance explains. Each exponent is first freed of
-    its bias, 1 + (alpha - 1)(n - 2) / n, which is exact for a power law above a given order statistic. NaN when no
-    xmin has enough points.
+    The weights sqrt(n) exp(-2 n D^2) favour many points and a distance that chance explains. Each exponent is first
+    freed of its bias, 1 + (alpha - 1)(n - 2) / n, which is exact for a power law above a given order statistic.
+
+    Args:
+        curve: the fits at every xmin.
+
+    Returns:
+        The average; NaN when no xmin has enough points.
     """
     enough = curve.n >= LEAST_TAIL
     if not enough.any():

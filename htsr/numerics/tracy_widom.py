@@ -45,7 +45,7 @@ LOG_SURVIVAL = (
 
 
 def tracy_widom_survival(s: float) -> float:
-    """P(X > s), one-sided; 1 below -5, and beyond 12 the value there (7e-14), which is then an upper bound."""
+    """P(X > s), one-sided. It is 1 below -5; beyond 12 it is the value there (7e-14), which is then an upper bound."""
     if np.isnan(s):
         return np.nan
     if s <= FIRST:

@@ -1,4 +1,4 @@
-"""A symmetric matrix reduced to a tridiagonal one: all eigenvalues, and the eigenvectors that are asked for.
+"""A symmetric matrix reduced to a tridiagonal one: all eigenvalues, and chosen eigenvectors.
 
 A = Q T Q^T costs 4/3 n^3; the eigenvalues of T follow in O(n^2), and k eigenvectors in O(n k) for T and 2 n^2 k for
 Q. Nothing of A but its lower triangle is read, and A's memory becomes that of Q. (SciPy's own wrappers of these
@@ -28,9 +28,17 @@ def reduce(A: np.ndarray, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray, n
 
 
 def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
-    """Ascending eigenvalues of the tridiagonal matrix with this diagonal and subdiagonal, of the same dtype.
+    """Compute the eigenvalues of a symmetric tridiagonal matrix.
 
-    Raises LinAlgError when they are not found.
+    Args:
+        d: the diagonal, shape (n,), float32 or float64.
+        e: the subdiagonal, shape (n - 1,).
+
+    Returns:
+        n values, ascending, of the same dtype.
+
+    Raises:
+        LinAlgError: the eigenvalues were not found.
     """
     values, rest, info = d.copy(), np.append(e, d.dtype.type(0)), integers(1)
     call("sterf", d.dtype, len(d), values, rest, info)
@@ -40,7 +48,14 @@ def tridiagonal_values(d: np.ndarray, e: np.ndarray) -> np.ndarray:
 
 
 class Tridiagonal:
-    """Q T Q^T of `A` (float32 or float64; overwritten in Fortran order). Raises BadInput when A is not finite."""
+    """The decomposition Q T Q^T of a symmetric matrix `A`, which is overwritten where it is in Fortran order.
+
+    Attributes:
+        values: all eigenvalues, ascending, float64.
+
+    Raises:
+        BadInput: A (float32 or float64) is not finite.
+    """
 
     def __init__(self, A: np.ndarray, block: int = BLOCK) -> None:
         self._factors, self._dtype = np.asfortranarray(A), A.dtype
