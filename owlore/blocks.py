@@ -1,8 +1,8 @@
-"""The parts of a causal language model that are trained or frozen as parts.
+"""The parts of a causal language model that are trained or frozen together.
 
 A parameter belongs to a decoder block or, outside the blocks, to one of the groups `embeddings` (with learned
-positions), `norm` (every vector) and `head`; together they are the whole model. Membership goes by identity: tied
-weights are one parameter, and both `embeddings` and `head` name it.
+positions), `norm` (every vector) and `head`; together they have all parameters. Tied weights are one parameter, which
+is in both `embeddings` and `head`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from htsr.model.blocks import find_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Parameters by unit; every tuple holds (name, parameter) with the first name a tied parameter goes by."""
+    """The parameters of a model by part, as (name, parameter) with the first name of a tied parameter.
+
+    Attributes:
+        model: The model.
+        modules: The decoder blocks.
+        blocks: Parameters of each block.
+        groups: Parameters of the groups `embeddings`, `norm` and `head`.
+    """
 
     model: nn.Module
     modules: tuple[nn.Module, ...]
@@ -27,10 +34,11 @@ class ModelParts:
 
     @property
     def num_blocks(self) -> int:
+        """Number of decoder blocks."""
         return len(self.blocks)
 
     def block_of(self) -> dict[str, int]:
-        """Parameter name -> block index, for parameters inside blocks."""
+        """The block of each parameter inside blocks, by the parameter's name."""
         return {name: index for index, block in enumerate(self.blocks) for name, _ in block}
 
     def parameters(self, blocks: Iterable[int], groups: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -40,9 +48,10 @@ class ModelParts:
 
 
 def find_parts(model: nn.Module) -> ModelParts:
-    """Split a model into its parts.
+    """Find the parts of a model.
 
-    Raises: BadInput when no stack of decoder blocks can be found, or when two blocks share a parameter.
+    Raises:
+        BadInput: The model has no stack of decoder blocks, or two blocks share a parameter.
     """
     stack = find_blocks(model)
     names = dict(model.named_parameters())
@@ -66,7 +75,7 @@ def find_parts(model: nn.Module) -> ModelParts:
 
 
 def freeze(model: nn.Module) -> None:
-    """No parameter is trained and none holds a gradient."""
+    """Set `requires_grad` of all parameters to False and drop their gradients."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.grad = None
@@ -82,7 +91,7 @@ def _members(
 def _group(
     model: nn.Module, getter: str, by_identity: dict[int, str], names: dict[str, nn.Parameter], outside: set[str]
 ) -> tuple[tuple[str, nn.Parameter], ...]:
-    """Parameters of the module that a transformers accessor returns, blocks excluded; none without the accessor."""
+    """Parameters outside the blocks of the module that a method of the model returns; none without the method."""
     access = getattr(model, getter, None)
     module = access() if access is not None else None
     if module is None:

@@ -1,4 +1,4 @@
-"""Runs side by side: what they cost and what they reached, from what they wrote down."""
+"""Comparing finished runs: their cost and their losses, from the files in their directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def compare_runs(directories: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """One row a run, with the names of `COLUMNS`; loss_before and loss_after are held-out, None where not measured."""
+    """A row for each run with the keys of `COLUMNS`; the losses are those on held-out data, or None."""
     table = []
     for directory in directories:
         record, _ = read_run(directory)
@@ -32,19 +32,28 @@ def compare_runs(directories: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def data_differ(directories: Sequence[str | Path]) -> bool:
-    """Whether the runs saw different data, so that their losses cannot be held against each other."""
+    """Whether the runs have different data, so that their losses are not comparable."""
     records = [read_run(directory)[0] for directory in directories]
     seen = {json.dumps([r["data"]["sha256"], (r["eval_data"] or {}).get("sha256")]) for r in records}
     return len(seen) > 1
 
 
 def begun_quantised(directories: Sequence[str | Path]) -> list[str]:
-    """Names of the runs whose first loss is of quantised frozen blocks and whose last is of the exported weights."""
+    """Names of the runs whose first loss is with quantised frozen blocks and whose last with the exported weights."""
     return [Path(d).name for d in directories if read_run(d)[0].get("eval_loss_last_frozen") is not None]
 
 
 def plot_held_out(directories: Sequence[str | Path], ax: Axes, *, against: str = "step") -> Axes:
-    """Training loss (mean over a tenth of the run) and held-out loss of each run against step or seconds."""
+    """Plot the training loss (mean over a tenth of the run) and the held-out loss of each run.
+
+    Args:
+        directories: Run directories.
+        ax: Axes to plot on.
+        against: "step" or "seconds".
+
+    Returns:
+        `ax`.
+    """
     import pandas as pd
 
     for number, directory in enumerate(directories):

@@ -1,8 +1,9 @@
-"""`owlore demo`: the whole road on the packaged model, in under two minutes: scan, table, fine-tune, compare."""
+"""`owlore demo`: all steps on the packaged model, in under two minutes: scan, table, fine-tuning, comparison."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import time
@@ -21,22 +22,29 @@ if TYPE_CHECKING:
     from owlore.run.result import Run
 
 MARKER = "demo.json"
-HELD_OUT_EVERY = 5  # each fifth row is never trained on
-ASKED = 24  # held-out questions that are answered before and after
+HELD_OUT_EVERY = 5  # every fifth row is held out
+ASKED = 24  # number of held-out questions that are answered before and after training
 GAMMA = 3
 
 
 def run_demo(out: Path, *, quiet: bool = False, json: bool = False) -> dict[str, Any]:
-    """Scan the packaged model, fine-tune it by its table, compare before and after; everything lies below `out`.
+    """Scan the packaged model, fine-tune it by its layer table, compare it before and after, and print the comparison.
 
-    Prints a short comparison (one JSON object with `json`) and returns it. An earlier demo in `out` is replaced.
+    Args:
+        out: Directory of all files; an earlier demo in it is replaced.
+        quiet: Whether to show neither progress nor notes.
+        json: Whether to print one JSON object instead of text.
 
-    Raises: UsageError when `out` holds something else.
+    Returns:
+        The comparison.
+
+    Raises:
+        UsageError: `out` has other files.
     """
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are so small that threads would only wait for each other
+    torch.set_num_threads(1)  # the matrices are so small that more threads would be slower
     try:
         return _run_demo(out, quiet=quiet, as_json=json)
     finally:
@@ -73,17 +81,25 @@ def _json(value: Any, indent: int | None = 1) -> str:
 
 
 def _clear(out: Path) -> None:
-    """Make room; only what an earlier demo wrote is removed."""
+    """Make an empty directory; only one that an earlier demo wrote is removed.
+
+    Raises:
+        UsageError: The directory has other files.
+    """
     if out.exists() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise UsageError(f"{out} is not empty and not an earlier demo: name another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("{}")  # from here on it is ours, also when it is cut short
+    (out / MARKER).write_text("{}")  # marks the directory as a demo's, also if the demo is interrupted
 
 
 def _divide(out: Path) -> tuple[Path, Path, list[dict[str, str]]]:
-    """The packaged rows as two files: to train on and to hold out."""
+    """Write the packaged rows to a training file and a held-out file.
+
+    Returns:
+        The paths of both, and the held-out rows.
+    """
     source = Path(__file__).parent / "assets" / "demo-data.jsonl"
     lines = source.read_text(encoding="utf-8").splitlines()
     parts = {
@@ -111,7 +127,7 @@ def _fine_tune(out: Path, train_file: Path, heldout_file: Path, quiet: bool) -> 
 
 
 def _answers(model: str | Run, rows: list[dict[str, str]]) -> list[str]:
-    """Greedy answers to the first held-out questions, one after another."""
+    """Greedy answers of a model to the first held-out questions."""
     from owlore.data.examples import alpaca_prompt
     from owlore.generate import generate
 
@@ -155,7 +171,7 @@ def _result(out: Path, table: LayerTable, run: Run, rows: list[dict[str, str]], 
 
 
 def _text(result: dict[str, Any], table: LayerTable) -> str:
-    """The comparison as a few lines for a terminal."""
+    """The comparison as text."""
     loss, right = result["heldout_loss"], result["right_answers"]
     rows = zip(table.index, table.score, table.inclusion, result["draws"], strict=True)
     lines = [
@@ -190,7 +206,7 @@ def _short(text: str, width: int = 90) -> str:
 
 
 def _report(scan: ScanResult, table: LayerTable, run: Run, result: dict[str, Any]) -> str:
-    """report.html: one file that loads nothing."""
+    """report.html as text: a page that loads no other file."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     pictures = [
@@ -198,7 +214,7 @@ def _report(scan: ScanResult, table: LayerTable, run: Run, result: dict[str, Any
         ("Outliers by depth", scan.plot.lod, "Share of weights whose importance stands out; the table's score."),
         ("Layer table", lambda: scan.plot.table(table), "How often each block is expected to be drawn."),
         ("Loss", run.plot.loss, "Training loss a step, and the loss on rows that were never trained on."),
-        ("Who trained when", run.plot.draws, "Blocks that were active at each step."),
+        ("Active blocks", run.plot.draws, "Blocks that were active at each step."),
         ("Draws", run.plot.draw_counts, "Periods in which each block was drawn, beside the number expected."),
     ]
     shown = [{"title": t, "data": _png(draw()), "caption": c} for t, draw, c in pictures]
@@ -207,8 +223,6 @@ def _report(scan: ScanResult, table: LayerTable, run: Run, result: dict[str, Any
 
 
 def _png(axes: Any) -> str:
-    import io
-
     buffer = io.BytesIO()
     axes.figure.savefig(buffer, format="png", dpi=120)
     return base64.b64encode(buffer.getvalue()).decode()

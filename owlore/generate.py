@@ -1,4 +1,4 @@
-"""Text from a model: greedy by default, sampled with a seed of its own."""
+"""Generating text with a model: greedy by default, or sampled with a seed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,21 @@ def generate(
     seed: int = 0,
     form: str = "plain",
 ) -> str:
-    """What the model writes after `prompt`, up to its end-of-sequence token; the same for the same seed.
+    """The model's continuation of a prompt, up to its end-of-sequence token; it is the same for the same seed.
 
-    form: `plain` continues the prompt as it is; `alpaca` puts it into the Alpaca prompt and `chat` into the
-    tokenizer's chat template (without one, into the Alpaca prompt), both as in training. temperature: 0 is greedy.
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        prompt: The prompt.
+        max_new_tokens: Largest number of new tokens.
+        temperature: Temperature of sampling; 0 is greedy.
+        seed: Seed of sampling.
+        form: "plain" continues the prompt itself; "alpaca" puts it into the Alpaca prompt and "chat" into the
+            tokenizer's chat template (without one, into the Alpaca prompt), both as in training.
 
-    Raises: BadInput for a prompt without tokens, or one that leaves the model no room for an answer.
+    Raises:
+        BadInput: The prompt has no token, or is as long as the model's context or longer.
+        UsageError: The form is unknown.
     """
     ids = prompt_ids(prompt, tokenizer, form)
     return continue_ids(
@@ -45,18 +54,29 @@ def continue_ids(
     top_k: int = 0,
     what: str = "the prompt",
 ) -> str:
-    """What the model writes after these tokens; `what` names them in an error. top_k: 0 samples from all tokens.
+    """The model's continuation of a list of tokens, as text.
 
-    Raises: BadInput when there is no token, or no room for an answer.
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        ids: Token ids of the prompt.
+        max_new_tokens: Largest number of new tokens.
+        temperature: Temperature of sampling; 0 is greedy.
+        seed: Seed of sampling.
+        top_k: Number of most probable tokens to sample from; 0 samples from all.
+        what: Name of the prompt in error messages.
+
+    Raises:
+        BadInput: There is no token, or the prompt is as long as the model's context or longer.
     """
     import torch
 
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not ids:
         raise BadInput(f"{what} has no token; expected some text")
-    if room is not None and len(ids) >= room:
-        raise BadInput(f"{what} has {len(ids)} tokens, and the model reads {room}; shorten it")
-    length = max_new_tokens if room is None else min(max_new_tokens, room - len(ids))
+    if context is not None and len(ids) >= context:
+        raise BadInput(f"{what} has {len(ids)} tokens, and the model reads {context}; shorten it")
+    length = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
     inputs = torch.tensor([ids], device=model.device)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": 1.0}
@@ -84,7 +104,11 @@ def continue_ids(
 
 
 def prompt_ids(prompt: str, tokenizer: Any, form: str) -> list[int]:
-    """Token ids of the prompt, exactly as the training data would begin."""
+    """Token ids of the prompt, as the training data begin.
+
+    Raises:
+        UsageError: The form is unknown.
+    """
     render: dict[str, Callable[[], str]] = {
         "plain": lambda: prompt,
         "alpaca": lambda: alpaca_prompt(prompt),
@@ -98,10 +122,10 @@ def prompt_ids(prompt: str, tokenizer: Any, form: str) -> list[int]:
 
 
 def ending_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, which training appended, and those the model declares."""
+    """Tokens that end an answer: the tokenizer's, which the training data have, and those of the generation config."""
     declared = getattr(model.generation_config, "eos_token_id", None)
-    own = declared if isinstance(declared, list) else [declared]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+    tokens = declared if isinstance(declared, list) else [declared]
+    return sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None})
 
 
 def _chat(prompt: str, tokenizer: Any) -> str:

@@ -1,20 +1,20 @@
-"""Put a PEFT adapter into a model, and write it down again.
+"""Putting a PEFT adapter into a model, and saving it.
 
-PEFT replaces the targeted linear maps inside the model it is given, so that the model object itself computes with the
-adapter from then on; what it returns around it is only needed to save and to merge. The engine therefore trains the
-model it already has, and no shortcut of its (chunked loss, checkpointed blocks) has to know of adapters.
+PEFT replaces the target layers inside the given model, so that the model object computes with the adapter; the wrapper
+that PEFT returns is only needed to save and to merge. So the engine trains the same model object with and without an
+adapter.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from htsr.console import quiet_libraries
@@ -28,10 +28,13 @@ CONFIG_FILE = "adapter_config.json"
 class InjectedAdapter:
     """An adapter inside a model.
 
-    wrapper: PEFT's model around it. trained: names of the adapter's parameters in the model. notes: what a continued
-    run has to be told to build the same adapter, as JSON. initial: the adapter's first tensors by PEFT's names, kept
-    only where the initialisation took something out of the base, which a saved adapter then has to give back.
-    saves_bytes: what quantising the base would save, where only shapes are known and it was not done.
+    Attributes:
+        wrapper: PEFT's model around it.
+        trained: Names of the adapter's parameters in the model.
+        notes: What a resumed run needs to build the same adapter, as JSON.
+        initial: The adapter's first tensors by PEFT's names, if the initialisation subtracted their product from the
+            base weights, which a saved adapter has to account for; else None.
+        saves_bytes: Bytes that quantising the base would save, if only shapes are known so that it was not quantised.
     """
 
     wrapper: Any
@@ -46,28 +49,27 @@ class InjectedAdapter:
         return self.wrapper.peft_config[self.wrapper.active_adapter]
 
     def save(self, directory: Path, *, base: str) -> None:
-        """Write an adapter directory for `PeftModel.from_pretrained` on the model that `base` names."""
+        """Write an adapter directory for `PeftModel.from_pretrained` with `base` as the name of the base model."""
         self.config.base_model_name_or_path = base
         with quiet_libraries(), tempfile.TemporaryDirectory() as folder:
-            converting = {} if self.initial is None else {"path_initial_model_for_weight_conversion": folder}
-            if self.initial is not None:
-                self._save_initial(Path(folder))
+            converting = {}
+            if self.initial is not None:  # PEFT saves the adapter's difference to its first tensors
+                save_file(self.initial, Path(folder) / "adapter_model.safetensors")
+                converting = {"path_initial_model_for_weight_conversion": folder}
             self.wrapper.save_pretrained(str(directory), save_embedding_layers=False, **converting)
-
-    def _save_initial(self, directory: Path) -> None:
-        """The adapter as it began, beside which PEFT computes what training changed."""
-        from safetensors.torch import save_file
-
-        assert self.initial is not None
-        save_file(self.initial, directory / "adapter_model.safetensors")
 
 
 def inject_adapter(model: nn.Module, config: Any, *, seed: int, takes_from_base: bool = False) -> InjectedAdapter:
-    """Inject the adapter that a PEFT configuration describes; its random numbers come from `seed` alone.
+    """Put the adapter of a PEFT configuration into a model.
 
-    takes_from_base: the initialisation subtracts its product from the base weights (PiSSA).
+    Args:
+        model: The model, which is changed.
+        config: The PEFT configuration.
+        seed: Seed of the adapter's random numbers, which do not depend on the global generator.
+        takes_from_base: Whether the initialisation subtracts its product from the base weights (PiSSA).
 
-    Raises: UsageError when the configuration does not fit the model.
+    Raises:
+        UsageError: The configuration does not fit the model.
     """
     from peft import get_peft_model, get_peft_model_state_dict
 
@@ -79,27 +81,30 @@ def inject_adapter(model: nn.Module, config: Any, *, seed: int, takes_from_base:
         except ValueError as error:
             raise UsageError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
     trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
-    initial: Mapping[str, Tensor] | None = None
+    initial: dict[str, Tensor] | None = None
     if takes_from_base and device.type != "meta":
         initial = {n: t.detach().cpu().clone() for n, t in get_peft_model_state_dict(wrapper).items()}
-    return InjectedAdapter(wrapper=wrapper, trained=trained, initial=None if initial is None else dict(initial))
+    return InjectedAdapter(wrapper=wrapper, trained=trained, initial=initial)
 
 
 def holds_adapter(model: nn.Module) -> bool:
-    """Whether PEFT's layers lie in it."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # who has not imported it has none of its layers
+    """Whether a model has layers of a PEFT adapter."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # if PEFT was not imported, there are none
     return peft is not None and any(isinstance(module, peft.BaseTunerLayer) for module in model.modules())
 
 
 def is_adapter(directory: str | Path) -> bool:
-    """Whether a PEFT adapter lies there."""
+    """Whether a directory has a PEFT adapter."""
     return (Path(directory) / CONFIG_FILE).is_file()
 
 
 def smallest_side(model: nn.Module, targets: str | list[str]) -> int:
-    """The smallest number of inputs or outputs among the linear maps that an adapter is meant for; bounds a rank.
+    """The smallest number of inputs or outputs of the target layers of an adapter, which is a bound of its rank.
 
-    targets: `all-linear` (all but the head) or names, matched at the end of a module's name as PEFT does.
+    Args:
+        model: The model.
+        targets: "all-linear" (all but the head), or names, which are compared with the end of a module's name as PEFT
+            does.
     """
     access = getattr(model, "get_output_embeddings", None)
     head = None if access is None else access()

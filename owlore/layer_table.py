@@ -1,4 +1,4 @@
-"""Where a run's layer table comes from: a file, a rule, or a scan of the model at hand."""
+"""The layer table of a run: from a file, by a rule, or from a scan of the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ DEFAULT_GAMMA = 5
 Notify = Callable[[str], None]
 
 
-def cache_directory() -> Path:
-    """Where tables of scanned models are kept: $OWLORE_CACHE, else the user's cache folder."""
-    return files.cache_directory("owlore")
-
-
 def find_table(
     wanted: str | Path | LayerTable | None,
     *,
@@ -30,10 +25,18 @@ def find_table(
     notify: Notify,
     weights_sha256: str,
 ) -> LayerTable | None:
-    """The table that `wanted` names: `auto` (scan), `uniform`, `decrease`, a file, a table, or None for none.
+    """Find the layer table of a run.
 
-    Raises: BadInput for a table of another depth; NotFound for a missing file. A table made from other weights is
-    used, and said aloud.
+    Args:
+        wanted: "auto" for a scan, "uniform", "decrease", a file, a table, or None for no table.
+        num_blocks: Number of blocks of the model.
+        scan: Scans the model.
+        notify: Called with notes, such as one on a table that was made from other weights.
+        weights_sha256: Digest of the model's weights, or an empty string.
+
+    Raises:
+        NotFound: The file does not exist.
+        BadInput: The table has another number of blocks, or the file is not a table.
     """
     if wanted is None:
         return None
@@ -59,8 +62,19 @@ def find_table(
 
 
 def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, notify: Notify, quiet: bool) -> LayerTable:
-    """The LOD table of a model (alpha where no calibration can run, uniform where nothing can), cached by weights."""
-    cached = cache_directory() / "tables" / f"{weights_sha256[:32]}-htsr-{htsr.__version__}.json"
+    """Scan a model for its layer table, which is cached by the digest of the weights.
+
+    Args:
+        model: What `htsr.scan` takes.
+        tokenizer: The tokenizer for the calibration.
+        weights_sha256: Digest of the model's weights.
+        notify: Called with messages about the scan.
+        quiet: Whether to show no progress bar.
+
+    Returns:
+        The table by LOD; by alpha if there is no LOD for every block, and uniform if there is no alpha either.
+    """
+    cached = files.cache_directory("owlore") / "tables" / f"{weights_sha256[:32]}-htsr-{htsr.__version__}.json"
     if cached.is_file():
         try:
             table = LayerTable.load(cached)
@@ -84,27 +98,37 @@ def scanned_table(model: Any, tokenizer: Any, *, weights_sha256: str, notify: No
 
 
 def run_inclusion(table: LayerTable, *, active: int | None, floor: float | None) -> np.ndarray:
-    """Inclusion probabilities for this run's gamma, from the table's probabilities.
+    """Inclusion probabilities of a run from the probabilities of its table.
 
-    active: blocks a period; None is the table's own. More than there are blocks means all of them. floor: None is the
-    floor that the table was made with.
+    Args:
+        table: The layer table.
+        active: Number of active blocks in a period, at most the number of blocks; None takes the table's gamma.
+        floor: Lower bound of the inclusion probabilities; None takes that of the table.
 
-    Raises: UsageError when a floor that is asked for, or the table's, is more than gamma / blocks.
+    Returns:
+        The inclusion probability of each block, (blocks,) fp64.
+
+    Raises:
+        UsageError: `active` is below 1, or the floor is above gamma / blocks.
     """
     gamma = min(active if active is not None else table.gamma, table.num_blocks)
     if gamma < 1:
         raise UsageError(f"--active got {active}, expected at least 1 block a period")
-    own = floor_of(table)
-    if floor is None and own > gamma / table.num_blocks * (1 + 1e-12):
+    table_floor = floor_of(table)
+    if floor is None and table_floor > gamma / table.num_blocks * (1 + 1e-12):
         raise UsageError(
-            f"the table was made with floor {own:g} and {gamma} of {table.num_blocks} blocks a period allow "
+            f"the table was made with floor {table_floor:g} and {gamma} of {table.num_blocks} blocks a period allow "
             f"{gamma / table.num_blocks:.4g}: give a --floor, or a larger --active"
         )
-    return inclusion(table.probability, gamma, own if floor is None else floor)
+    return inclusion(table.probability, gamma, table_floor if floor is None else floor)
 
 
 def floor_of(table: LayerTable) -> float:
-    """The lower bound on inclusions that a table's rule names, 0 without one."""
+    """The lower bound of the inclusion probabilities in a table's rule, 0 without one.
+
+    Raises:
+        BadInput: It is not a number from 0 to 1.
+    """
     found = table.rule.get("floor", 0.0)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < 1:
         raise BadInput(

@@ -1,4 +1,4 @@
-"""`owlore merge`: an adapter and its base made into one plain model, in fp32 and from the unquantised weights."""
+"""`owlore merge`: merging an adapter into its base model, in fp32 and from the unquantised weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,15 @@ PROBE_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What a merge did: the written directory, the base, and how far the logits of what was written lie from those of
-    the adapter on its base as it was trained (largest difference, largest logit, share of tokens with the same best).
+    """The result of a merge. Its logits are compared with those of the adapter on its base as it was trained.
+
+    Attributes:
+        directory: Directory of the merged model.
+        base: The base model.
+        matrices: Number of matrices that the adapter changes.
+        max_difference: Largest difference of two logits.
+        max_logit: Largest magnitude of a logit.
+        same_best: Share of tokens with the same most probable next token.
     """
 
     directory: str
@@ -32,22 +39,31 @@ class Merged:
     same_best: float
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
 
 def merge(ref: str | Path, out: str | Path, *, device: torch.device) -> Merged:
-    """Merge the adapter that `ref` (a run directory or an adapter directory) holds into the base that it names.
+    """Merge an adapter into the base model that it names.
 
-    The sums are made in fp32 on the base as its checkpoint has it, also where the adapter was trained on a quantised
-    one; they are rounded to the checkpoint's dtype once. Tensors without an adapter keep their bits.
+    The sums are computed in fp32 from the weights of the base's checkpoint, also if the adapter was trained on a
+    quantised base, and are rounded to the checkpoint's dtype once. Tensors without an adapter keep their bits.
 
-    Raises: NotFound, BadInput (no adapter, or one that does not fit its base), UsageError when `out` is taken.
+    Args:
+        ref: A run directory or an adapter directory.
+        out: Directory of the merged model; it must be empty or not exist.
+        device: Where the merge is computed.
+
+    Raises:
+        NotFound: `ref` or the base does not exist.
+        BadInput: There is no adapter, or it does not fit its base.
+        UsageError: `out` is not empty.
     """
-    place, out = adapter_of(ref), Path(out)
+    directory, out = adapter_of(ref), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"-o {out}: exists and is not empty; name another directory")
-    before = probe_logits(load_trained(place, device=device).model)
-    loaded, wrapper = adapter_on_base(place, device=device, dtype="float32", quantised=False)
+    before = probe_logits(load_trained(directory, device=device).model)
+    loaded, wrapper = adapter_on_base(directory, device=device, dtype="float32", quantised=False)
     names = {f"{name}.weight" for name in wrapper.targeted_module_names}
     with quiet_libraries():
         plain = wrapper.merge_and_unload(safe_merge=True)
@@ -56,7 +72,7 @@ def merge(ref: str | Path, out: str | Path, *, device: torch.device) -> Merged:
     after = probe_logits(load_trained(out, device=device).model)
     return Merged(
         directory=str(out),
-        base=base_of(place),
+        base=base_of(directory),
         matrices=len(names),
         max_difference=float((before - after).abs().max()),
         max_logit=float(before.abs().max()),
@@ -65,16 +81,18 @@ def merge(ref: str | Path, out: str | Path, *, device: torch.device) -> Merged:
 
 
 def adapter_of(ref: str | Path) -> Path:
-    """The adapter directory that `ref` is, or that the run `ref` left in `model/`.
+    """The adapter directory that `ref` is, or the one in `model/` of the run directory `ref`.
 
-    Raises: NotFound, BadInput when there is no adapter.
+    Raises:
+        NotFound: There is no such directory.
+        BadInput: It has no adapter.
     """
     path = Path(ref).expanduser()
     if not path.exists():
         raise NotFound(f"{ref}: no such directory; give a run directory or an adapter directory")
-    for place in (path, path / "model"):
-        if is_adapter(place):
-            return place
+    for directory in (path, path / "model"):
+        if is_adapter(directory):
+            return directory
     raise BadInput(f"{ref} holds no adapter (no {CONFIG_FILE}): there is nothing to merge")
 
 
@@ -84,5 +102,4 @@ def probe_logits(model: Any) -> Tensor:
     model.eval()
     vocabulary = model.config.get_text_config().vocab_size
     row = torch.arange(PROBE_TOKENS).mul_(7919).remainder_(vocabulary)[None].to(next(model.parameters()).device)
-    logits: Tensor = model(input_ids=row, use_cache=False).logits
-    return logits[0].float().cpu()
+    return model(input_ids=row, use_cache=False).logits[0].float().cpu()

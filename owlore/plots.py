@@ -1,4 +1,4 @@
-"""Plots of a run: `(data, ax) -> ax`, nothing is fitted or shown."""
+"""Plots of a run, as functions `(data, ax) -> ax` that neither fit nor show anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLUE, ORANGE, GREY = "#2a6f97", "#e07a3f", "#b8bec4"
 
 
 def plot_loss(history: pd.DataFrame, ax: Axes) -> Axes:
-    """Training loss by step (points, and a moving average over a twentieth of the run) with the held-out loss."""
+    """Training loss by step, with a moving average over a twentieth of the run, and held-out loss."""
     train = history[history["split"] == "train"].dropna(subset=["loss"])
     held_out = history[history["split"] == "eval"]
     window = max(1, len(train) // 20)
@@ -33,7 +33,7 @@ def plot_loss(history: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_draws(history: pd.DataFrame, num_blocks: int, ax: Axes) -> Axes:
-    """Which blocks were trained at which step, as a raster: depth upwards, time to the right."""
+    """The blocks that were trained at each step, as an image with a row for each block."""
     train = history[history["split"] == "train"]
     raster = np.zeros((num_blocks, len(train)))
     for column, active in enumerate(train["active_blocks"]):
@@ -48,7 +48,7 @@ def plot_draws(history: pd.DataFrame, num_blocks: int, ax: Axes) -> Axes:
 
 
 def plot_draw_counts(draws: Sequence[int], inclusion: Sequence[float] | None, ax: Axes) -> Axes:
-    """Realised draws of each block beside the number expected from the table."""
+    """Number of draws of each block, and the number expected from the inclusion probabilities unless they are None."""
     blocks = np.arange(len(draws))
     ax.bar(blocks, draws, color=BLUE, width=0.7, label="drawn")
     if inclusion is not None:
@@ -61,7 +61,7 @@ def plot_draw_counts(draws: Sequence[int], inclusion: Sequence[float] | None, ax
 
 
 def _count(*axes: Axis) -> None:
-    """Ticks at whole numbers alone."""
+    """Set ticks at integers only."""
     from matplotlib.ticker import MaxNLocator
 
     for axis in axes:

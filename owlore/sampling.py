@@ -1,6 +1,6 @@
-"""Which blocks are trained in which period: pure functions of (seed, period, table).
+"""The blocks that are trained in each period: pure functions of (seed, period, table).
 
-There is no sampler state: a resumed run and every rank of a distributed one agree by construction.
+There is no sampler state, so that a resumed run and every rank of a distributed run draw the same blocks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from owlore.kernels.seeds import seed_for
 
 __all__ = ["DRAWS", "draw", "draw_cyclic", "draw_sequential", "draw_shuffled", "inclusion"]
 
-UNIT = 1 << 40  # one whole inclusion in integer units: sums of inclusions are exact, errors of pi are below 1e-12
+UNIT = 1 << 40  # an inclusion of 1 as an integer: sums of inclusions are exact, and errors of pi are below 1e-12
 
 Blocks = tuple[int, ...]
 
@@ -23,11 +23,20 @@ Blocks = tuple[int, ...]
 def draw(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
     """A sorted sample of round(sum pi) blocks in which block l is included with probability exactly pi[l].
 
-    Systematic sampling with unequal probabilities in a random order (Madow 1949): lay the pi end to end, drop one
-    uniform offset, take every unit step. As no pi exceeds 1 no block is taken twice. The random order gives nearly
-    every pair of blocks a chance to be drawn together.
+    Systematic sampling with unequal probabilities in a random order (Madow 1949): the pi are put end to end on a line,
+    and the blocks at a uniform offset and at every unit after it are taken. As no pi exceeds 1, no block is taken
+    twice. With the random order, nearly every pair of blocks can be drawn together.
 
-    pi: inclusion probabilities in [0, 1] whose sum is a whole number.
+    Args:
+        pi: Inclusion probability of each block, (blocks,) fp64 in [0, 1], with an integer sum.
+        seed: Seed of the run.
+        period: Number of the period, counted from 0.
+
+    Returns:
+        Indexes of the drawn blocks, ascending.
+
+    Raises:
+        ValueError: An inclusion lies outside [0, 1], or their sum is not an integer of at least 1.
     """
     lengths = _integer_lengths(pi)
     generator = _generator(seed, "draw", period)
@@ -41,7 +50,18 @@ def draw(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
 def draw_sequential(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
     """The draw of the published OwLore code: one block after another without replacement, p proportional to pi.
 
-    Its inclusion probabilities are *not* pi (frequent blocks are drawn less often); kept for replication.
+    Note: its inclusion probabilities are *not* pi (frequent blocks are drawn less often); it is there for replication.
+
+    Args:
+        pi: Relative frequency of each block, (blocks,) fp64, not negative, with an integer sum.
+        seed: Seed of the run.
+        period: Number of the period, counted from 0.
+
+    Returns:
+        Indexes of the drawn blocks, ascending.
+
+    Raises:
+        ValueError: The sum is not an integer of at least 1, or fewer blocks have a positive pi.
     """
     size = _whole_sum(pi)
     drawable = int(np.count_nonzero(pi))
@@ -52,17 +72,40 @@ def draw_sequential(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
 
 
 def draw_cyclic(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
-    """Blocks in ascending order, gamma at a time, over and over (BAdam, Luo et al. 2024); pi gives only gamma."""
+    """The next gamma blocks in ascending order, again from the first after the last (BAdam, Luo et al. 2024).
+
+    Args:
+        pi: Inclusion probabilities, (blocks,) fp64; only their sum gamma is used, an integer.
+        seed: Not used.
+        period: Number of the period, counted from 0.
+
+    Returns:
+        Indexes of the blocks, ascending.
+
+    Raises:
+        ValueError: The sum is not an integer of at least 1.
+    """
     del seed
     size, blocks = _whole_sum(pi), len(pi)
     return tuple(sorted((period * size + i) % blocks for i in range(size)))
 
 
 def draw_shuffled(pi: NDArray[np.float64], seed: int, period: int) -> Blocks:
-    """Like cyclic, but each cycle goes through the blocks in a random order of its own.
+    """The next gamma blocks of a random order of all blocks, with a new order for each cycle.
 
-    Every block is drawn once a cycle. When gamma does not divide the number of blocks a period spans two cycles; a
-    block that would be taken twice in it is swapped with the next one of the new cycle.
+    If gamma does not divide the number of blocks, a period may span two cycles. A block that would then be taken twice
+    is swapped with the next one of the new cycle.
+
+    Args:
+        pi: Inclusion probabilities, (blocks,) fp64; only their sum gamma is used, an integer.
+        seed: Seed of the run.
+        period: Number of the period, counted from 0.
+
+    Returns:
+        Indexes of the blocks, ascending.
+
+    Raises:
+        ValueError: The sum is not an integer of at least 1.
     """
     size, blocks = _whole_sum(pi), len(pi)
     cycle = 0
@@ -101,7 +144,7 @@ def _whole_sum(pi: NDArray[np.float64]) -> int:
 
 
 def _integer_lengths(pi: NDArray[np.float64]) -> NDArray[np.int64]:
-    """pi in units of 1/UNIT, summing to a whole number of units; the rounding residue goes to uncapped blocks."""
+    """pi as integers with 1 = UNIT and an exact sum; a rounding residue is added where pi is nearest 0.5."""
     pi = np.asarray(pi, dtype=np.float64)
     if pi.ndim != 1 or np.any(~np.isfinite(pi)) or np.any(pi < 0) or np.any(pi > 1 + 1e-9):
         raise ValueError(f"inclusion probabilities must lie in [0, 1], got {pi!r}")

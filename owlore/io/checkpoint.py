@@ -105,7 +105,7 @@ def step_of(path: Path) -> int:
 
 
 def prune(root: Path, keep: int, *, best: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and that of step `best`; delete what a killed process left, too."""
+    """Delete checkpoints except the newest `keep` and that of step `best`, and those that were not completed."""
     for path in complete(root)[:-keep]:
         if best is not None and path == path_of(root, best):
             continue

@@ -1,4 +1,4 @@
-"""A model to train and its tokenizer, from an id, a directory, a GGUF file or an object in memory."""
+"""Loading a model to train and its tokenizer from an id, a directory, a GGUF file or an object in memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model on its device, and what an export and a report have to know about where it came from.
+    """A model on its device, and where it came from.
 
-    source: the checkpoint, from which tensors that were never trained can be read again. stored: dtype of each tensor
-    in it by name (what an export goes back to); `stored_default` for names that it does not have. parameters: of the
-    model as it was loaded, without what a method adds. reference: what names the same model to a later reader.
-    origins: where the blocks were left in their files, the tensor of every parameter by the parameter's name.
+    Attributes:
+        model: The model.
+        tokenizer: Its tokenizer.
+        source: The checkpoint, from which tensors that were not trained can be read again.
+        id: Name of the model.
+        revision: Its revision on the Hub, or None.
+        weights_sha256: Digest of the weights.
+        config_sha256: Digest of the configuration, or None.
+        stored: Dtype of each tensor in the checkpoint by name, in which it is exported.
+        stored_default: Dtype in which tensors are exported that the checkpoint does not have.
+        parameters: Number of parameters, without those that a method adds.
+        reference: An id or an absolute path from which the model can be loaded again.
+        origins: If the blocks were left in their files, the tensor of each parameter by the parameter's name.
     """
 
     model: Any
@@ -49,7 +58,7 @@ class Loaded:
 
 
 def pick_device(name: str) -> torch.device:
-    """`htsr.devices.pick_device` as a torch.device."""
+    """The device of `htsr.devices.pick_device`, as a torch.device."""
     return torch.device(devices.pick_device(name))
 
 
@@ -62,41 +71,48 @@ def load(
     tokenizer: Any = None,
     leave: Callable[[str], None] | None = None,
 ) -> Loaded:
-    """Load (or take over) a causal language model.
+    """Load a causal language model, or prepare one that is given as an object.
 
-    model: Hugging Face id, directory, `.gguf` file, `demo`, or an `nn.Module`. dtype: `auto` is the checkpoint's; of a
-    GGUF file bfloat16 on CUDA and float32 on the CPU. leave: do not read the blocks (on the CPU; `Loaded.origins` says
-    where they are); told why where that cannot be.
+    Args:
+        model: Hugging Face id, directory, `.gguf` file, `demo`, or an `nn.Module`.
+        dtype: A key of `DTYPES`, or "auto" for the checkpoint's dtype; for a GGUF file "auto" is bfloat16 on CUDA and
+            float32 on the CPU.
+        attn: Attention implementation of transformers.
+        device: Where the model is put.
+        tokenizer: The tokenizer; None loads the model's.
+        leave: If given, the blocks are left in their files (on the CPU, see `Loaded.origins`). It is called with the
+            reason if that is not possible.
 
-    Raises: NotFound, BadInput (cannot be used as a causal language model), UsageError (a module without a tokenizer).
+    Raises:
+        NotFound: The model does not exist.
+        BadInput: It cannot be used as a causal language model.
+        UsageError: A module has no tokenizer, or the model does not support `attn`.
     """
     source = open_source(model)
     if isinstance(model, nn.Module):
         if leave is not None:
-            leave(
-                "note: the model is an object in memory; its blocks move from there into the store, one after another"
-            )
+            leave("note: the model is an object in memory; its blocks are moved from there to the host, one at a time")
         return _adopt(model, source, dtype, device, tokenizer)
     return _read(model, source, dtype, attn, device, tokenizer, leave)
 
 
 def _adopt(model: nn.Module, source: Source, dtype: str, device: torch.device, tokenizer: Any) -> Loaded:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None:
-        tokenizer = _tokenizer_of(getattr(getattr(model, "config", None), "_name_or_path", ""))
+        tokenizer = _tokenizer_of(name)
     if holds_adapter(model):
         raise BadInput(
-            "the model holds an adapter's layers, expected a plain one: take what PEFT's model around it gives by "
-            "merge_and_unload(), or unload()"
+            "the model has an adapter's layers, expected a plain model: call merge_and_unload() or unload() of PEFT's "
+            "model and pass the result"
         )
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise BadInput("the model was made inside torch.inference_mode, expected weights that can be trained")
-    own = next(model.parameters()).dtype
-    target = own if dtype == "auto" else DTYPES[dtype]
+    before = next(model.parameters()).dtype
+    target = before if dtype == "auto" else DTYPES[dtype]
     stored = {name: p.dtype for name, p in model.named_parameters()}
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    for parameter in model.parameters():  # buffers stay: rotary frequencies are fp32 in a model of 16-bit weights too
+    for parameter in model.parameters():  # not buffers: rotary frequencies are fp32 also in a model of 16-bit weights
         parameter.data = parameter.data.to(target)
-    return _loaded(model.to(device=device), tokenizer, source, stored, own, name)
+    return _loaded(model.to(device=device), tokenizer, source, stored, before, name)
 
 
 def _read(
@@ -112,28 +128,28 @@ def _read(
 
     path = locate(ref)
     if path.is_file() and path.suffix != ".gguf":
-        raise BadInput(f"{ref} is a lone weights file; training needs its directory with config.json and tokenizer")
+        raise BadInput(f"{ref} is a single weights file; training needs its directory with config.json and tokenizer")
     if is_adapter(path):
         raise BadInput(
             f"{ref} is an adapter, expected a model: make one of it and its base with `owlore merge {ref} -o DIR`"
         )
     gguf = {"gguf_file": path.name} if path.is_file() else {}
-    place = path.parent if path.is_file() else path
+    directory = path.parent if path.is_file() else path
     wanted: Any = "auto" if dtype == "auto" else DTYPES[dtype]
     if gguf and dtype == "auto":
         wanted = torch.bfloat16 if device.type == "cuda" else torch.float32
     missing: Iterable[str] = ()
     try:
-        # transformers draws a bar of its own while it dequantises, terminal or not.
+        # transformers shows a progress bar while it dequantises, even without a terminal.
         with quiet_libraries(), silence_stderr() if gguf else nullcontext():
-            model, origins = _without_blocks(ref, source, place, DTYPES.get(dtype), attn, leave)
+            model, origins = _without_blocks(ref, source, directory, DTYPES.get(dtype), attn, leave)
             if model is None:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    place, dtype=wanted, output_loading_info=True, **attention(attn), **gguf
+                    directory, dtype=wanted, output_loading_info=True, **attention(attn), **gguf
                 )
-                model, told = loaded
-                missing = told["missing_keys"]
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(place, **gguf)
+                model, info = loaded
+                missing = info["missing_keys"]
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory, **gguf)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if attn != "sdpa" and "attention" in str(error).lower():
             raise UsageError(f"--attn {attn}: {first_line(error)}") from error
@@ -148,10 +164,14 @@ def _read(
 
 
 def _check_complete(ref: str | Path, missing: Iterable[str]) -> None:
-    """Raises: BadInput for a model that the weights do not fill; transformers draws what is missing at random."""
+    """Check that no tensor is missing, since transformers would initialise it at random.
+
+    Raises:
+        BadInput: Tensors are missing.
+    """
     if names := sorted(missing):
         raise BadInput(
-            f"{ref} holds no {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else "") + " of what a "
+            f"{ref} holds no {names[0]}" + (f" and {len(names) - 1} more tensors" if names[1:] else "") + ", which a "
             "causal language model of its configuration has: expected a complete one (not an encoder, nor a part)"
         )
 
@@ -159,36 +179,36 @@ def _check_complete(ref: str | Path, missing: Iterable[str]) -> None:
 def _without_blocks(
     ref: str | Path,
     source: Source,
-    place: Path,
+    directory: Path,
     dtype: torch.dtype | None,
     attn: str,
     leave: Callable[[str], None] | None,
 ) -> tuple[Any, dict[str, str]]:
-    """The model with its blocks left where they are, None where they are not to be or cannot be."""
+    """The model with its blocks left in their files, and the origins; None if that is not wanted or not possible."""
     if leave is not None:
         try:
-            return open_on_meta(source, place, dtype=dtype, attn=attention(attn))
+            return open_on_meta(source, directory, dtype=dtype, attn=attention(attn))
         except CannotStreamError as why:
-            leave(f"note: {ref} is read into host memory as a whole: {why}")
+            leave(f"note: all of {ref} is read into host memory: {why}")
     return None, {}
 
 
 def _reference(ref: str | Path) -> str:
-    """A path as an absolute one, so that it means the same from elsewhere; an id stays an id."""
+    """An absolute path for a path, which does not depend on the working directory; an id is returned as it is."""
     path = Path(ref).expanduser()
     return str(path.resolve()) if path.exists() else str(ref)
 
 
 def attention(name: str) -> dict[str, str]:
-    """The argument that asks transformers for an attention implementation.
+    """The argument of transformers for an attention implementation; none for "sdpa".
 
-    SDPA is what it takes by itself wherever a model has it; asking for it would refuse the models that have not.
+    SDPA is the default of every model that supports it, and naming it would be an error for other models.
     """
     return {} if name == "sdpa" else {"attn_implementation": name}
 
 
 def without_quantisation(model: Any) -> Any:
-    """The same weights in a plain model: one loaded from GGUF still counts as quantised and refuses to be saved."""
+    """The same weights in a plain model: a model loaded from GGUF counts as quantised and cannot be saved."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from htsr import files
 from htsr.console import notice
 from htsr.errors import BadInput
 from owlore.blocks import ModelParts, find_parts, freeze
@@ -25,7 +26,7 @@ from owlore.data.tokenise import Encoded
 from owlore.injection import InjectedAdapter
 from owlore.io.trackers import check_trackers
 from owlore.kernels.cross_entropy import IGNORED
-from owlore.layer_table import cache_directory, find_table, floor_of, scanned_table
+from owlore.layer_table import find_table, floor_of, scanned_table
 from owlore.models.loading import Loaded, load, pick_device
 from owlore.run.directory import RunDirectory, find_directory
 from owlore.settings import placement_of, resolve
@@ -112,7 +113,7 @@ def open_inputs(config: TrainConfig, *, ranks: Ranks, model: Any, data: Any, tok
             seq_len=_seq_len(config, loaded, notify),
             eval_data=config.eval_data,
             seed=config.seed,
-            cache=cache_directory() / "tokens",
+            cache=files.cache_directory("owlore") / "tokens",
         )
         for line in prepared.report.shown():
             notify(line)

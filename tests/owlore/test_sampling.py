@@ -4,6 +4,7 @@ import numpy as np
 import paper
 import pytest
 
+from owlore.kernels.seeds import seed_for
 from owlore.sampling import DRAWS, draw, draw_sequential, draw_shuffled, inclusion
 
 PERIODS = 20_000
@@ -82,6 +83,15 @@ def test_shuffled_draws_visit_every_block_equally_often(blocks, gamma):
     for period in range(blocks):
         counts[list(draw_shuffled(pi, 0, period))] += 1
     assert (counts == gamma).all()
+
+
+def test_shuffled_draws_take_the_orders_of_cycles_0_1_2_one_after_another():
+    """A resumed run and another version have to draw the same blocks, so the seeds of the cycles are fixed."""
+    pi = inclusion(np.ones(6), 2)
+    streams = [np.random.Generator(np.random.Philox(key=seed_for(7, "cycle", cycle))) for cycle in range(3)]
+    order = [int(block) for stream in streams for block in stream.permutation(6)]
+    expected = [tuple(sorted(order[2 * period : 2 * period + 2])) for period in range(9)]
+    assert [draw_shuffled(pi, 7, period) for period in range(9)] == expected
 
 
 def test_cyclic_draws_walk_through_the_blocks():

@@ -250,6 +250,20 @@ def test_terms_that_cancel_leave_the_base_bit_for_bit_and_no_core_is_touched(dty
     assert all(torch.equal(core, kept) for core, kept in zip(cores, before, strict=True))
 
 
+@pytest.mark.parametrize("signs", [(-1,), (-1, 1), (1, -1), (-1, -1)])
+@pytest.mark.parametrize("num_cores", [1, 3])
+def test_every_term_enters_with_its_sign_the_first_one_too(num_cores, signs):
+    shape = make_shape(24, 20, num_cores, 4)
+    cores = [[core.float() for core in random_cores(shape, 1.0, generator(seed))] for seed in range(len(signs))]
+    base = torch.randn(24, 20, generator=generator(9))
+    terms = [Term(shape=shape, sign=sign) for sign in signs]
+    expected = base.double() + sum(
+        sign * rebuild([c.double() for c in held], shape) for sign, held in zip(signs, cores, strict=True)
+    )
+    found = add_terms(base, terms, [core for held in cores for core in held])
+    assert torch.allclose(found.double(), expected, rtol=0, atol=1e-5)
+
+
 def test_no_tensor_of_the_weights_size_lives_until_backward():
     layer, terms, cores, start = layer_case()
     held = {t.data_ptr() for t in (layer.W, *cores, *start)}
