@@ -32,8 +32,8 @@ class Raw:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight.detach()}
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return held["weight"]
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return tensors["weight"]
 
 
 class Int8:
@@ -49,8 +49,8 @@ class Int8:
         codes, scale = int8.quantise(weight)
         return {"codes": codes, "scale": scale}
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return int8.dequantise(held["codes"], held["scale"], dtype)
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return int8.dequantise(tensors["codes"], tensors["scale"], dtype)
 
 
 class NF4:
@@ -72,8 +72,8 @@ class NF4:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         return nf4.quantise(weight, block=BLOCK, double=True).tensors()
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        weight = nf4.Nf4(shape=shape, block=BLOCK, **held)
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        weight = nf4.Nf4(shape=shape, block=BLOCK, **tensors)
         fast = _bitsandbytes() if weight.packed.is_cuda else None
         if fast is None:
             return nf4.dequantise(weight, dtype)
