@@ -30,8 +30,8 @@ class Raw:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight.detach()}
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return held["weight"]
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return tensors["weight"]
 
 
 class Int8:
@@ -47,8 +47,8 @@ class Int8:
         codes, scale = int8.quantise(weight)
         return {"codes": codes, "scale": scale}
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return int8.dequantise(held["codes"], held["scale"], dtype)
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return int8.dequantise(tensors["codes"], tensors["scale"], dtype)
 
 
 class NF4:

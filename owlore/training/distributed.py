@@ -86,9 +86,9 @@ class Ranks:
         if self.size == 1:
             return
         digest = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "big") >> 1
-        own = torch.tensor([digest], device=self.device)
-        digests = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(digests, own)
+        own_digest = torch.tensor([digest], device=self.device)
+        digests = [torch.empty_like(own_digest) for _ in range(self.size)]
+        dist.all_gather(digests, own_digest)
         if len({int(other) for other in digests}) > 1:
             raise HtsrError(
                 f"{what} differ between the processes (this is {self.rank} of {self.size}): start all of them with one "

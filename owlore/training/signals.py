@@ -9,12 +9,12 @@ from typing import Any
 
 
 class Interruptible:
-    """A context in which a first signal sets `asked` and a second one has its usual effect."""
+    """A context in which a first signal sets `received` and a second one has its usual effect."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruptible:
@@ -27,7 +27,7 @@ class Interruptible:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self.received = signal.Signals(number)
         self._restore()
 
     def _restore(self) -> None:

@@ -154,11 +154,11 @@ class Trainer:
                 last = self.step == self.config.steps
                 if _due(self.step, self.config.eval_every) and not last:
                     on_row(self.evaluate())
-                asked = self.ranks.any(interruption.asked is not None)
-                if _due(self.step, self.config.save_every) or last or asked or self._is_best_to_keep:
+                interrupted = self.ranks.any(interruption.received is not None)
+                if _due(self.step, self.config.save_every) or last or interrupted or self._is_best_to_keep:
                     self.save()
-                if asked and not last:
-                    name = interruption.asked.name if interruption.asked else "a signal to another rank"
+                if interrupted and not last:
+                    name = interruption.received.name if interruption.received else "a signal to another rank"
                     raise Interrupted(
                         f"{name} at step {self.step}: checkpoint written, go on with --resume {self.checkpoints.parent}"
                     )
@@ -186,14 +186,14 @@ class Trainer:
         """Take one optimizer step; return its metrics row."""
         started = time.perf_counter()
         config, sequences = self.config, self.arrangement.step(self.step + 1)
-        own = list(enumerate(sequences))[self.ranks.rank :: self.ranks.size]
+        own_sequences = list(enumerate(sequences))[self.ranks.rank :: self.ranks.size]
         lr = learning_rate(
             self.step, peak=config.lr, steps=config.steps, schedule=config.schedule, warmup=config.warmup
         )
         result = train_step(
             self.backend,
             self.rotation.optimizer,
-            {index: collated(self.data, part) for index, part in own},
+            {index: collated(self.data, part) for index, part in own_sequences},
             step=self.step,
             lr=lr,
             clip=config.clip,
