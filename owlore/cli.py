@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,10 @@ import click
 
 from htsr import console
 from htsr.errors import NotFound, OutOfMemory, UsageError, nearest
+from owlore import render
 from owlore.choices import METHODS
 from owlore.config import SETTINGS, TrainConfig, find_config, flag_name
 from owlore.options import bytes_of
-from owlore.render import (
-    comparison_text,
-    fit_text,
-    merge_text,
-    method_facts,
-    method_text,
-    methods_text,
-    plan_text,
-    run_text,
-    size_text,
-)
 
 
 @click.group(
@@ -43,8 +34,21 @@ def main() -> None:
     console.run(cli)
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+quiet_option = click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+)
+
+
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """All settings of `TrainConfig` as options; what is not given stays None, so that a file or a default decides."""
+    """All settings of `TrainConfig` and `--config` as options.
+
+    A setting that is not given stays None, so that the file or the default decides.
+    """
+    command = click.option(
+        "--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe."
+    )(command)
     for name, spec in reversed(SETTINGS.items()):
         if spec.metadata.get("argument"):
             command = click.argument(name, required=False)(command)
@@ -73,7 +77,6 @@ def _click_settings(name: str) -> dict[str, Any]:
 
 @cli.command()
 @train_options
-@click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
 def train(file: str | None, **options: Any) -> None:
     """Fine-tune MODEL. Settings come from the defaults, then --config, then the command line."""
     config = _config(file, options, needs=("model", "data"))
@@ -83,11 +86,20 @@ def train(file: str | None, **options: Any) -> None:
     if config.json and run.leads:
         click.echo(jsonlib.dumps({"directory": str(run.directory), **run.record}))
     elif run.leads:
-        click.echo(run_text(run.directory, run.record))
+        click.echo(render.run_text(run.directory, run.record))
 
 
 def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]) -> TrainConfig:
-    """The configuration of a command line; UsageError when something that it needs is said nowhere."""
+    """The configuration of a command line.
+
+    Args:
+        file: what `--config` names.
+        options: values of all options by setting, None or () where not given.
+        needs: settings that the command cannot do without.
+
+    Raises:
+        UsageError: one of `needs` is missing.
+    """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     resumed = _resumed(given) if file is None and "model" not in given else None
     config = TrainConfig.build(given, find_config(file) if file else resumed)
@@ -98,7 +110,7 @@ def _config(file: str | None, options: dict[str, Any], *, needs: tuple[str, ...]
 
 
 def _resumed(given: dict[str, Any]) -> Path | None:
-    """The configuration of the run that --resume names, whose settings it goes on with where none are given."""
+    """The configuration file of the run that --resume names; its settings hold where none are given."""
     named = given.get("resume")
     directory = Path(named) if isinstance(named, str) else Path(given["out"]) if named and "out" in given else None
     if directory is None:
@@ -111,17 +123,18 @@ def _resumed(given: dict[str, Any]) -> Path | None:
 
 @cli.command()
 @train_options
-@click.option("--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe.")
 @click.option("--fit", metavar="SIZE", help="Find the cheapest settings whose peak is at most SIZE, as 8GB or 7.5GiB.")
 @click.option("--bus", metavar="GB/S", type=click.FloatRange(0, min_open=True), help="Host to device.  [default: 25]")
-@click.option("--tflops", metavar="X", type=click.FloatRange(0, min_open=True), help="Of the device.  [default: 165]")
-@click.option("--processes", type=click.IntRange(1), default=1, help="That train together; bytes are each one's.")
+@click.option(
+    "--tflops", metavar="X", type=click.FloatRange(0, min_open=True), help="The device's speed.  [default: 165]"
+)
+@click.option("--processes", type=click.IntRange(1), default=1, help="Processes of the run; bytes are of each.")
 def plan(
     file: str | None, fit: str | None, bus: float | None, tflops: float | None, processes: int, **options: Any
 ) -> None:
-    """Say what training MODEL with these options would need; nothing is trained and no weights are read.
+    """Plan what training MODEL with these options would need; nothing is trained and no weights are read.
 
-    Bus and speed are measured where a CUDA device is present and none are given.
+    Bus and speed are measured where a CUDA device is present and they are not given.
     """
     config = _config(file, options, needs=("model",))
     limit = None if fit is None else bytes_of(fit, "--fit")
@@ -131,56 +144,52 @@ def plan(
     from owlore.plan.fit import fit_from_config
     from owlore.plan.planner import plan_from_config
 
-    rates = rates_for(config.device, bus=bus, tflops=tflops)
-
-    def notify(message: str) -> None:
-        console.notice(message, quiet=config.quiet)
-
+    rates, notify = rates_for(config.device, bus=bus, tflops=tflops), partial(console.notice, quiet=config.quiet)
     if limit is None:
         made = plan_from_config(config, notify, rates, advice=True, processes=processes).to_dict()
-        click.echo(jsonlib.dumps(made) if config.json else plan_text(made))
+        click.echo(jsonlib.dumps(made) if config.json else render.plan_text(made))
         return
     found = fit_from_config(config, limit, notify, rates)
     made = found.plan.to_dict() | {"fit": found.to_dict()}
-    click.echo(jsonlib.dumps(made) if config.json else f"{fit_text(made['fit'])}\n\n{plan_text(made)}")
+    click.echo(jsonlib.dumps(made) if config.json else f"{render.fit_text(made['fit'])}\n\n{render.plan_text(made)}")
     if not made["fit"]["fits"]:
-        raise OutOfMemory(f"--fit {fit}: nothing fits, the least is {size_text(made['bytes']['total'])}")
+        raise OutOfMemory(f"--fit {fit}: nothing fits, the least is {render.size_text(made['bytes']['total'])}")
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("-o", "--out", metavar="DIR", help="Write loss-by-step.png and loss-by-time.png there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 def compare(runs: tuple[str, ...], out: str | None, as_json: bool) -> None:
-    """Hold finished runs against each other: held-out loss, time, memory."""
-    from owlore.compare import begun_quantised, compare_runs, data_differ, plot_held_out
+    """Compare finished runs: held-out loss, time, memory."""
+    from owlore.compare import begun_quantised, compare_runs, data_differ
 
     table = compare_runs(runs)
     if data_differ(runs):
-        console.notice("note: the runs saw different data; their losses cannot be held against each other")
+        console.notice("note: the runs used different data; their losses cannot be compared")
     if mixed := begun_quantised(runs):
         console.notice(f"note: before is with quantised frozen blocks, after as exported: {', '.join(mixed)}")
     if out is not None:
-        _save_comparison(runs, Path(out), plot_held_out)
-    click.echo(jsonlib.dumps({"runs": table}) if as_json else comparison_text(table))
+        _save_comparison(runs, Path(out))
+    click.echo(jsonlib.dumps({"runs": table}) if as_json else render.comparison_text(table))
 
 
-def _save_comparison(runs: tuple[str, ...], out: Path, plot: Callable[..., Any]) -> None:
-    from matplotlib.figure import Figure
+def _save_comparison(runs: tuple[str, ...], out: Path) -> None:
+    from htsr.plots import new_axes
+    from owlore.compare import plot_held_out
 
     out.mkdir(parents=True, exist_ok=True)
     for against, name in (("step", "loss-by-step"), ("seconds", "loss-by-time")):
-        figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
-        plot(runs, figure.add_subplot(), against=against)
-        figure.savefig(out / f"{name}.png")
+        axes: Any = plot_held_out(runs, new_axes(7.2, 4.0), against=against)
+        axes.figure.savefig(out / f"{name}.png", dpi=150)
 
 
 @cli.command()
 @click.option(
     "-o", "--out", default="owlore-demo", metavar="DIR", help="Where everything is written. [default: owlore-demo]"
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+@json_option
+@quiet_option
 def demo(out: str, as_json: bool, quiet: bool) -> None:
     """Scan, fine-tune and compare the packaged model, in under two minutes."""
     from owlore.demo import run_demo
@@ -190,36 +199,36 @@ def demo(out: str, as_json: bool, quiet: bool) -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@json_option
 def methods(name: str | None, as_json: bool) -> None:
     """List the methods, or describe the method NAME."""
     if name is not None and name not in METHODS:
         raise UsageError(f"no method {name!r}{nearest(name, METHODS)}")
     from owlore.strategies import STRATEGIES
 
-    facts = {key: method_facts(STRATEGIES[key]) for key in ([name] if name else METHODS)}
+    facts = {key: render.method_facts(STRATEGIES[key]) for key in ([name] if name else METHODS)}
     if as_json:
         click.echo(jsonlib.dumps(facts))
     elif name is None:
-        click.echo(methods_text(facts))
+        click.echo(render.methods_text(facts))
     else:
-        click.echo(method_text(name, facts[name]))
+        click.echo(render.method_text(name, facts[name]))
 
 
 @cli.command()
 @click.argument("adapter", metavar="RUN|ADAPTER")
 @click.option("-o", "--out", required=True, metavar="DIR", help="Where the merged model is written.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+@device_option
+@json_option
+@quiet_option
 def merge(adapter: str, out: str, device: str, as_json: bool, quiet: bool) -> None:
     """Make a plain model of an adapter and its base, in fp32 from the unquantised base."""
-    del quiet  # console.Command has seen to it
+    del quiet  # console.Command reads it
     from owlore.merge import merge as make
     from owlore.models.loading import pick_device
 
     made = make(adapter, out, device=pick_device(device)).to_dict()
-    click.echo(jsonlib.dumps(made) if as_json else merge_text(made))
+    click.echo(jsonlib.dumps(made) if as_json else render.merge_text(made))
 
 
 @cli.command()
@@ -227,17 +236,24 @@ def merge(adapter: str, out: str, device: str, as_json: bool, quiet: bool) -> No
 @click.option("--prompt", required=True, metavar="TEXT", help="What the model goes on from.")
 @click.option("--chat", "form", flag_value="chat", help="Put the prompt into the model's chat template.")
 @click.option("--alpaca", "form", flag_value="alpaca", help="Put the prompt into the Alpaca prompt, as in training.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="At most.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Token limit.",
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, metavar="X", help="0, the default, is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Of the sampling.")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to run.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--quiet", is_flag=True, help="Nothing on stderr but an error.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, metavar="N", help="Seed of the sampling.")
+@device_option
+@json_option
+@quiet_option
 def generate(
     model: str, prompt: str, form: str | None, device: str, as_json: bool, quiet: bool, **settings: Any
 ) -> None:
     """Print what MODEL, the model of a run directory or an adapter writes after a prompt."""
-    del quiet  # console.Command has seen to it
+    del quiet  # console.Command reads it
     from owlore.generate import generate as write
     from owlore.models.loading import pick_device
     from owlore.models.trained import load_trained

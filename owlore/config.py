@@ -6,7 +6,7 @@ defaults, a YAML file and the caller, later ones winning. Importing this module 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -34,8 +34,15 @@ MAX_FILE_BYTES = 1_000_000
 
 
 def option(default: Any, parser: Parser, help: str, **metadata: Any) -> Any:
-    """A field with its parser and help. `metadata`: `method` - only some methods read it; `call` - it belongs to one
-    call and not to the run, so it is neither saved nor compared."""
+    """A field of `TrainConfig` with its parser and help.
+
+    Args:
+        default: the value where none is given.
+        parser: checks a value and makes a typed one.
+        help: text of `owlore train --help`.
+        **metadata: `method=True` for a setting that only some methods accept; `call=True` for one that belongs to a
+            call and not to the run, so that it is neither saved nor compared; `argument=True` for a positional one.
+    """
     return field(
         default=default, compare=not metadata.get("call"), metadata={"parser": parser, "help": help, **metadata}
     )
@@ -45,10 +52,12 @@ def option(default: Any, parser: Parser, help: str, **metadata: Any) -> Any:
 class TrainConfig:
     """All settings of `owlore train`. Build it with `build()`; values are parsed and checked here in any case.
 
-    given: what the caller asked for; refused when the method does not read it. fixed: what a method's own defaults
-    must not replace (what was given, and everything that a file spells out).
+    Attributes:
+        given: names of the settings that the caller gave; refused when the method does not accept them.
+        fixed: names of the settings that a method's defaults must not replace: those given, and all of a file.
 
-    Raises: UsageError that says what was got, what was expected and what to do.
+    Raises:
+        UsageError: a value is wrong, or two settings exclude each other.
     """
 
     model: str | None = option(None, text(), "Hugging Face id, directory, .gguf file, or demo.", argument=True)
@@ -79,18 +88,12 @@ class TrainConfig:
         "per-activation", word_or(("per-activation",), integer(1)), "Steps between new projections.", method=True
     )
     project_side: str = option(
-        "smaller",
-        choice("smaller", "larger"),
-        "Side of a matrix that is projected; the paper's is the smaller.",
-        method=True,
+        "smaller", choice("smaller", "larger"), "Projected side of a matrix; the paper's is the smaller.", method=True
     )
     scale: float = option(1.0, number(0, above=True), "Factor on projected updates.", method=True)
     draw: str = option("exact", choice(*DRAWS), "How blocks are drawn.", method=True)
     floor: float | None = option(
-        None,
-        number(0, below=1),
-        "Lower bound of a block's inclusion probability. [default: the table's, 0]",
-        method=True,
+        None, number(0, below=1), "Least inclusion probability of a block. [default: the table's, 0]", method=True
     )
     on_switch: str = option(
         "drop", choice(*ON_SWITCH), "State of blocks that leave: freed, or kept (on the host).", method=True
@@ -102,7 +105,9 @@ class TrainConfig:
     set: Mapping[str, Any] | None = option(None, pairs(), "An option of the method's own; see `owlore methods NAME`.")
     preset: str | None = option(None, choice("paper"), "The settings of the method's paper where none are given.")
     residency: str = option(
-        "device", choice("device", "host"), "Where frozen blocks live; from the host they stream behind the compute."
+        "device",
+        choice("device", "host"),
+        "Where frozen blocks are kept; from the host they are copied when needed.",
     )
     resident_share: float = option(
         0.0, number(0, below=1), "With --residency host: share of the blocks, from the top, that stays on the device."
@@ -122,11 +127,11 @@ class TrainConfig:
         False, flag(), "Keep the checkpoint of the best evaluation too, and export that as model/."
     )
     resume: bool | str = option(False, true_or_path(), "Go on from the newest checkpoint of --out or DIR.", call=True)
-    seed: int = option(0, integer(0), "Of draws, data order and dropout.")
+    seed: int = option(0, integer(0), "Seed of draws, data order and dropout.")
     device: str = option(
         "auto", text("auto|cpu|cuda[:N]", r"auto|cpu|cuda(:\d+)?", "auto, cpu or cuda[:N]"), "Where to train."
     )
-    dtype: str = option("auto", choice("auto", *DTYPES), "To load the weights in; auto is the checkpoint's.")
+    dtype: str = option("auto", choice("auto", *DTYPES), "Dtype of the loaded weights; auto is the checkpoint's.")
     attn: str = option("sdpa", choice("sdpa", "eager", "flash_attention_2"), "Attention implementation.")
     compile: bool = option(False, flag(), "Compile each block with torch.compile; the first steps take minutes.")
     log_to: tuple[str, ...] = option((), names("tensorboard", "wandb"), "Send the metrics there too; wandb offline.")
@@ -158,10 +163,17 @@ class TrainConfig:
     def build(
         cls, given: Mapping[str, Any] | None = None, file: Mapping[str, Any] | str | Path | None = None
     ) -> TrainConfig:
-        """The configuration of what the caller gave over what a file says over the defaults.
+        """Make the configuration: what the caller gave, then what a file says, then the defaults.
 
-        `file` is a YAML file or its content. Without steps and epochs it is one epoch; the caller's steps replace a
-        file's epochs, and the other way round.
+        Without steps and epochs it is one epoch; the caller's steps replace a file's epochs, and the other way round.
+
+        Args:
+            given: settings by name, as the caller gave them.
+            file: a YAML file, or its contents.
+
+        Raises:
+            NotFound: there is no such file.
+            UsageError: a name or a value is wrong, or two settings exclude each other.
         """
         asked = {known_name(name): value for name, value in (given or {}).items()}
         filed = dict(load_yaml(file)) if isinstance(file, str | Path) else dict(file or {})
@@ -176,17 +188,20 @@ class TrainConfig:
         changed = {name for name, value in parsed.items() if value != SETTINGS[name].default}
         return cls(**values, given=frozenset(asked) | changed, fixed=frozenset(asked) | frozenset(filed))
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> TrainConfig:
-        """A method's defaults (or its paper's settings) in place of ours, wherever nothing was given."""
-        return self._filled({name: value for name, value in defaults.items() if name not in self.fixed})
+    def with_defaults(
+        self, defaults: Mapping[str, Any], method_options: Mapping[str, Any] | None = None
+    ) -> TrainConfig:
+        """Fill in a method's defaults (or its paper's settings) wherever nothing was given.
 
-    def with_method_options(self, own: Mapping[str, Any]) -> TrainConfig:
-        """The same with all of the method's own options spelled out."""
-        return self._filled({"set": own})
-
-    def _filled(self, values: Mapping[str, Any]) -> TrainConfig:
+        Args:
+            defaults: settings by name.
+            method_options: all of the method's own options, spelled out; they replace `set`.
+        """
+        values = {name: value for name, value in defaults.items() if name not in self.fixed}
+        if method_options is not None:
+            values["set"] = method_options
         filled = replace(self, **values)
-        for name in ("given", "fixed"):  # filling in a default is nobody's wish
+        for name in ("given", "fixed"):  # the user did not give the defaults
             object.__setattr__(filled, name, getattr(self, name))
         return filled
 
@@ -229,19 +244,21 @@ def as_typed(settings: Mapping[str, Any]) -> str:
 def known_name(name: Any) -> str:
     """The field that a key names (seq-len and seq_len alike).
 
-    Raises: UsageError for an unknown key, with the nearest known one.
+    Raises:
+        UsageError: the key is unknown; the message names the nearest known one.
     """
     plain = str(name).replace("-", "_")
     if plain not in SETTINGS:
-        hint = nearest(plain, SETTINGS)
-        raise UsageError(f"unknown configuration key {str(name)!r}{hint}")
+        raise UsageError(f"unknown configuration key {str(name)!r}{nearest(plain, SETTINGS)}")
     return plain
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file by field name; at most 1 MB, safe types only.
 
-    Raises: NotFound, UsageError (not YAML, not a mapping, too large, unknown key).
+    Raises:
+        NotFound: there is no such file.
+        UsageError: it is too large, no YAML or no mapping, or has an unknown key.
     """
     import yaml
 
@@ -262,7 +279,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def find_config(name: str) -> Path:
     """The file that --config names: a path, or a packaged recipe by its name.
 
-    Raises: NotFound with the names of the recipes.
+    Raises:
+        NotFound: it is neither; the message names the recipes.
     """
     path = Path(name).expanduser()
     recipes = Path(str(files("owlore"))) / "recipes"
@@ -275,23 +293,25 @@ def find_config(name: str) -> Path:
     raise NotFound(f"--config {name}: no such file; give a YAML file, or one of the recipes {known}")
 
 
-def refuse_unaccepted(config: TrainConfig, given: Iterable[str], accepted: Iterable[str]) -> None:
-    """Refuse settings of certain methods that this method does not accept.
+def refuse_unaccepted(config: TrainConfig, accepted: Collection[str]) -> None:
+    """Refuse settings that the user gave and that only other methods accept.
 
     Args:
-        config: the configuration, for the method's name.
-        given: names of the settings that the user gave.
+        config: the configuration.
         accepted: names of the settings that the method accepts beside those that all methods share.
 
     Raises:
-        UsageError: one of `given` belongs to other methods only.
+        UsageError: such a setting was given.
     """
-    own = {name for name, spec in SETTINGS.items() if spec.metadata.get("method")}
-    unread = [name for name in SETTINGS if name in own & set(given) and name not in set(accepted)]
-    if unread:
-        known = ", ".join(flag_name(name) for name in SETTINGS if name in set(accepted)) or "the common ones"
+    refused = [
+        name
+        for name, setting in SETTINGS.items()
+        if setting.metadata.get("method") and name in config.given and name not in accepted
+    ]
+    if refused:
+        known = ", ".join(flag_name(name) for name in SETTINGS if name in accepted) or "the common ones"
         raise UsageError(
-            f"{flag_name(unread[0])} is not read by the method {config.method} (its options: {known}, and with --set "
+            f"{flag_name(refused[0])} is not read by the method {config.method} (its options: {known}, and with --set "
             f"those of `owlore methods {config.method}`); leave it out"
         )
 

@@ -1,17 +1,18 @@
-"""Layer-sampled training inside `transformers.Trainer`: an optimizer and a callback that belong together.
+"""Layer-sampled training inside `transformers.Trainer`: an optimizer and a callback.
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, **bridge(model, args, table="table.json", active=2))
 
-The optimizer draws blocks at the start of every period, projects gradients as they arrive and frees the state of what
-leaves, as `owlore train` does; learning rate, decay, clipping, accumulation and seed are the Trainer's. What `owlore
-train` does beyond that (backward that recomputes only what it reaches, gradients projected without being made, the loss
-in chunks, exports that keep frozen bits) is not here. The `grad_norm` that Trainer logs is 0, for the gradients are
-gone before it looks; the callback logs `owlore_grad_norm`.
+The optimizer draws blocks at the start of every period, projects gradients as they arrive and frees the state of blocks
+that leave, as `owlore train` does; learning rate, decay, clipping, accumulation and seed are the Trainer's. What
+`owlore train` does beyond that (backward that recomputes only what it reaches, gradients projected without being made,
+the loss in chunks, exports that keep frozen bits) is not here. The `grad_norm` that Trainer logs is 0, because
+gradients are freed before it is computed; the callback logs `owlore_grad_norm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,13 +45,22 @@ _BRIDGED: WeakKeyDictionary[nn.Module, RotatingOptimizer] = WeakKeyDictionary()
 def bridge(
     model: nn.Module, args: Any, *, table: Any = None, tokenizer: Any = None, quiet: bool = False, **settings: Any
 ) -> dict[str, Any]:
-    """`optimizers` and `callbacks` for a Trainer over `model`, whose parameters are frozen here.
+    """Make the `optimizers` and `callbacks` of a Trainer over `model`, whose parameters are frozen here.
 
-    args: the Trainer's arguments. table: as in `owlore.train`; `auto` scans the model (LOD needs the tokenizer).
-    settings: method, active, every, rank and so on, as in `owlore.train`.
+    Args:
+        model: the model that the Trainer is given.
+        args: the Trainer's `TrainingArguments`; seed, clipping, weight decay and learning rate are taken from them.
+        table: `auto`, `uniform`, a file or a `htsr.LayerTable`; None for the method's default. `auto` scans the model.
+        tokenizer: the model's tokenizer, with which a scan measures outliers (rule LOD).
+        quiet: whether notes are left out.
+        **settings: method, active, every, rank and so on, as in `owlore.train`.
 
-    Raises: UsageError for a setting that is the Trainer's to make, and for several processes or fp16 (gradients do not
-    wait for a reduction or an unscaling): use `owlore train` there.
+    Returns:
+        Keyword arguments of `Trainer`.
+
+    Raises:
+        UsageError: a setting that the Trainer has, an adapter method, several processes, or fp16 (gradients do not
+            wait for a reduction or an unscaling); use `owlore train` there.
     """
     _check(args, settings)
     given = {"model": "(model in memory)", "data": "(the Trainer's)", "seed": args.seed, "clip": args.max_grad_norm,
@@ -59,10 +69,7 @@ def bridge(
     if strategy_class.adapts:
         raise UsageError(f"method {config.method} is an adapter: give Trainer a PEFT model, or use owlore train")
     parts = find_parts(model)
-
-    def notify(message: str) -> None:
-        notice(message, quiet=quiet)
-
+    notify = partial(notice, quiet=quiet)
     wanted = table if table is not None else (config.table if strategy_class.table is not None else None)
     found = find_table(
         wanted,
@@ -74,7 +81,7 @@ def bridge(
         ),
     )
     strategy = strategy_class(parts, strategy_config(config, found))
-    if (before := _BRIDGED.get(model)) is not None:  # of a training that was broken off
+    if (before := _BRIDGED.get(model)) is not None:  # of a training that failed
         before.remove()
     freeze(model)
     inner = RotatingOptimizer(
@@ -109,7 +116,7 @@ class LayerSampled(torch.optim.Optimizer):
         self.norm = 0.0
 
     def begin(self) -> None:
-        """Make the period's blocks trainable, unless they are; the parameters are where they will be trained."""
+        """Make the period's blocks trainable, unless they are; call it when the model is on its device."""
         if not self.rotation.optimizer.states:
             self.rotation.begin(self.steps)
 
@@ -133,26 +140,38 @@ class LayerSampled(torch.optim.Optimizer):
     def finish(self) -> None:
         """Write masters back and free all state; nothing is trainable afterwards and no hook is left on the model.
 
-        The callback calls it when training ends; after a `Trainer.train()` that failed the caller has to.
+        The callback calls it when training ends; after a `Trainer.train()` that failed, call it yourself.
         """
         self.rotation.finish(self.steps)
 
     def micro_batch(self, *, last: bool) -> None:
-        """Announce the next backward; `last` says whether it is the last of its step."""
+        """Announce the next backward.
+
+        Args:
+            last: whether it is the last one of its step.
+        """
         self.rotation.optimizer.micro_batch(self.steps, last=last)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: gradients are freed as they arrive."""
+        """Do nothing, because gradients are freed as they arrive.
+
+        Args:
+            set_to_none: has no effect.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and strings alone, so that it loads with `weights_only`."""
+        """All that an exact continuation needs, as tensors, numbers and strings: it loads with `weights_only`."""
         tensors, counters = self.rotation.optimizer.state()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"tensors": tensors, "counters": counters, "record": self.rotation.strategy.record.to_dict(),
                 "steps": self.steps, "active": list(self.rotation.active), "param_groups": groups}  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, inside a period too."""
+        """Restore what `state_dict` returned, also in the middle of a period.
+
+        Args:
+            state_dict: the saved state.
+        """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self.steps = state_dict["steps"]
@@ -164,22 +183,37 @@ class LayerSampled(torch.optim.Optimizer):
 
 
 class LayerSampling(TrainerCallback):
-    """Tells the optimizer where in a step the Trainer is, and logs what it did."""
+    """Tells the optimizer where in a step the Trainer is, and logs the gradient norm as `owlore_grad_norm`.
+
+    The methods are those of `transformers.TrainerCallback`; `args`, `state` and `control` are the Trainer's.
+
+    Args:
+        optimizer: the optimizer that the Trainer was given beside this callback.
+    """
 
     def __init__(self, optimizer: LayerSampled) -> None:
         self.optimizer = optimizer
         self._micro = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The model is where it will be trained; no gradient is to reach frozen embeddings."""
+        """Make the first blocks trainable; the model is on its device now.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state.
+            control: the Trainer's control.
+            model: the model; gradient checkpointing must not make frozen embeddings pass a gradient.
+        """
         if args.gradient_checkpointing and hasattr(model, "disable_input_require_grads"):
             model.disable_input_require_grads()
         self.optimizer.begin()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Announce the first backward of a step (`args`, `state`, `control`: the Trainer's)."""
         self._announce(args, 0)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Announce the next backward of a step (`args`, `state`, `control`: the Trainer's)."""
         self._announce(args, self._micro + 1)
 
     def _announce(self, args: Any, micro: int) -> None:
@@ -187,19 +221,29 @@ class LayerSampling(TrainerCallback):
         self.optimizer.micro_batch(last=micro == args.gradient_accumulation_steps - 1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Add the gradient norm to the rows that hold a training loss.
+
+        Args:
+            args: the Trainer's arguments.
+            state: the Trainer's state, whose history has a copy of the row already.
+            control: the Trainer's control.
+            logs: the row.
+        """
         if logs is not None and "loss" in logs:
-            for row in (logs, *state.log_history[-1:]):  # the history has its copy already
+            for row in (logs, *state.log_history[-1:]):
                 row["owlore_grad_norm"] = self.optimizer.norm
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write masters back and free all state (`args`, `state`, `control`: the Trainer's)."""
         self.optimizer.finish()
 
 
 def _check(args: Any, settings: dict[str, Any]) -> None:
-    strange = sorted(set(settings) - TAKEN)
-    if strange:
-        own = ", ".join(sorted(TAKEN))
-        raise UsageError(f"{strange[0]} is not a setting of the bridge (one of the Trainer's?), expected some of {own}")
+    if unknown := sorted(set(settings) - TAKEN):
+        known = ", ".join(sorted(TAKEN))
+        raise UsageError(
+            f"{unknown[0]} is not a setting of the bridge (one of the Trainer's?), expected some of {known}"
+        )
     if args.world_size > 1:
         raise UsageError(f"got {args.world_size} processes, expected one: use torchrun with owlore train")
     if args.fp16:

@@ -16,12 +16,17 @@ from htsr.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Parser:
-    """`parse(value)` gives the typed value; `metavar` names it in a help text."""
+    """A parser of option values; call it with a value.
+
+    Attributes:
+        metavar: how the value is named in a help text; empty for a flag without a value.
+        parse: returns the typed value, or raises ValueError with what it expected.
+        repeated: whether a command line may give the option several times.
+    """
 
     metavar: str
     parse: Callable[[Any], Any]
-    choices: tuple[str, ...] = ()
-    repeated: bool = False  # a command line may give it several times
+    repeated: bool = False
 
     def __call__(self, value: Any) -> Any:
         return self.parse(value)
@@ -75,7 +80,7 @@ def choice(*known: str) -> Parser:
             raise ValueError("one of " + ", ".join(known) + did_you_mean(str(word), known))
         return str(word)
 
-    return Parser("|".join(known), parse, known)
+    return Parser("|".join(known), parse)
 
 
 def word_or(words: tuple[str, ...], other: Parser) -> Parser:
@@ -89,7 +94,7 @@ def word_or(words: tuple[str, ...], other: Parser) -> Parser:
         except ValueError as error:
             raise ValueError(f"{', '.join(words)} or {error}") from error
 
-    return Parser("|".join((*words, other.metavar)), parse, words)
+    return Parser("|".join((*words, other.metavar)), parse)
 
 
 def names(*known: str) -> Parser:
@@ -133,21 +138,8 @@ def targets() -> Parser:
     return Parser("all-linear|NAME,...", parse)
 
 
-def switch() -> Parser:
-    """True or false, also as a word of the command line."""
-    known = {"true": True, "false": False, "on": True, "off": False}
-
-    def parse(value: Any) -> bool:
-        found = value if isinstance(value, bool) else known.get(str(value).lower())
-        if found is None:
-            raise ValueError("true or false")
-        return found
-
-    return Parser("true|false", parse)
-
-
 def pairs() -> Parser:
-    """key=value texts, or a mapping: the mapping. The values stay as they are given, for whoever knows the keys."""
+    """key=value texts, or a mapping: the mapping. The values stay as they are given; the method parses them."""
     expected = "key=value, or a mapping"
 
     def parse(value: Any) -> dict[str, Any]:
@@ -215,7 +207,13 @@ def true_or_path() -> Parser:
 
 @dataclass(frozen=True)
 class MethodOption:
-    """An option that one method has for itself, given as `--set key=value`."""
+    """An option of one method, given as `--set key=value`.
+
+    Attributes:
+        default: the value where none is given.
+        parser: checks a value and makes a typed one.
+        help: text of `owlore methods NAME`.
+    """
 
     default: Any
     parser: Parser
@@ -223,9 +221,18 @@ class MethodOption:
 
 
 def read_method_options(declared: Mapping[str, MethodOption], given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Every declared option by name: what is given, parsed, else its default.
+    """Parse a method's own options.
 
-    Raises: UsageError for a value that cannot be read and for an unknown key, with the nearest known one.
+    Args:
+        declared: the method's options by name.
+        given: what the user gave, as text or as values.
+        method: name of the method.
+
+    Returns:
+        Every declared option by name: what is given, parsed, else its default.
+
+    Raises:
+        UsageError: a value cannot be parsed, or a key is unknown; the message names the nearest known one.
     """
     for key in given:
         if key not in declared:
@@ -234,10 +241,10 @@ def read_method_options(declared: Mapping[str, MethodOption], given: Mapping[str
                 f"--set {key}: the method {method} has no such option{hint}; see `owlore methods {method}`"
             )
     found = {}
-    for key, own in declared.items():
+    for key, option in declared.items():
         try:
-            value = given.get(key, own.default)
-            found[key] = None if value is None and own.default is None else own.parser(value)
+            value = given.get(key, option.default)
+            found[key] = None if value is None and option.default is None else option.parser(value)
         except (ValueError, TypeError) as error:
             raise UsageError(f"--set {key} got {given[key]!r}, expected {error}") from error
     return found
@@ -247,9 +254,14 @@ _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**
 
 
 def bytes_of(value: str, name: str) -> int:
-    """Bytes of a size such as 8GB (1e9) or 7.5GiB (2^30).
+    """Bytes of a size such as 8GB (8e9) or 7.5GiB (7.5 * 2^30).
 
-    Raises: UsageError for anything else, and for less than a megabyte: an 8 without its unit.
+    Args:
+        value: the text.
+        name: name of the option, for the error.
+
+    Raises:
+        UsageError: the text is no size, or is less than a megabyte, as an 8 without its unit is.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
     unit = None if not found else _UNITS.get(found[2].upper())

@@ -33,15 +33,13 @@ def resolve(config: TrainConfig) -> tuple[TrainConfig, type[Strategy]]:
         UsageError: an option that the method does not accept was given.
     """
     strategy = STRATEGIES[config.method]
-    refuse_unaccepted(config, config.given, strategy.accepted_options)
+    refuse_unaccepted(config, strategy.accepted_options)
     check_placement(config, adapts=strategy.adapts)
     table = {} if strategy.table is None else {"table": strategy.table}
     preset = strategy.preset if config.preset == "paper" else {}
     options = {**preset.get("set", {}), **(config.set or {})}
     options = read_method_options(strategy.method_options, options, strategy.name)
-    general = {**table, **strategy.defaults, **preset}
-    general.pop("set", None)
-    return config.with_defaults(general).with_method_options(options), strategy
+    return config.with_defaults({**table, **strategy.defaults, **preset}, options), strategy
 
 
 def strategy_config(

@@ -1,4 +1,4 @@
-"""The rotating optimizer: state lives and dies with activation."""
+"""The rotating optimizer: it holds state for the active parameters alone."""
 
 from owlore.optim.rotating import RotatingOptimizer, Switch
 from owlore.optim.update_spec import MasterPolicy, UpdateSpec

@@ -1,6 +1,6 @@
 """Everything that one active parameter holds: master, moments, basis and the gradient accumulated so far.
 
-There are three kinds of state, from the plain to the special: `ParameterState` (dense), `ProjectedState` (the gradient
+There are three kinds of state: `ParameterState` (dense), `ProjectedState` (the gradient
 is projected to low rank as it arrives, so that accumulation, norm and clipping happen in the projected space) and
 `FullRankState` (an update of full rank is made of the projected one). `new_state` makes the one that an `UpdateSpec`
 asks for.
@@ -83,7 +83,7 @@ class ParameterState:
         """Add the gradient of one micro-batch.
 
         Args:
-            gradient: of the parameter's shape, times `grad_scale`; the caller gives the tensor away.
+            gradient: of the parameter's shape, times `grad_scale`; its memory may be reused.
             last: whether no other gradient of this step follows.
             step: global step, from 0.
         """
@@ -106,13 +106,17 @@ class ParameterState:
         return gradient if self.grad_scale == 1.0 else gradient.float().div_(self.grad_scale)
 
     def refresh_basis(self, step: int) -> None:
-        """Nothing: a dense state has no basis."""
+        """Find the basis that is due, in a state that has one.
+
+        Args:
+            step: global step, from 0.
+        """
 
     def reset_basis(self) -> None:
-        """Begin a new activation: the next gradient brings a new basis, if there is one; the moments stay."""
+        """Begin a new activation: the next gradient gives a new basis, in a state that has one; the moments stay."""
 
     def pending(self) -> Tensor:
-        """The sum that the next update uses, to be added to in place by other processes; zeros where nothing came."""
+        """The sum that the next update uses, for other processes to add to in place; zeros where no gradient came."""
         if self.accumulated is None:
             self.accumulated = torch.zeros(self.shape, device=self.parameter.device)
         return self.accumulated
@@ -138,8 +142,7 @@ class ParameterState:
         self.updates += 1
         change = self._change(gradient, clip_factor)
         parameter = self.parameter.data
-        target = parameter if parameter.dtype == torch.float32 else self.master
-        exact = parameter.float() if target is None else target
+        exact = parameter.float() if self.master is None else self.master  # in fp32 the parameter itself
         self._add_change(exact, change, lr=lr, keep=1 - lr * self.spec.adam.decay)
         if exact is parameter:
             return
@@ -182,7 +185,7 @@ class ParameterState:
     # -- what is held ------------------------------------------------------------------------------------------------
 
     def held(self) -> HeldBytes:
-        """Bytes held now, counted tensor by tensor."""
+        """Bytes of the state, counted tensor by tensor."""
         moments = self.moments.tensors().values()
         return HeldBytes(masters=_bytes(self.master), moments=sum(map(_bytes, moments)))
 
@@ -195,7 +198,12 @@ class ParameterState:
         return {"updates": self.updates, "basis_age": None}
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int | None]) -> None:
-        """Take over what `tensors` and `counters` returned, bit for bit."""
+        """Restore what `tensors` and `counters` returned, bit for bit.
+
+        Args:
+            tensors: the state by name.
+            counters: the counters by name.
+        """
         self.moments.restore(tensors, self.parameter.device)
         if self.master is not None and "master" in tensors:
             self.master = tensors["master"].to(self.parameter.device)
@@ -205,8 +213,8 @@ class ParameterState:
 class ProjectedState(ParameterState):
     """State of an active matrix whose gradient is projected to rank r as it arrives.
 
-    In the step that brings a new basis the sum of full gradients lives until the last micro-batch, because the basis
-    has to see the whole batch.
+    In a step that finds a new basis the sum of full gradients is held until the last micro-batch, because the basis is
+    found from the whole batch's gradient.
     """
 
     def __post_init__(self) -> None:
@@ -263,8 +271,8 @@ class ProjectedState(ParameterState):
             self.accumulated = _added(self.accumulated, project(gradient, self.basis, self.right))
 
     def accumulate_factored(self, left: Tensor, right: Tensor) -> Tensor | None:
-        # The step that finds a basis is told by the basis, which no update has used: a step that was broken off after
-        # the search and is taken again rounds as it would have.
+        # No update has used the basis (age 0) in the step that found it. A step that failed after the search and is
+        # taken again must round as it would have, so it takes the full gradient too.
         if self.basis_due or self.basis_age == 0:
             return left.T @ right
         assert self.basis is not None
@@ -341,7 +349,7 @@ class ProjectedState(ParameterState):
 class FullRankState(ProjectedState):
     """State of an active matrix whose full-rank update is made of the projected one (Fira, APOLLO).
 
-    The sum of full gradients lives until the update.
+    The sum of full gradients is held until the update.
     """
 
     def __post_init__(self) -> None:
@@ -369,7 +377,7 @@ class FullRankState(ProjectedState):
         return random_basis(side, self.rank, generator=stream).to(gradient.device)
 
     def _drop_full_gradient(self) -> None:
-        """Nothing: the update needs it."""
+        """Keep it, because the update needs it."""
 
     def norm_squared(self) -> Tensor | None:
         if self.full_gradient is None:
@@ -434,4 +442,4 @@ def _added(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _bytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+    return 0 if tensor is None else tensor.nbytes

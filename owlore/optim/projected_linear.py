@@ -1,4 +1,4 @@
-"""A trained linear map whose gradient is projected without being made.
+"""A trained linear map that projects its gradient without computing the full one.
 
 Backward of y = x W^T has dW = dy^T x, of the weight's size, from which the projection keeps rank r. With the basis
 known, P goes into the product instead: dW P = dy^T (x P), or P^T dW = (dy P)^T x, for 2 T r (m + n) operations instead
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from owlore.kernels.linear import apply_linear, input_gradient, input_of, linear_kind, rows_of
 from owlore.patches import PatchStack, Undo
 
-# (left of T x m, right of T x n) -> None where left^T right, the gradient, was taken in; else that gradient.
+# (left of T x m, right of T x n) -> None where left^T right, the gradient, was accumulated; else that gradient.
 Take = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class LinearMap(NamedTuple):
-    """A plain linear map, and whether its weight is stored transposed."""
+    """A plain linear map.
+
+    Attributes:
+        module: the module.
+        transposed: whether its weight is stored transposed (transformers' Conv1D).
+    """
 
     module: nn.Module
     transposed: bool
@@ -40,9 +45,19 @@ def linear_maps(modules: Iterable[nn.Module]) -> dict[int, LinearMap]:
 
 
 def tap(layer: LinearMap, take: Take, patches: PatchStack) -> Undo:
-    """Let `take` have the factors of the gradient of this linear map's matrix; returns what ends that. A gradient that
-    comes from elsewhere (another reader of the matrix, autocast), or on whose way somebody waits with a hook, goes its
-    usual way."""
+    """Pass the factors of the gradient of a linear map's matrix to `take`, instead of computing the gradient.
+
+    The gradient is computed as usual where it comes from elsewhere (another use of the matrix, autocast), and where the
+    matrix has backward hooks, which expect it.
+
+    Args:
+        layer: the linear map.
+        take: is given the factors; returns the gradient where it does not accumulate them.
+        patches: the stack on which the replaced forward is registered.
+
+    Returns:
+        A function that ends this.
+    """
     module, transposed = layer
     forward = module.forward
 

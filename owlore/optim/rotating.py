@@ -1,14 +1,15 @@
 """An optimizer whose state is a function of the active set.
 
-Every parameter that may ever be trained is known from the start; `switch` says which are active now. A parameter that
+Every parameter that may ever be trained is known from the start; `switch` makes some of them active. A parameter that
 joins gets a state (master, moments, basis) and a gradient hook, one that leaves loses both, and what is held between
-switches depends on nothing but the active set.
+switches depends on the active set alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from owlore.patches import PatchStack, Undo
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """What a switch did: names that joined, stayed and left, and the norm lost when masters were rounded back."""
+    """What a switch of the active set did.
+
+    Attributes:
+        joined: names of the parameters that became active.
+        stayed: names of those that were active and still are.
+        left: names of those that are active no more.
+        lost_norm: norm of what was lost when the masters of `left` were rounded into 16-bit parameters.
+    """
 
     joined: tuple[str, ...]
     stayed: tuple[str, ...]
@@ -33,7 +41,12 @@ class Switch:
 
 @dataclass(frozen=True)
 class Parked:
-    """Moments of a frozen parameter that wait for its next activation (policies host and keep)."""
+    """State of a frozen parameter that waits for its next activation (`on_switch` of `host` and `keep`).
+
+    Attributes:
+        tensors: what `ParameterState.tensors` returned.
+        counters: what `ParameterState.counters` returned.
+    """
 
     tensors: dict[str, Tensor]
     counters: dict[str, int | None]
@@ -42,12 +55,20 @@ class Parked:
 class RotatingOptimizer:
     """AdamW, projected where a spec says so, over a changing set of parameters.
 
-    parameters: every parameter that may become active, by name. on_switch: what happens to the moments of a parameter
-    that leaves: `drop` frees them, `host` parks them in host memory, `keep` leaves them on the device. grad_scale: the
-    factor that the loss was multiplied with (fp16), divided out of each gradient. add_up: replaces each tensor of a
-    list by its sum over the processes that train together; None for one process. layers: modules whose linear maps give
-    their matrix's gradient projected, where it is (`projected_linear`); what a compiler traces has to stay out.
-    patches: the run's stack, on which hooks and forwards are registered; a stack of its own by default.
+    Args:
+        parameters: every parameter that may become active, by name.
+        seed: seed of the run.
+        policy: how a 16-bit parameter takes updates.
+        on_switch: what happens to the moments of a parameter that leaves: `drop` frees them, `host` moves them to host
+            memory, `keep` leaves them on the device.
+        grad_scale: factor that the loss was multiplied with (fp16), divided out of each gradient.
+        add_up: replaces each tensor of a list by its sum over the processes that train together; None for one process.
+        layers: modules whose linear maps give their matrix's gradient already projected (`projected_linear`); must not
+            contain what a compiler traces.
+        patches: the run's stack, on which hooks and forwards are registered; a new one by default.
+
+    Raises:
+        ValueError: `on_switch` is unknown.
     """
 
     def __init__(
@@ -71,7 +92,7 @@ class RotatingOptimizer:
         self.parked: dict[str, Parked] = {}
         self._linear_maps = linear_maps(layers)
         self._patches = PatchStack() if patches is None else patches
-        self._listeners: dict[str, list[Undo]] = {}  # by active parameter: what takes its hook and forward off
+        self._listeners: dict[str, list[Undo]] = {}  # by active parameter: what removes its hook and forward
         self._last_micro_batch = True
         self._step = 0
         self._squares: Tensor | None = None  # of this step, by state: squared norm of what was accumulated
@@ -81,16 +102,20 @@ class RotatingOptimizer:
     # -- the active set ----------------------------------------------------------------------------------------------
 
     def switch(self, wanted: Mapping[str, UpdateSpec], step: int, between: Callable[[], None] = lambda: None) -> Switch:
-        """Make exactly `wanted` active from global step `step` on; those that stay get a new basis and keep moments.
+        """Make exactly these parameters active; those that stay get a new basis and keep their moments.
 
-        between: called when those that leave are written back and those that join have not been looked at.
+        Args:
+            wanted: how each active parameter is updated, by name.
+            step: global step, from 0, from which on they are active.
+            between: called when the parameters that leave are written back and none has joined yet.
 
-        Raises: KeyError for a name that the optimizer was not built with.
+        Raises:
+            KeyError: the optimizer was not built with one of the names.
         """
         unknown = [name for name in wanted if name not in self.parameters]
         if unknown:
             raise KeyError(f"not a parameter of this optimizer: {unknown[0]}")
-        self._squares, self._seen, self._updates_seen = None, None, 0  # they go by state, and the states change
+        self._squares, self._seen, self._updates_seen = None, None, 0  # one number a state, and the states change
         left = tuple(name for name in self.states if name not in wanted)
         lost = sum(self._leave(name, step) ** 2 for name in left) ** 0.5
         between()
@@ -112,7 +137,7 @@ class RotatingOptimizer:
         self.states[name] = state
         parameter.requires_grad_(True)
         layer = self._linear_maps.get(id(parameter)) if state.accepts_factors else None
-        hook = parameter.register_post_accumulate_grad_hook(self._taker(state, tapped=layer is not None))
+        hook = parameter.register_post_accumulate_grad_hook(partial(self._take, state, layer is not None))
         listeners = [self._patches.add(hook.remove)]
         if layer is not None:
             # The method is looked up when it is called, so that a measurement can replace it.
@@ -131,30 +156,32 @@ class RotatingOptimizer:
         return lost
 
     def _stop_listening(self, name: str) -> None:
-        for take_off in self._listeners.pop(name, ()):
-            take_off()
+        for undo in self._listeners.pop(name, ()):
+            undo()
 
     def remove(self) -> None:
-        """Listen to no gradient any more; what is held stays. For a run that ends with parameters active."""
+        """Remove all hooks and replaced forwards; state stays. For a run that ends with parameters active."""
         for name in list(self._listeners):
             self._stop_listening(name)
 
-    def _taker(self, state: ParameterState, *, tapped: bool) -> Callable[[Tensor], None]:
-        def take(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                assert tapped, f"{state.name}: somebody else takes its gradient"
-                return  # its factors were taken
-            state.accumulate(gradient, last=self._last_micro_batch, step=self._step)
-
-        return take
+    def _take(self, state: ParameterState, tapped: bool, parameter: Tensor) -> None:
+        """Hook: accumulate a parameter's gradient and free it."""
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            assert tapped, f"{state.name}: its gradient was taken before the optimizer's hook ran"
+            return  # its factors were accumulated
+        state.accumulate(gradient, last=self._last_micro_batch, step=self._step)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def micro_batch(self, step: int, *, last: bool) -> None:
-        """Announce the next backward: its global step (from 0) and whether it is the step's last.
+        """Announce the next backward.
 
-        Other processes may still bring gradients after this one's last: a new basis then waits for `gradient_norm`.
+        Other processes may still have gradients after this one's last: a new basis then waits for `gradient_norm`.
+
+        Args:
+            step: global step, from 0.
+            last: whether it is the step's last micro-batch in this process.
         """
         self._step, self._last_micro_batch = step, last and self.add_up is None
 
@@ -171,14 +198,20 @@ class RotatingOptimizer:
         return zero if self._squares is None else self._squares.sum().sqrt()
 
     def _add_up(self, add_up: Callable[[Sequence[Tensor]], None]) -> None:
-        """Sum what the processes accumulated. A parameter that got a gradient on none of them is left out."""
+        """Sum what the processes accumulated, but for parameters that got a gradient on none of them."""
         states = list(self.states.values())
         present = torch.tensor([float(state.has_gradient) for state in states])
         add_up([present])
         add_up([state.pending() for state, count in zip(states, present.tolist(), strict=True) if count])
 
     def update(self, lr: float, clip: float | None, norm: Tensor | None = None) -> None:
-        """One update of every active parameter; gradients are scaled so that their norm is at most `clip`."""
+        """Update every active parameter.
+
+        Args:
+            lr: learning rate.
+            clip: gradients are scaled so that their norm is at most this; None for no limit.
+            norm: what `gradient_norm` returned for this step; None to compute it.
+        """
         norm = self.gradient_norm() if norm is None else norm
         factor: Tensor | float = 1.0 if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
         if self._squares is not None:
@@ -189,8 +222,11 @@ class RotatingOptimizer:
             state.update(lr, factor, self._step)
 
     def take_norms(self) -> tuple[dict[str, float], int]:
-        """Squared gradient norms by active parameter, summed over the updates since the last call or `switch`, and the
-        number of these updates. They are sums that the steps made anyway; asking waits for the device once."""
+        """Gradient norms since the last call or `switch`; reading them waits for the device once.
+
+        Returns:
+            Squared norms by active parameter, summed over the updates, and the number of updates.
+        """
         sums = [0.0] * len(self.states) if self._seen is None else self._seen.tolist()
         updates, self._seen, self._updates_seen = self._updates_seen, None, 0
         return dict(zip(self.states, sums, strict=True)), updates
@@ -202,10 +238,15 @@ class RotatingOptimizer:
         return sum((state.held() for state in self.states.values()), HeldBytes())
 
     def parked_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for parked in self.parked.values() for t in parked.tensors.values())
+        """Bytes of the state that waits for its parameters' next activation."""
+        return sum(t.nbytes for parked in self.parked.values() for t in parked.tensors.values())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by `kind|name|field`, JSON counters): all that a bit-exact continuation needs."""
+        """All that a bit-exact continuation needs.
+
+        Returns:
+            Tensors by `kind|name|field`, and counters as JSON.
+        """
         tensors: dict[str, Tensor] = {}
         counters: dict[str, Any] = {"active": {}, "parked": {}, "updates_seen": self._updates_seen}
         if self._seen is not None:
@@ -221,11 +262,17 @@ class RotatingOptimizer:
     def load_state(
         self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], specs: Mapping[str, UpdateSpec]
     ) -> None:
-        """Continue from `state()`; `specs` names how each saved active parameter is updated. What is held now goes."""
-        for name in list(self.states):
-            self.states.pop(name)
-            self._stop_listening(name)
+        """Replace the state by a saved one.
+
+        Args:
+            tensors: tensors that `state` returned.
+            counters: counters that `state` returned.
+            specs: how each parameter that was active is updated, by name.
+        """
+        self.remove()
+        for name in self.states:
             self.parameters[name].requires_grad_(False)
+        self.states.clear()
         fields: dict[tuple[str, str], dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, name, part = key.split("|")

@@ -18,29 +18,57 @@ from owlore.kernels.quantised_state import Quantised, dequantise, quantise, quan
 
 
 class UpdateRule(Protocol):
-    """State of one parameter, in the space in which its gradient is accumulated, and the update made with it."""
+    """State of one parameter, in the space in which its gradient is accumulated, and the update made with it.
+
+    Args:
+        shape: shape of the gradients.
+        bits: bits of each value of the state.
+        device: where the state is kept.
+    """
 
     def __init__(self, shape: tuple[int, ...], *, bits: int, device: torch.device) -> None: ...
 
     @staticmethod
     def planned_bytes(count: int, bits: int) -> int:
-        """Bytes of the state for `count` values of `bits` bits, by formula."""
+        """Bytes of the state, by formula.
+
+        Args:
+            count: values of a gradient.
+            bits: bits of each value of the state.
+        """
 
     def update(self, gradient: Tensor, step: int, constants: AdamW) -> Tensor:
-        """Take in a gradient (fp32, of the state's shape) and return the direction of update number `step` (from 1).
+        """Update the state from a gradient.
 
-        The caller gives `gradient` away; the result may use its memory. It is multiplied by the learning rate and
-        subtracted; weight decay is applied elsewhere.
+        Args:
+            gradient: fp32, of the state's shape; the result may use its memory.
+            step: number of the update, from 1.
+            constants: AdamW's constants.
+
+        Returns:
+            The direction of the update; it is multiplied by the learning rate and subtracted. Weight decay is applied
+            elsewhere.
         """
 
     def rotate(self, old: Tensor, new: Tensor, right: bool) -> None:
-        """Express the state in a new projection basis; `right` says which side of the matrix is projected."""
+        """Express the state in a new projection basis.
+
+        Args:
+            old: the basis that the state is in, of shape (side, rank).
+            new: the new basis, of the same shape.
+            right: whether the columns of the matrix are projected instead of the rows.
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by name, as a checkpoint stores it."""
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take over the state that `tensors` returned, bit for bit; other names in the mapping are ignored."""
+        """Restore what `tensors` returned, bit for bit.
+
+        Args:
+            tensors: the state by name; other names are ignored.
+            device: where the state is kept.
+        """
 
 
 class AdamWMoments:
@@ -55,7 +83,7 @@ class AdamWMoments:
         device: where the moments are kept.
 
     Raises:
-        ValueError: another number of bits.
+        ValueError: `bits` is another number.
     """
 
     def __init__(self, shape: tuple[int, ...], *, bits: int, device: torch.device) -> None:
@@ -111,7 +139,7 @@ class AdamWMoments:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take over stored state, bit for bit."""
+        """Restore what `tensors` returned, bit for bit."""
         if self.bits == 32:
             self._mean, self._square = tensors["mean"].to(device), tensors["square"].to(device)
             return

@@ -1,4 +1,4 @@
-"""What a strategy says of a parameter's update, and the bytes that follow from it before anything is allocated."""
+"""How a strategy wants a parameter to be updated, and the bytes that follow before anything is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from owlore.optim.update_rules import UPDATE_RULES
 class MasterPolicy(Enum):
     """How a 16-bit weight takes an update; fp32 weights are always updated in place."""
 
-    MASTER = "an fp32 master lives beside the weight while it is active"
+    MASTER = "an fp32 master is kept beside the weight while it is active"
     NEAREST = "no master; each update is rounded to nearest"
     STOCHASTIC = "no master; each update is rounded stochastically"
 
@@ -56,7 +56,13 @@ class UpdateSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldBytes:
-    """Bytes of optimizer state by kind."""
+    """Bytes of optimizer state by kind.
+
+    Attributes:
+        masters: fp32 masters of 16-bit parameters.
+        moments: state of the update rule.
+        projectors: projection bases, and the limiters of full-rank updates.
+    """
 
     masters: int = 0
     moments: int = 0
@@ -71,6 +77,7 @@ class HeldBytes:
 
     @property
     def total(self) -> int:
+        """Bytes of all kinds."""
         return self.masters + self.moments + self.projectors
 
 

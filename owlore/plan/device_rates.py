@@ -1,8 +1,9 @@
-"""How fast a CUDA device is fed and multiplies: two figures that a plan needs, measured in under a second."""
+"""How fast a CUDA device copies and multiplies: two figures that a plan needs, measured in under a second."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,14 @@ STEP_SHARE = 0.5  # of a plain product's rate that a step reaches: 0.48 with 7B 
 
 
 def measured_rates(device: torch.device) -> Rates | None:
-    """Host-to-device bandwidth from locked memory, and a step's rate by that of a bf16 product; None for a CPU."""
+    """Measure the bandwidth from locked host memory, and a step's speed as a share of a bf16 product's.
+
+    Args:
+        device: the device to measure.
+
+    Returns:
+        Both rates; None for a CPU.
+    """
     if device.type != "cuda":
         return None
     host = pin(COPY_BYTES).tensor
@@ -29,19 +37,23 @@ def measured_rates(device: torch.device) -> Rates | None:
 
 
 def rates_for(device: str, *, bus: float | None, tflops: float | None) -> Rates:
-    """What was given (GB/s, TFLOP/s), else what is measured on a CUDA device that is present, else the assumptions."""
-    assumed = Rates()
+    """Find bandwidth and speed: as given, else measured on a CUDA device that is present, else assumed.
+
+    Args:
+        device: where the run would train, `auto`, `cpu` or `cuda[:N]`.
+        bus: bandwidth from the host to the device in GB/s, where given.
+        tflops: speed of the trainer's matrix products in TFLOP/s, where given.
+    """
     if bus is not None and tflops is not None:
         return Rates(bus=bus * 1e9, flops=tflops * 1e12)
-    found = measured_rates(pick_device(device)) or assumed
-    return Rates(
-        bus=found.bus if bus is None else bus * 1e9,
-        flops=found.flops if tflops is None else tflops * 1e12,
-        measured=found.measured and bus is None and tflops is None,
-    )
+    found = measured_rates(pick_device(device)) or Rates()
+    if bus is not None:
+        found = replace(found, bus=bus * 1e9, measured=False)
+    return found if tflops is None else replace(found, flops=tflops * 1e12, measured=False)
 
 
 def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """Seconds of one call of `work`, over `times` calls after a first one."""
     work()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()

@@ -4,7 +4,7 @@ A copy of the architecture with two blocks and a tiny vocabulary is built with r
 sent through it, and the storages that autograd saves are counted. A sequence of T tokens costs a T + b T^2 bytes (b is
 zero where attention keeps no scores), and two lengths give both. What is saved does not depend on what the large
 products give, so they are left out (`Unmultiplied`): the blocks of a 70B model are counted in a second, and their
-weights, which nobody writes or reads, take no memory.
+weights, which are never written or read, take no memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ TOY_VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one sequence of T tokens: linear * T + quadratic * T^2; `fixed` comes once, whatever the sequences.
+    """Bytes of one sequence of T tokens: linear * T + quadratic * T^2.
 
-    (An adapter may save what is as large as a weight, as DoRA does with the sum of both.)
+    Attributes:
+        linear: bytes a token.
+        quadratic: bytes a pair of tokens; 0 where attention keeps no scores.
+        fixed: bytes that are saved once, whatever the sequences; an adapter may save tensors as large as a weight, as
+            DoRA does with the sum of both.
     """
 
     linear: float
@@ -52,10 +56,13 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes a sequence that autograd holds for one block.
+    """Bytes a sequence that autograd saves.
 
-    trained: the block's parameters are trained. frozen: they are not, but a gradient passes through. boundary: the
-    hidden state between two blocks, all that checkpointing keeps. outside: final norm and what the head is given.
+    Attributes:
+        trained: for a block whose parameters are trained.
+        frozen: for a block whose parameters are not trained, but which a gradient passes through.
+        boundary: for the hidden state between two blocks, all that checkpointing keeps.
+        outside: for the final norm and what the head is given.
     """
 
     trained: Cost
@@ -65,7 +72,7 @@ class Footprint:
 
 
 class Unmultiplied(TorchDispatchMode):
-    """Products of two matrices are zeros of the right shape, and nothing is drawn at random; all else is as always.
+    """Products of two matrices are zeros of the right shape, and nothing is drawn at random; all else is unchanged.
 
     Autograd works above this and records what it would record.
     """
@@ -85,9 +92,14 @@ def measure_footprint(
 ) -> Footprint:
     """Count on a two-block model of this configuration, without weights and network.
 
-    prepare: puts an adapter into a model and returns the names of what is then trained; None trains all of a block. An
-    adapter may look at the weights, so those of two blocks are made for it.
-    packed: sequences hold several rows, kept apart by a mask that each block's attention may save in a form of its own.
+    Args:
+        config: transformers configuration of the model.
+        dtype: dtype of the weights.
+        attn: attention implementation.
+        prepare: puts an adapter into a model and returns the names of the trained parameters; None trains all of a
+            block. An adapter may read the weights, so those of two blocks are made for it.
+        packed: whether sequences hold several rows, kept apart by a mask that each block's attention may save in a form
+            of its own.
     """
     with nullcontext() if prepare is not None else Unmultiplied():
         model = _toy(config, dtype, attn)
@@ -156,15 +168,21 @@ def _start_here(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 def saved_bytes(model: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward of the decoder, beside the model's own."""
+    """Bytes of the distinct storages that autograd saves in one forward of the decoder, beside the model's weights.
+
+    Args:
+        model: a causal language model.
+        input_ids: tokens, of shape (sequences, tokens).
+        position_ids: positions of the same shape, in packed sequences.
+    """
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    own = {held.untyped_storage().data_ptr() for held in itertools.chain(model.parameters(), model.buffers())}
+    held_by_model = {held.untyped_storage().data_ptr() for held in itertools.chain(model.parameters(), model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
-        if address not in own:
-            kept[address] = tensor  # held, so that no address is used twice
+        if address not in held_by_model:
+            kept[address] = tensor  # keeps the storage, so that no address is used twice
         return tensor
 
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model

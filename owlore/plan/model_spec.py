@@ -148,7 +148,7 @@ def weight_bytes(model: nn.Module, injected: InjectedAdapter | None) -> int:
     if injected is not None:
         names = model.state_dict().keys()
         tensors += [buffer for name, buffer in model.named_buffers() if name in names]
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = sum(tensor.nbytes for tensor in tensors)
     return held if injected is None else held - injected.saves_bytes
 
 

@@ -75,10 +75,8 @@ def _accumulated(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, Upd
 
 def _largest_arriving(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
     """The most bytes of a gradient while its hook runs; a dense fp32 gradient is accumulated without a copy."""
-    sizes = [
-        arriving_bytes(p) for name, p in parameters.items() if specs[name].projects(p.shape) or p.dtype != torch.float32
-    ]
-    return max(sizes, default=0)
+    copied = [p for name, p in parameters.items() if specs[name].projects(p.shape) or p.dtype != torch.float32]
+    return max(map(arriving_bytes, copied), default=0)
 
 
 def _saved_activations(model_spec: ModelSpec, lowest: int, drawn: int, batch: int, tokens: int, recompute: bool) -> int:
@@ -97,6 +95,5 @@ def _head_gradient(parts: ModelParts, trained: Mapping[str, nn.Parameter]) -> in
 
     It is summed in fp32; in 16 bits a chunk's part exists beside it.
     """
-    sizes = [p.numel() * (4 if p.element_size() == 4 else 4 + p.element_size())
-             for name, p in parts.groups["head"] if name in trained]  # fmt: skip
-    return sum(sizes)
+    head = [p for name, p in parts.groups["head"] if name in trained]
+    return sum(p.numel() * (4 if p.element_size() == 4 else 4 + p.element_size()) for p in head)

@@ -73,7 +73,7 @@ class StreamedModel:
         self.layouts: list[BlobLayout] = [layout_of(module, FORMATS[placement.frozen]) for module in parts.modules]
         self.resident = set(placement.resident_blocks(parts.num_blocks))
         self.streamed = set(range(parts.num_blocks)) - self.resident
-        self.block_bytes = [sum(p.numel() * p.element_size() for _, p in block) for block in parts.blocks]
+        self.block_bytes = [sum(p.nbytes for _, p in block) for block in parts.blocks]
 
     def device_bytes(self, drawn: Sequence[int]) -> dict[str, int]:
         """Block weights on the device, by kind, as `Residency.device_bytes` counts them.
@@ -97,14 +97,14 @@ class StreamedModel:
             always_on: groups of `owlore.choices.GROUPS` that are trained in every period.
         """
         outside = self.parts.parameters((), self.parts.groups)
-        total = sum(p.numel() * p.element_size() for p in outside.values())
+        total = sum(p.nbytes for p in outside.values())
         head = {name for name, _ in self.parts.groups["head"]}
         access: Any = getattr(self.parts.model, "get_input_embeddings", None)
         table = {id(p) for p in access().parameters()} if access is not None else set()
         inputs = {name: p for name, p in self.parts.groups["embeddings"] if id(p) in table}
         if self.placement.residency != "host" or "embeddings" in always_on or inputs.keys() & head:
             return total, 0
-        on_host = sum(p.numel() * p.element_size() for p in inputs.values())
+        on_host = sum(p.nbytes for p in inputs.values())
         return total - on_host, on_host
 
     def host_bytes(self, micro_batch: MicroBatchBytes, lowest: int, embedding: int) -> dict[str, int]:
@@ -234,7 +234,7 @@ class _OutsideGradients:
         def largest(names: Iterable[str]) -> int:
             return max((arriving_bytes(parameters[name]) for name in names), default=0)
 
-        waiting = total(outside, lambda _, p: p.numel() * p.element_size()) if shared else 0
+        waiting = total(outside, lambda _, p: p.nbytes) if shared else 0
         early_sums = total(early, full_sum_bytes) if accum > 1 else 0
         # The head's gradient is summed in fp32 while the loss is computed; a part of it exists in the head's own dtype.
         made = total(heads, lambda _, p: 4 * p.numel())
@@ -244,6 +244,6 @@ class _OutsideGradients:
         self.at_loss = earlier + made + part
         self.at_top = (earlier if shared else self.after_top + early_sums) + max(largest(early), made + waiting)
         # Of a shared weight the part from the bottom, that from the top (it waits) and their sum exist together.
-        twice = max((parameters[name].numel() * parameters[name].element_size() for name in late), default=0)
+        twice = max((parameters[name].nbytes for name in late), default=0)
         late_sums = total(late, full_sum_bytes) if accum > 1 else 0
         self.at_bottom = total(late, accumulated_bytes) + late_sums + largest(late) + (twice if shared else 0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from owlore.plan.streamed import StreamedModel
 from owlore.residency.device_buffers import NUM_BUFFERS
-from owlore.residency.visits import Loads, loads_of_step
+from owlore.residency.visits import loads_of_step
 
 DRAWS_FOR_LOADS = 50
 
@@ -35,9 +35,7 @@ class Rates:
     measured: bool = False
 
 
-@lru_cache(maxsize=1024)
-def _loads(blocks: int, low: int, streamed: frozenset[int]) -> Loads:
-    return loads_of_step(blocks, low, streamed, NUM_BUFFERS)
+_cached_loads = lru_cache(maxsize=1024)(loads_of_step)  # many draws of a sampler have the same loads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def traffic(
     loads, stalls, flops = [], [], []
     for draw in draws[:DRAWS_FOR_LOADS]:
         low = 0 if bottom else min(draw, default=parts.num_blocks)
-        counted = _loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)))
+        counted = _cached_loads(parts.num_blocks, low, frozenset(model.streamed - set(draw)), NUM_BUFFERS)
         loads.append(sum(counted))
         stalls.append(counted.forward * max(0.0, copy - forward) + counted.backward * max(0.0, copy - 2 * forward))
         again = 2 if recompute else 0

@@ -70,8 +70,8 @@ class NF4:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         return nf4.quantise(weight, block=BLOCK, double=True).tensors()
 
-    def dense(self, held: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        weight = nf4.Nf4(shape=shape, block=BLOCK, **held)
+    def dense(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        weight = nf4.Nf4(shape=shape, block=BLOCK, **tensors)
         return nf4.dequantise_fastest(weight, dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,8 +11,6 @@ import torch
 from htsr.errors import BadInput, UsageError
 from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.activations.compiled import compile_blocks
-from owlore.config import TrainConfig
-from owlore.data.arrange import Arrangement
 from owlore.io.metrics import MetricsLog
 from owlore.optim import RotatingOptimizer
 from owlore.patches import PatchStack
@@ -89,6 +88,8 @@ def _trainer(
             "rows); use --group-by-length"
         )
     arrangement = arrange(config, inputs.prepared, ranks.size)
+    steps = config.steps if arrangement.steps is None else arrangement.steps
+    same = {f.name: getattr(config, f.name) for f in fields(LoopConfig) if f.name != "steps"}
     every = config.every if "every" in inputs.strategy_class.accepted_options else None
     trainer = Trainer(
         parts=parts,
@@ -97,7 +98,7 @@ def _trainer(
         ),
         backend=backend,
         loss=loss,
-        config=_loop_config(config, arrangement),
+        config=LoopConfig(steps=int(steps or 0), **same),
         data=inputs.prepared.train,
         arrangement=arrangement,
         eval_data=inputs.prepared.heldout,
@@ -165,21 +166,4 @@ def _optimizer(inputs: RunInputs, patches: PatchStack) -> RotatingOptimizer:
         add_up=inputs.ranks.sum_into if inputs.ranks.size > 1 else None,
         layers=() if config.compile else parts.modules,
         patches=patches,
-    )
-
-
-def _loop_config(config: TrainConfig, arrangement: Arrangement) -> LoopConfig:
-    steps: Any = config.steps if arrangement.steps is None else arrangement.steps
-    return LoopConfig(
-        seed=config.seed,
-        steps=int(steps or 0),
-        batch=config.batch,
-        lr=config.lr,
-        schedule=config.schedule,
-        warmup=config.warmup,
-        clip=config.clip,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        keep=config.keep,
-        keep_best=config.keep_best,
     )

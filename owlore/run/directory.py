@@ -68,7 +68,7 @@ def find_directory(config: TrainConfig, model_slug: str) -> RunDirectory:
             "go on with --resume, or name another --out"
         )
     check_output_directory(directory)
-    if directory.is_dir() and _foreign(directory):
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.yaml").is_file():
         raise UsageError(f"{directory} exists and is not a run directory: name another --out")
     return RunDirectory(path=directory, saved=None, existed=directory.exists())
 
@@ -105,8 +105,3 @@ def _free(model_slug: str, method: str) -> Path:
     while (path := Path("runs") / f"{model_slug}-{method}-{number}").exists():
         number += 1
     return path
-
-
-def _foreign(directory: Path) -> bool:
-    """Not empty, and without the file that every run directory begins with."""
-    return any(directory.iterdir()) and not (directory / "config.yaml").is_file()

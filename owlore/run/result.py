@@ -175,11 +175,9 @@ def save_plots(run: Run) -> None:
 
 
 def _axes(ax: Any) -> Any:
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
+    from htsr.plots import new_axes
 
-    return Figure(figsize=(7.2, 4.0), layout="constrained").add_subplot()
+    return new_axes(7.2, 4.0) if ax is None else ax
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -195,7 +193,7 @@ def memory_advice(trainer: Trainer, config: TrainConfig, table: LayerTable | Non
         config: the settings.
         table: the layer table; None where nothing is sampled.
     """
-    weights = sum(p.numel() * p.element_size() for p in trainer.parts.model.parameters())
+    weights = sum(p.nbytes for p in trainer.parts.model.parameters())
     held = trainer.rotation.optimizer.held()
     peak = memory_peak(trainer.device)["peak_bytes"]
     rest = max(0, peak - weights - held.total)

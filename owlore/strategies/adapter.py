@@ -23,7 +23,9 @@ class AdapterStrategy(Strategy):
 
     @classmethod
     def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
-        return inject_adapter(model, cls.adapter_config(model, context), seed=context.seed)
+        config = cls.adapter_config(model, context)
+        pissa = getattr(config, "init_lora_weights", None) == "pissa"  # subtracts A and B from the base
+        return inject_adapter(model, config, seed=context.seed, takes_from_base=pissa)
 
     @classmethod
     def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:

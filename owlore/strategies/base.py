@@ -268,12 +268,9 @@ class Sampled(Strategy):
     accepted_options = SAMPLING
 
     def blocks_at(self, period: int) -> tuple[int, ...]:
-        return DRAWS[self.config.draw](self.inclusion_at(period), self.config.seed, period)
-
-    def inclusion_at(self, period: int) -> NDArray[np.float64]:
-        """Inclusion probabilities of a period: the recorded table where the rule adapts, else the run's one table."""
-        tables = self.record.tables
-        return np.array(tables[period]) if period < len(tables) else self.config.inclusion
+        tables = self.record.tables  # recorded by a rule that adapts; any other has one table for the run
+        inclusion = np.array(tables[period]) if period < len(tables) else self.config.inclusion
+        return DRAWS[self.config.draw](inclusion, self.config.seed, period)
 
     def adapt(self, period: int) -> None:
         """Record the table of `period`; a table that a checkpoint inside this period recorded stays."""

@@ -89,5 +89,5 @@ class QDoTA(DoTA):
         if context.batches is not None:
             return injected
         bases: list[Any] = [target.module.weight for target in find_targets(model, injected.config)]
-        saved = sum(w.numel() * w.element_size() - planned_bytes(w.numel()) for w in bases)
+        saved = sum(w.nbytes - planned_bytes(w.numel()) for w in bases)
         return replace(injected, saves_bytes=saved)

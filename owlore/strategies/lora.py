@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from htsr.errors import UsageError
-from owlore.injection import InjectedAdapter, inject_adapter, smallest_side
+from owlore.injection import smallest_side
 from owlore.options import MethodOption, choice, integer, number, targets
 from owlore.strategies.adapter import AdapterStrategy
 from owlore.strategies.base import PrepareContext
@@ -52,11 +52,6 @@ class LoRA(AdapterStrategy):
     method_options = OPTIONS
     preset = PROTOCOL
     dora = False
-
-    @classmethod
-    def prepare(cls, model: nn.Module, context: PrepareContext) -> InjectedAdapter:
-        pissa = context.options["init"] == "pissa"
-        return inject_adapter(model, cls.adapter_config(model, context), seed=context.seed, takes_from_base=pissa)
 
     @classmethod
     def adapter_config(cls, model: nn.Module, context: PrepareContext) -> Any:

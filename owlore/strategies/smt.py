@@ -39,9 +39,7 @@ class SMT(AdapterStrategy):
         ),
         "block_size": MethodOption(256, integer(1), "Side l of a block, before halving."),
         "selection": MethodOption(
-            "gradient",
-            choice(*SMT_SELECTIONS),
-            "By gradients, by mean |w|, by the seed, or on the diagonal.",
+            "gradient", choice(*SMT_SELECTIONS), "By gradients, by mean |w|, by the seed, or on the diagonal."
         ),
         "criterion": MethodOption("mean_of_abs", choice(*SMT_CRITERIA), "Score of a block's gradients."),
         "allotment": MethodOption(

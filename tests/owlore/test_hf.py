@@ -156,7 +156,7 @@ def test_a_table_is_scanned_when_none_is_given(tmp_path):
     from makers import tiny_llama
 
     pieces = bridge(tiny_llama(), arguments(tmp_path, 2), tokenizer=byte_tokenizer(), active=2, quiet=True)
-    assert sum(pieces["optimizers"][0].rotation.strategy.hyper.inclusion) == pytest.approx(2)
+    assert sum(pieces["optimizers"][0].rotation.strategy.config.inclusion) == pytest.approx(2)
 
 
 def test_a_training_that_was_broken_off_leaves_nothing_that_listens_to_the_next_one(tmp_path):
