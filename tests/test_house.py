@@ -1,6 +1,9 @@
 """The house stands as designed: import arrows point downwards, importing is inert, command lines start at once."""
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +230,40 @@ def test_choices_of_options_are_those_that_are_implemented():
     assert len(set(rates.values())) == len(rates)
     for bits in choices.STATE_BITS:
         AdamWMoments((2, 3), bits=bits, device=torch.device("cpu"))
+
+
+def public_callables():
+    """(name, parameters, docstring) of all that users import, but for methods that override another library's."""
+    for module in map(importlib.import_module, ("htsr", "owlore", "owlore.hf", "owlore.adapters", "owlore.sampling")):
+        own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
+            thing, full = getattr(module, name), f"{module.__name__}.{name}"
+            if inspect.isfunction(thing) or inspect.isclass(thing):
+                error = inspect.isclass(thing) and issubclass(thing, BaseException)
+                yield full, () if error else parameters_of(thing), thing.__doc__ or ""
+            for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+                function = getattr(function, "__func__", function)
+                theirs = [base for base in thing.__mro__ if not base.__module__.startswith(("htsr", "owlore"))]
+                if method.startswith("_") or any(hasattr(base, method) for base in theirs):
+                    continue
+                if inspect.isfunction(function):
+                    yield f"{full}.{method}", parameters_of(function), inspect.getdoc(getattr(thing, method)) or ""
+
+
+def parameters_of(thing):
+    """Names that a caller gives, without `*args`, `**kwargs`, private ones and fields of another library's class."""
+    found = inspect.signature(thing).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    bases = [base for base in getattr(thing, "__mro__", ()) if not base.__module__.startswith(("htsr", "owlore"))]
+    known = {"self", "cls"}.union(*(getattr(base, "__dataclass_fields__", ()) for base in bases))
+    return [p.name for p in found if p.kind not in variable and p.name not in known and p.name[0] != "_"]
+
+
+PUBLIC = sorted({(name, *parameters, text) for name, parameters, text in public_callables()})
+
+
+@pytest.mark.parametrize("entry", PUBLIC, ids=lambda entry: entry[0])
+def test_a_docstring_names_every_parameter_of_what_users_import(entry):
+    name, *parameters, text = entry
+    missing = [p for p in parameters if not re.search(rf"(?m)^\s*(\w+, )*{p}(, \w+)*( \([^)]*\))?:", text)]
+    assert text and not missing, f"{name}: {', '.join(missing) or 'no docstring'}"
