@@ -45,7 +45,7 @@ def one_of(name: str, value: Any, known: Any) -> None:
 
 
 class LinearTuner(BaseTuner):
-    """A PEFT tuner that puts a layer of its own class around every target."""
+    """A PEFT tuner that puts a `tuner_layer_cls` around every target."""
 
     target_module_mapping = DEFAULT_TARGETS
 

@@ -103,7 +103,7 @@ class DotaLayer(AdaptedLinear):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _change_base(self, adapter_name: str, config: DotaConfig) -> None:
-        """Make the base W0 - MPO(c0), or keep W0, and quantise it if the configuration says so."""
+        """Make the base W0 - MPO(c0), or keep W0, and quantise it if `config.quantise` is set."""
         base = self.get_base_layer()
         weight = dense_weight(base)
         if config.residual == "explicit":
@@ -149,14 +149,17 @@ class DotaLayer(AdaptedLinear):
     # -- mpo_linear's DenseLayer -------------------------------------------------------------------------------------
 
     def kept_weight(self) -> Tensor | None:
+        """The base weight if it is plain, for autograd to save."""
         base = self.get_base_layer()
         return matrix_of(base) if is_plain(base) else None
 
     def base_weight(self, kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The saved base weight, or the dequantised one; None for a base that another library quantised."""
         base = self.get_base_layer()
         return base.dense(dtype) if isinstance(base, Nf4Linear) else kept
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output with this weight, and with the base's bias unless another library quantised the base."""
         base = self.get_base_layer()
         if not is_plain(base) and not isinstance(base, Nf4Linear):
             return nn.functional.linear(x, weight.to(x.dtype))

@@ -27,6 +27,7 @@ class DotaModel(LinearTuner):
         peft_config.bond = bond_of(model, peft_config)
 
     def adapt(self, target: nn.Module, name: str, adapter_name: str, config: DotaConfig) -> nn.Module:
+        """A `DotaLayer` around the target."""
         layer = target if isinstance(target, DotaLayer) else DotaLayer(target, name)
         layer.update_layer(adapter_name, config)
         return layer

@@ -30,6 +30,7 @@ class SmtModel(LinearTuner):
         check_map(peft_config.block_map, model, peft_config)
 
     def adapt(self, target: nn.Module, name: str, adapter_name: str, config: Any) -> nn.Module:
+        """An `SmtLayer` around the target if the block map has blocks of it, else the target."""
         cells = config.block_map["blocks"].get(name)
         if not cells:
             return target

@@ -44,7 +44,7 @@ def first_fit(lengths: np.ndarray, rows: np.ndarray, capacity: int) -> Sequences
 
 
 class Packed(Arrangement):
-    """An `Arrangement` with several rows per sequence; every epoch packs each row once, in an order of its own.
+    """An `Arrangement` with several rows per sequence; every epoch packs each row once, in a new order.
 
     Steps have `batch * accum` sequences, and an epoch has as many sequences as its packing gives.
 

@@ -13,8 +13,8 @@ def linear_kind(module: nn.Module) -> bool | None:
     """Whether a linear layer stores its weight transposed, as GPT-2's Conv1D does.
 
     Returns:
-        True or False; None for a module that is not a plain linear layer. A module with a `forward` of its own, set on
-        the instance, is not plain, since it may compute something else.
+        True or False; None for a module that is not a plain linear layer. A module whose `forward` was replaced on the
+        instance is not plain, since it may compute something else.
     """
     if "forward" in vars(module):
         return None

@@ -15,7 +15,7 @@ def seed_for(seed: int, purpose: str, *index: Index) -> int:
     Args:
         seed: Seed of the run.
         purpose: Name of the use, so that two uses of one seed are independent.
-        index: Numbers or names that tell the streams of one purpose apart, such as the step.
+        *index: Numbers or names that tell the streams of one purpose apart, such as the step.
     """
     text = "\x1f".join([str(seed), purpose, *map(str, index)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
