@@ -97,7 +97,7 @@ class Study:
             lr=float(lr),
             seed=int(seed),
             settings=settings | kept,
-            options=dict(spec.get("set", {})),
+            own=dict(spec.get("set", {})),
         )
 
 

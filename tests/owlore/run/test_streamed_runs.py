@@ -173,15 +173,15 @@ def test_the_best_model_of_a_quantised_run_is_chosen_among_like_and_exported(tmp
 @pytest.mark.parametrize("frozen", ["bf16", "nf4"])
 def test_a_drawn_block_gives_its_gradients_by_their_factors_in_a_streamed_run_too(tmp_path, monkeypatch, frozen):
     """A forward that is replaced before the optimizer looks for linear maps would hide them, and change roundings."""
-    from owlore.optim.parameter_state import ParameterState
+    from owlore.optim.parameter_state import ProjectedState
 
-    taken, accumulate_factored = [], ParameterState.accumulate_factored
+    taken, accumulate_factored = [], ProjectedState.accumulate_factored
 
-    def watched(slot, left, other):
-        taken.append(slot.name)
-        return accumulate_factored(slot, left, other)
+    def watched(state, left, right):
+        taken.append(state.name)
+        return accumulate_factored(state, left, right)
 
-    monkeypatch.setattr(ParameterState, "accumulate_factored", watched)
+    monkeypatch.setattr(ProjectedState, "accumulate_factored", watched)
     model = save_tiny(tmp_path / "model", blocks=3, width=64, hidden=96)
     rows = [{"prompt": "one two", "completion": " three four"}] * 4
     owlore.train(model, rows, out=tmp_path / "run", table="uniform", active=1, steps=2, every=2, rank=4, batch=2,

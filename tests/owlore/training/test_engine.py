@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import owlore
 from owlore.blocks import find_parts, freeze
 from owlore.optim import RotatingOptimizer, UpdateSpec
+from owlore.optim.parameter_state import ProjectedState
 from owlore.training.loss import CausalLoss
 
 ROWS = [{"prompt": f"say {w * n}: ", "completion": w * (n + 1)} for w in "abcdefgh" for n in (1, 2, 5)]
@@ -202,7 +203,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_with_the_last_good_state(tmp
 
     def poisoned(self):
         if self.step == 4:
-            state = next(state for state in self.rotation.optimizer.states.values() if state.projected)
+            state = next(
+                state for state in self.rotation.optimizer.states.values() if isinstance(state, ProjectedState)
+            )
             state.parameter.register_hook(lambda gradient: gradient * float("nan"))
         return advance(self)
 
