@@ -42,10 +42,7 @@ device_option = click.option(
 
 
 def train_options(command: Callable[..., None]) -> Callable[..., None]:
-    """All settings of `TrainConfig` and `--config` as options.
-
-    A setting that is not given stays None, so that the file or the default decides.
-    """
+    """Give a command all settings of `TrainConfig`, and `--config`, as options; those not given are None."""
     command = click.option(
         "--config", "file", metavar="FILE.yaml", help="Settings from a file, or the name of a packaged recipe."
     )(command)

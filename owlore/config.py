@@ -176,8 +176,8 @@ class TrainConfig:
             UsageError: a name or a value is wrong, or two settings exclude each other.
         """
         asked = {known_name(name): value for name, value in (given or {}).items()}
-        filed = dict(load_yaml(file)) if isinstance(file, str | Path) else dict(file or {})
-        filed = {known_name(name): value for name, value in filed.items()}
+        content = load_yaml(file) if isinstance(file, str | Path) else file or {}
+        filed = {known_name(name): value for name, value in content.items()}
         for one, other in (("steps", "epochs"), ("epochs", "steps")):
             if asked.get(one) is not None and other not in asked:
                 filed.pop(other, None)
@@ -244,6 +244,9 @@ def as_typed(settings: Mapping[str, Any]) -> str:
 def known_name(name: Any) -> str:
     """The field that a key names (seq-len and seq_len alike).
 
+    Args:
+        name: the key.
+
     Raises:
         UsageError: the key is unknown; the message names the nearest known one.
     """
@@ -255,6 +258,9 @@ def known_name(name: Any) -> str:
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file by field name; at most 1 MB, safe types only.
+
+    Args:
+        path: the file.
 
     Raises:
         NotFound: there is no such file.
@@ -278,6 +284,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def find_config(name: str) -> Path:
     """The file that --config names: a path, or a packaged recipe by its name.
+
+    Args:
+        name: the path, or the name of the recipe.
 
     Raises:
         NotFound: it is neither; the message names the recipes.

@@ -24,7 +24,7 @@ from htsr.console import notice
 from htsr.errors import UsageError
 from htsr.model.open import open_source
 from owlore.blocks import find_parts, freeze
-from owlore.config import TrainConfig
+from owlore.config import SETTINGS, TrainConfig
 from owlore.layer_table import find_table, scanned_table
 from owlore.optim import RotatingOptimizer
 from owlore.settings import master_policy, resolve, strategy_config
@@ -32,10 +32,9 @@ from owlore.strategies import PeriodLog
 from owlore.training.rotation import Rotation
 from owlore.training.step import clipped_update
 
-TAKEN = frozenset({
-    "method", "active", "every", "rank", "refresh", "scale", "project_side", "project_always_on", "draw", "floor",
-    "on_switch", "always_on", "weights", "state_bits", "set", "preset",
-})  # fmt: skip
+# Settings that the bridge takes; the table is an argument of its own, and all others are the Trainer's.
+_METHOD_SETTINGS = {name for name, setting in SETTINGS.items() if setting.metadata.get("method")}
+TAKEN = (_METHOD_SETTINGS - {"table"}) | {"method", "weights", "state_bits", "set", "preset"}
 
 
 # The optimizer whose hooks are on a model.

@@ -113,7 +113,7 @@ def names(*known: str) -> Parser:
 
 
 def text(metavar: str = "TEXT", pattern: str | None = None, expected: str = "text") -> Parser:
-    """A non-empty text, matching `pattern` as a whole where one is given."""
+    """A non-empty text, all of which matches `pattern` where one is given."""
 
     def parse(value: Any) -> str:
         got = str(value).strip() if isinstance(value, str) or hasattr(value, "__fspath__") else ""

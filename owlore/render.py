@@ -110,18 +110,18 @@ def comparison_text(table: list[dict[str, Any]]) -> str:
 
 
 def method_facts(strategy: Any) -> dict[str, Any]:
-    """What a method says about itself: its text, the options it reads with their defaults, the paper's settings."""
+    """Facts about a method: its text, the options it accepts with their defaults, the paper's settings."""
     usual = {name: spec.default for name, spec in SETTINGS.items()} | dict(strategy.defaults)
     if strategy.table is not None:
         usual["table"] = strategy.table
-    own = [name for name in SETTINGS if name in strategy.accepted_options or name in strategy.defaults]
+    accepted = [name for name in SETTINGS if name in strategy.accepted_options or name in strategy.defaults]
     return {
         "summary": strategy.summary,
         "paper": strategy.paper,
         "share": strategy.share,
         "memory": strategy.memory,
         "text": " ".join((strategy.__doc__ or "").split()),
-        "options": {name: usual[name] for name in own},
+        "options": {name: usual[name] for name in accepted},
         "set": {
             key: {"default": one.default, "values": one.parser.metavar, "help": one.help}
             for key, one in strategy.method_options.items()
@@ -154,8 +154,8 @@ def method_text(name: str, facts: dict[str, Any]) -> str:
         lines.append(f"  {key:<14} {one['values']}: {one['help']}{default}")
     if facts["preset"]:
         general = as_typed({k: v for k, v in facts["preset"].items() if k != "set"})
-        own = [f"--set {k}={shown(v)}" for k, v in facts["preset"].get("set", {}).items()]
-        lines += ["", "--preset paper: " + " ".join([general, *own])]
+        options = [f"--set {k}={shown(v)}" for k, v in facts["preset"].get("set", {}).items()]
+        lines += ["", "--preset paper: " + " ".join([general, *options])]
     return "\n".join(lines)
 
 

@@ -285,6 +285,9 @@ class ProjectedState(ParameterState):
 
         A gradient with NaN or infinity has no basis: what is accumulated is then NaN, which the norm shows before any
         update, and moments and basis stay as they were.
+
+        Args:
+            step: global step, from 0; the random stream of the search depends on it.
         """
         if self.full_gradient is None or self.accumulated is not None:
             return

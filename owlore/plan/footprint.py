@@ -24,7 +24,7 @@ from htsr.console import quiet_libraries
 from owlore.blocks import find_parts, freeze
 from owlore.models.loading import attention
 
-MULTIPLY = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2)}  # operator -> places of its two factors
+MULTIPLY = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2)}  # operator -> positions of its two factors
 INITIALISE = (torch.ops.aten.normal_, torch.ops.aten.uniform_)
 
 Prepare = Callable[[nn.Module], Collection[str] | None]
@@ -82,7 +82,7 @@ class Unmultiplied(TorchDispatchMode):
         if operator in INITIALISE:
             return args[0]
         if operator in MULTIPLY:
-            left, right = (args[place] for place in MULTIPLY[operator])
+            left, right = (args[index] for index in MULTIPLY[operator])
             return left.new_zeros(left.shape[0], right.shape[1])
         return func(*args, **(kwargs or {}))
 

@@ -49,6 +49,9 @@ class ModelSpec:
 def model_files(config: TrainConfig) -> tuple[Path, dict[str, str]]:
     """Where the files of `config.model` are: a directory, and the keywords by which transformers finds a GGUF in it.
 
+    Args:
+        config: the settings.
+
     Raises:
         NotFound: there is no such model.
     """
@@ -143,6 +146,10 @@ def weight_bytes(model: nn.Module, injected: InjectedAdapter | None) -> int:
 
     An adapter keeps its first values, codes and indexes in buffers. Buffers that are computed anew (rotary frequencies)
     are not counted.
+
+    Args:
+        model: the model; its parameters may be on the meta device.
+        injected: the adapter in it, if any.
     """
     tensors: list[torch.Tensor] = list(model.parameters())
     if injected is not None:

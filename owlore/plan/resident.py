@@ -45,7 +45,7 @@ def resident_peak(
     """
     several = accum > 1 or processes > 1  # a new basis is found from the sum over all micro-batches of all processes
     trained = model_spec.footprint.trained
-    arriving = _largest_arriving(parameters, specs)
+    arriving = largest_arriving_bytes(parameters, specs)
     gradients = _accumulated(parameters, specs, several=several) + arriving
     activations = _saved_activations(model_spec, lowest, drawn, batch, tokens, recompute)
     logits = logits_bytes(model_spec, batch * tokens)
@@ -73,7 +73,7 @@ def _accumulated(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, Upd
     )
 
 
-def _largest_arriving(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
+def largest_arriving_bytes(parameters: Mapping[str, nn.Parameter], specs: Mapping[str, UpdateSpec]) -> int:
     """The most bytes of a gradient while its hook runs; a dense fp32 gradient is accumulated without a copy."""
     copied = [p for name, p in parameters.items() if specs[name].projects(p.shape) or p.dtype != torch.float32]
     return max(map(arriving_bytes, copied), default=0)

@@ -48,7 +48,11 @@ def logits_bytes(model_spec: ModelSpec, tokens: int) -> int:
 def accumulated_bytes(spec: UpdateSpec, parameter: nn.Parameter) -> int:
     """Bytes of a parameter's gradient while it waits for the update, in fp32.
 
-    It is projected where `spec` projects; a full-rank update needs the full gradient beside the projected one.
+    It is projected where the spec projects; a full-rank update needs the full gradient beside the projected one.
+
+    Args:
+        spec: how the parameter is updated.
+        parameter: the parameter.
     """
     count = parameter.numel()
     if spec.projects(parameter.shape):

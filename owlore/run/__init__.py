@@ -1,1 +1,1 @@
-"""A whole run: inputs, assembly, lifecycle, and what is left behind."""
+"""A run from its settings to its files: inputs, trainer, training and export, result."""

@@ -20,11 +20,12 @@ from owlore.activations.checkpointing import ActivationCheckpointing
 from owlore.blocks import find_parts, freeze
 from owlore.config import TrainConfig
 from owlore.data.batches import MicroBatch
-from owlore.optim import MasterPolicy, RotatingOptimizer
+from owlore.optim import MasterPolicy, RotatingOptimizer, UpdateSpec
 from owlore.plan.footprint import measure_footprint, saved_bytes
 from owlore.plan.model_spec import spec_of_model
 from owlore.plan.plan import make_plan, parked_bytes
 from owlore.plan.planner import plan_from_config
+from owlore.plan.resident import largest_arriving_bytes
 from owlore.render import plan_text
 from owlore.strategies import STRATEGIES, StrategyConfig
 from owlore.training.loss import CausalLoss
@@ -243,6 +244,16 @@ def test_the_compute_of_a_step_is_counted_by_matrices():
     deep = whole + whole + blocks[0] + blocks[7] + 2 * head
     assert of_full("owlore", (0, 7)) == pytest.approx(deep / parts)
     assert of_full("lisa", (7,), always_on=GROUPS) == pytest.approx((whole + whole + blocks[7] + 3 * head) / parts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "bytes_each"),
+    [(torch.float32, None, 0), (torch.float32, 2, 4), (torch.bfloat16, None, 6), (torch.bfloat16, 2, 6)],
+)
+def test_a_gradient_counts_in_its_hook_where_it_is_copied_to_fp32_or_projected(dtype, rank, bytes_each):
+    """A dense gradient in fp32 becomes the accumulated one; any other exists beside it, in 16 bits with a copy."""
+    weight = torch.nn.Parameter(torch.zeros(8, 6, dtype=dtype))
+    assert largest_arriving_bytes({"w": weight}, {"w": UpdateSpec(rank=rank)}) == bytes_each * weight.numel()
 
 
 def test_parked_state_is_planned_to_the_byte():
